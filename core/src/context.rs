@@ -1,0 +1,293 @@
+//! What this thread holds and where it is: the rules of "what may be called where" are decided here.
+//!
+//! Four facts a thread: the callbacks on its stack, the invalidations it has begun and not ended, the [`NotifierLock`]s
+//! it holds, and the map lock it holds. From them follows whether a call may wait ([`wait_refusal`]), whether the
+//! map lock may be taken ([`map_lock_refusal`]), and what an unregister counts as ([`place`]). When the last of them is left
+//! ([`leave`]), completions that were put off on this thread run.
+//!
+//! [`NotifierLock`]: crate::NotifierLock
+
+use std::cell::Cell;
+use std::marker::PhantomData;
+
+use thiserror::Error;
+
+use crate::primitive::{Arc, thread_local};
+use crate::space::Space;
+
+/// Why a call is refused where it stands. Nothing has happened.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Error)]
+#[non_exhaustive]
+pub enum Refused {
+    /// Inside a notifier callback, or between begin and end of an invalidation.
+    #[error(
+        "{call} inside a callback or an open invalidation: it could wait for itself; do it after `end`"
+    )]
+    InCallback {
+        /// The call.
+        call: &'static str,
+    },
+    /// With a `NotifierLock` held.
+    #[error(
+        "{call} with a NotifierLock held: a callback may be waiting for that lock; drop its guard first"
+    )]
+    NotifierLockHeld {
+        /// The call.
+        call: &'static str,
+    },
+    /// With the map lock held.
+    #[error("{call} with the map lock held: use the method of the guard, or drop it first")]
+    MapLockHeld {
+        /// The call.
+        call: &'static str,
+    },
+}
+
+/// Where an unregister was called from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+#[repr(u8)]
+pub enum Place {
+    /// An ordinary thread that holds nothing.
+    Plain,
+    /// With the map lock held.
+    MapLockHeld,
+    /// Inside a callback of the registration that is given up.
+    InsideOwnCallback,
+    /// Inside a callback of another registration.
+    InsideOtherCallback,
+    /// Inside a `release`.
+    DuringRelease,
+}
+
+impl Place {
+    /// All places, in the order of their numbers.
+    pub const ALL: [Place; 5] = [
+        Self::Plain,
+        Self::MapLockHeld,
+        Self::InsideOwnCallback,
+        Self::InsideOtherCallback,
+        Self::DuringRelease,
+    ];
+}
+
+/// A callback on this thread's stack.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Frame {
+    Handler(usize),
+    Release,
+}
+
+/// Callbacks nest at most this deep: a handler cannot begin an invalidation, and a release that runs a release runs it
+/// from the completed list, not from inside.
+const DEPTH: usize = 4;
+
+struct Context {
+    frames: [Cell<Option<Frame>>; DEPTH],
+    depth: Cell<usize>,
+    open: Cell<u32>,
+    notifier_locks: Cell<u32>,
+    map_lock: Cell<bool>,
+    /// Spaces with completions that this thread has put off, linked through the spaces, so that nothing is allocated: null, or
+    /// a strong count made by `Arc::into_raw`. A plain pointer has no destructor, whose registration would allocate on
+    /// the thread's first shootdown.
+    put_off: Cell<*const Space>,
+}
+
+impl Context {
+    const fn new() -> Self {
+        Self {
+            frames: [const { Cell::new(None) }; DEPTH],
+            depth: Cell::new(0),
+            open: Cell::new(0),
+            notifier_locks: Cell::new(0),
+            map_lock: Cell::new(false),
+            put_off: Cell::new(std::ptr::null()),
+        }
+    }
+
+    /// Takes the list.
+    fn take_put_off(&self) -> Option<Arc<Space>> {
+        let head = self.put_off.replace(std::ptr::null());
+        // SAFETY: not null, so from `Arc::into_raw` in `set_put_off`; the count is taken over once.
+        (!head.is_null()).then(|| unsafe { Arc::from_raw(head) })
+    }
+
+    fn set_put_off(&self, head: Option<Arc<Space>>) {
+        self.put_off
+            .set(head.map_or(std::ptr::null(), Arc::into_raw));
+    }
+}
+
+#[cfg(not(loom))]
+thread_local! {
+    static CONTEXT: Context = const { Context::new() };
+}
+
+// The checker's have no constant form.
+#[cfg(loom)]
+thread_local! {
+    static CONTEXT: Context = Context::new();
+}
+
+/// Inside a callback or an open invalidation.
+fn in_callback(context: &Context) -> bool {
+    context.depth.get() > 0 || context.open.get() > 0
+}
+
+/// Whether a wait for a callback is legal: not inside one, and no `NotifierLock` held that it may want.
+pub(crate) fn wait_refusal(call: &'static str) -> Result<(), Refused> {
+    CONTEXT.with(|context| {
+        if in_callback(context) {
+            Err(Refused::InCallback { call })
+        } else if context.notifier_locks.get() > 0 {
+            Err(Refused::NotifierLockHeld { call })
+        } else {
+            Ok(())
+        }
+    })
+}
+
+/// Whether the map lock may be taken.
+pub(crate) fn map_lock_refusal(call: &'static str) -> Result<(), Refused> {
+    wait_refusal(call)?;
+    CONTEXT.with(|context| {
+        if context.map_lock.get() {
+            Err(Refused::MapLockHeld { call })
+        } else {
+            Ok(())
+        }
+    })
+}
+
+/// Whether completions may run: release may take any lock, so none may be held.
+pub(crate) fn is_outermost() -> bool {
+    map_lock_refusal("").is_ok()
+}
+
+/// Whether this thread is inside a callback or an open invalidation.
+pub(crate) fn inside_callback() -> bool {
+    CONTEXT.with(in_callback)
+}
+
+/// Where the unregister of the registration `own` is called from.
+pub(crate) fn place(own: usize) -> Place {
+    CONTEXT.with(|context| {
+        let depth = context.depth.get();
+        let mut frames = context.frames[..depth].iter().rev().filter_map(Cell::get);
+        match frames.next() {
+            Some(Frame::Release) => Place::DuringRelease,
+            Some(Frame::Handler(one)) if one == own => Place::InsideOwnCallback,
+            Some(Frame::Handler(_)) => Place::InsideOtherCallback,
+            None if context.open.get() > 0 => Place::InsideOtherCallback,
+            None if context.map_lock.get() => Place::MapLockHeld,
+            None => Place::Plain,
+        }
+    })
+}
+
+/// A callback runs for as long as this lives.
+#[derive(Debug)]
+pub(crate) struct InCallback(PhantomData<*const ()>);
+
+impl InCallback {
+    fn push(frame: Frame) -> Self {
+        CONTEXT.with(|context| {
+            let depth = context.depth.get();
+            assert!(depth < DEPTH, "callbacks nest at most {DEPTH} deep");
+            context.frames[depth].set(Some(frame));
+            context.depth.set(depth + 1);
+        });
+        Self(PhantomData)
+    }
+
+    pub(crate) fn handler(registration: usize) -> Self {
+        Self::push(Frame::Handler(registration))
+    }
+
+    pub(crate) fn release() -> Self {
+        Self::push(Frame::Release)
+    }
+}
+
+impl Drop for InCallback {
+    fn drop(&mut self) {
+        CONTEXT.with(|context| {
+            let depth = context.depth.get() - 1;
+            context.frames[depth].set(None);
+            context.depth.set(depth);
+        });
+    }
+}
+
+/// An invalidation is open on this thread for as long as this lives.
+#[derive(Debug)]
+pub(crate) struct OpenInvalidation(PhantomData<*const ()>);
+
+impl OpenInvalidation {
+    pub(crate) fn enter() -> Self {
+        CONTEXT.with(|context| context.open.set(context.open.get() + 1));
+        Self(PhantomData)
+    }
+}
+
+impl Drop for OpenInvalidation {
+    fn drop(&mut self) {
+        CONTEXT.with(|context| context.open.set(context.open.get() - 1));
+    }
+}
+
+/// A `NotifierLock` is held for as long as this lives.
+#[derive(Debug)]
+pub(crate) struct HoldsNotifierLock(PhantomData<*const ()>);
+
+impl HoldsNotifierLock {
+    pub(crate) fn enter() -> Self {
+        CONTEXT.with(|context| context.notifier_locks.set(context.notifier_locks.get() + 1));
+        Self(PhantomData)
+    }
+}
+
+impl Drop for HoldsNotifierLock {
+    fn drop(&mut self) {
+        CONTEXT.with(|context| context.notifier_locks.set(context.notifier_locks.get() - 1));
+    }
+}
+
+/// The map lock of a space is held for as long as this lives.
+#[derive(Debug)]
+pub(crate) struct HoldsMapLock(PhantomData<*const ()>);
+
+impl HoldsMapLock {
+    pub(crate) fn enter() -> Self {
+        CONTEXT.with(|context| context.map_lock.set(true));
+        Self(PhantomData)
+    }
+}
+
+impl Drop for HoldsMapLock {
+    fn drop(&mut self) {
+        CONTEXT.with(|context| context.map_lock.set(false));
+    }
+}
+
+/// Remembers that `space` has completions to run, until this thread is outermost.
+pub(crate) fn put_off(space: &Arc<Space>) {
+    CONTEXT.with(|context| {
+        let head = context.take_put_off();
+        context.set_put_off(Space::queue_before(space, head));
+    });
+}
+
+/// Runs the completions put off on this thread, if nothing is held any more. Called wherever something is left.
+pub(crate) fn leave() {
+    if !is_outermost() {
+        return;
+    }
+    while let Some(space) = CONTEXT.with(|context| {
+        let space = context.take_put_off()?;
+        context.set_put_off(space.unqueue());
+        Some(space)
+    }) {
+        Space::run_put_off(&space);
+    }
+}

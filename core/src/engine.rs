@@ -1,0 +1,794 @@
+//! The engine: one invalidation over many devices, phase by phase.
+//!
+//! 1. **start**: the range is stated in [`Active`](crate::active::Active), the index is walked, and every registration that
+//!    overlaps is taken *in use* and told in its log, so that no translation of the range is installed any more.
+//! 2. **quiesce**: every handler stops new work; then all those that have something in flight are polled together.
+//! 3. **flush**: every TLB named gets its commands; one doorbell each; then all are polled together. What does not acknowledge
+//!    by its deadline is flushed as a whole, then reset, then put into quarantine, each step for all such devices at once
+//!    (the reset excepted, which is the driver's own blocking call).
+//! 4. **cut off**: DMA mappings are taken away.
+//! 5. **change, end**: the pages change, unless a device could still reach them; `end` goes to whoever was started.
+//!
+//! Each phase is over for all devices before the next begins. From start to end nothing is allocated or freed, and no lock is
+//! taken but the short ones of this crate; the lists come from pools.
+
+use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+
+use crate::active::{Claim, SLOTS};
+use crate::addr::{PageSizes, Range};
+use crate::context::{self, InCallback, OpenInvalidation, Refused};
+use crate::memory::MemoryError;
+use crate::notifier::{Cause, Gather, Op, OpCore, Outcome, WouldBlock};
+use crate::pool::{Chain, Exhausted};
+use crate::primitive::{Arc, Backoff, now};
+use crate::recorder::Kind;
+use crate::registration::{Inner, Logged, Use};
+use crate::space::Space;
+use crate::stats::Counter;
+use crate::tlb::{
+    BATCH, Completion, Device, FlushCommand, FlushPlan, Health, Issue, Scope, Ticket,
+};
+
+/// Whether handlers may wait for locks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Mode {
+    Blocking,
+    Try,
+}
+
+/// Why an invalidation failed. Unless it says otherwise the pages have not changed; everybody who got its start got its end.
+#[derive(Clone, Debug, Error)]
+#[non_exhaustive]
+pub enum InvalidateError {
+    /// Not where it was called.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// A handler of a non-blocking invalidation would have had to wait.
+    #[error(
+        "a handler would have had to wait: the non-blocking invalidation of {range} was refused"
+    )]
+    WouldBlock {
+        /// The range.
+        range: Range,
+    },
+    /// A device did not acknowledge, whatever was tried: it may still reach the pages, which are in quarantine.
+    #[error("device {} may still reach {range}: its pages are in quarantine until it is recovered or reset", device.name())]
+    Quarantined {
+        /// The range.
+        range: Range,
+        /// The first such device.
+        device: Device,
+    },
+    /// A handler without a device that could be flushed or reset did not drain, or could not cut the device off.
+    #[error("work in flight in {range} did not end: its pages are in quarantine")]
+    NotDrained {
+        /// The range.
+        range: Range,
+    },
+    /// A handler panicked. The others ran; its devices are in quarantine. If it did so before the pages changed they are in
+    /// quarantine too; if only in `end`, they have changed.
+    #[error("a handler panicked during the invalidation of {range}: its devices are in quarantine{}", if *changed { "" } else { ", and so are the pages" })]
+    HandlerPanicked {
+        /// The range.
+        range: Range,
+        /// Whether the pages have changed.
+        changed: bool,
+    },
+    /// More invalidations are in progress than there is room for.
+    #[error(
+        "no room for one more invalidation of {range} within {waited:?}: {limit} may be in progress at once"
+    )]
+    NoRoom {
+        /// The range.
+        range: Range,
+        /// How long was waited.
+        waited: Duration,
+        /// The limit.
+        limit: usize,
+    },
+    /// The change itself failed; handlers were told that nothing changed.
+    #[error("the pages could not be changed: {0}")]
+    Change(#[from] MemoryError),
+}
+
+/// One registration in one invalidation.
+pub(crate) struct Hit {
+    used: Option<Use>,
+    logged: Logged,
+    part: Range,
+    quiesced: bool,
+    polled: bool,
+}
+
+/// One device in one invalidation.
+pub(crate) struct DeviceOp {
+    device: Device,
+    commands: [FlushCommand; BATCH],
+    len: usize,
+    ticket: Option<Ticket>,
+    state: Ack,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Ack {
+    Waiting,
+    Done,
+    Missed,
+}
+
+impl DeviceOp {
+    fn new(device: Device) -> Self {
+        let nothing = FlushCommand {
+            tag: 0,
+            scope: Scope::Device,
+        };
+        Self {
+            device,
+            commands: [nothing; BATCH],
+            len: 0,
+            ticket: None,
+            state: Ack::Waiting,
+        }
+    }
+
+    /// More commands than a batch holds become one for the whole device.
+    fn add(&mut self, command: FlushCommand) {
+        let most = self.device.limits().commands_per_batch.clamp(1, BATCH);
+        if self.commands[..self.len].contains(&command) || self.is_whole() {
+            return;
+        }
+        if self.len == most {
+            self.set_whole();
+        } else {
+            self.commands[self.len] = command;
+            self.len += 1;
+        }
+    }
+
+    fn is_whole(&self) -> bool {
+        self.len == 1 && self.commands[0].scope == Scope::Device
+    }
+
+    fn set_whole(&mut self) {
+        self.commands[0] = FlushCommand {
+            tag: 0,
+            scope: Scope::Device,
+        };
+        self.len = 1;
+    }
+
+    /// Queues the commands and rings the doorbell, waiting for room where there is none.
+    fn issue(&mut self, deadline: &mut Deadline) {
+        let mut queued = false;
+        self.state = Ack::Waiting;
+        self.ticket = None;
+        for nth in 0..self.len {
+            let mut backoff = Backoff::new();
+            loop {
+                match self.device.issue(self.commands[nth]) {
+                    Issue::Queued => queued = true,
+                    Issue::NothingCached => {}
+                    Issue::Busy => {
+                        if deadline.is_over(&backoff) {
+                            self.state = Ack::Missed;
+                            return;
+                        }
+                        self.device.dispatch();
+                        backoff.wait();
+                        continue;
+                    }
+                }
+                break;
+            }
+        }
+        if queued {
+            self.ticket = Some(self.device.dispatch());
+        } else {
+            self.state = Ack::Done;
+        }
+    }
+
+    fn poll(&mut self) {
+        if let (Ack::Waiting, Some(ticket)) = (self.state, self.ticket) {
+            self.state = match self.device.poll(ticket) {
+                Completion::Done => Ack::Done,
+                Completion::Failed => Ack::Missed,
+                Completion::Pending => Ack::Waiting,
+            };
+        }
+    }
+}
+
+/// A deadline that reads no clock before the quick part of a wait is over.
+struct Deadline {
+    time: Duration,
+    begun: Option<Instant>,
+}
+
+impl Deadline {
+    fn new(time: Duration) -> Self {
+        Self { time, begun: None }
+    }
+
+    fn is_over(&mut self, backoff: &Backoff) -> bool {
+        if !backoff.is_slow() {
+            return false;
+        }
+        let begun = *self.begun.get_or_insert_with(now);
+        begun.elapsed() >= self.time
+    }
+}
+
+/// What stands between the pages and their change.
+#[derive(Default)]
+struct Trouble {
+    would_block: bool,
+    panicked: bool,
+    not_drained: bool,
+    device: Option<Device>,
+}
+
+/// An invalidation between start and end.
+pub(crate) struct Invalidation<'s> {
+    space: &'s Arc<Space>,
+    core: OpCore,
+    claim: Claim,
+    hits: Chain<Hit>,
+    devices: Chain<DeviceOp>,
+    trouble: Trouble,
+    ended: bool,
+    // Dropped last but one: callbacks of `end` are inside it. Then what was put off runs.
+    _open: OpenInvalidation,
+    _leave: crate::lock::Leave,
+}
+
+/// Runs all phases, with `change` as the fifth.
+pub(crate) fn run(
+    space: &Arc<Space>,
+    range: Range,
+    cause: Cause,
+    mode: Mode,
+    change: impl FnOnce() -> Result<(), MemoryError>,
+) -> Result<(), InvalidateError> {
+    run_sized(space, range, PageSizes::all(), cause, mode, change)
+}
+
+/// The same, where the page sizes of the mappings in the range are known.
+pub(crate) fn run_sized(
+    space: &Arc<Space>,
+    range: Range,
+    sizes: PageSizes,
+    cause: Cause,
+    mode: Mode,
+    change: impl FnOnce() -> Result<(), MemoryError>,
+) -> Result<(), InvalidateError> {
+    let mut invalidation = Invalidation::begin(space, range, sizes, cause, mode)?;
+    match change() {
+        Ok(()) => {
+            invalidation.end(Outcome::Changed);
+            invalidation.panic_at_end()
+        }
+        Err(error) => {
+            invalidation.end(Outcome::Unchanged);
+            Err(error.into())
+        }
+    }
+}
+
+impl<'s> Invalidation<'s> {
+    /// Phases 1 to 4. On an error `end` has been called.
+    pub(crate) fn begin(
+        space: &'s Arc<Space>,
+        range: Range,
+        sizes: PageSizes,
+        cause: Cause,
+        mode: Mode,
+    ) -> Result<Self, InvalidateError> {
+        let mut this = Self::start(space, range, sizes, cause, mode)?;
+        if this.hits.is_empty() {
+            return Ok(this);
+        }
+        this.quiesce();
+        if !this.trouble.would_block {
+            this.drain();
+            this.flush();
+            this.cut_off();
+        }
+        match this.error() {
+            None => Ok(this),
+            Some(error) => {
+                this.end(match error {
+                    InvalidateError::WouldBlock { .. } => Outcome::Unchanged,
+                    _ => Outcome::Quarantined,
+                });
+                Err(error)
+            }
+        }
+    }
+
+    fn start(
+        space: &'s Arc<Space>,
+        range: Range,
+        sizes: PageSizes,
+        cause: Cause,
+        mode: Mode,
+    ) -> Result<Self, InvalidateError> {
+        let limit = space.deadlines.room;
+        let mut deadline = Deadline::new(limit);
+        let mut backoff = Backoff::new();
+        loop {
+            if let Some(claim) = space.active.claim(range) {
+                let mut this = Self {
+                    space,
+                    core: OpCore {
+                        id: claim.id(),
+                        range,
+                        cause,
+                        sizes,
+                        may_block: mode == Mode::Blocking,
+                    },
+                    claim,
+                    hits: Chain::new(space.hits.clone()),
+                    devices: Chain::new(space.device_ops.clone()),
+                    trouble: Trouble::default(),
+                    ended: false,
+                    _open: OpenInvalidation::enter(),
+                    _leave: crate::lock::Leave,
+                };
+                if this.collect().is_ok() {
+                    return Ok(this);
+                }
+                // Nobody has been called: give everything back, so that those who hold the room can end.
+                this.end(Outcome::Unchanged);
+            }
+            if mode == Mode::Try {
+                return Err(InvalidateError::WouldBlock { range });
+            }
+            if deadline.is_over(&backoff) {
+                return Err(InvalidateError::NoRoom {
+                    range,
+                    waited: limit,
+                    limit: SLOTS,
+                });
+            }
+            backoff.wait();
+        }
+    }
+
+    /// Takes every overlapping registration in use.
+    fn collect(&mut self) -> Result<(), Exhausted> {
+        let mut result = Ok(());
+        let (range, hits, devices) = (self.core.range, &mut self.hits, &mut self.devices);
+        let mut count = 0;
+        self.space.registry.walk(range, |at, inner| {
+            let (Some(part), Some(used)) = (at.intersect(range), Use::enter(inner)) else {
+                return ControlFlow::Continue(());
+            };
+            count += 1;
+            let hit = Hit {
+                logged: used.recent.start(range),
+                part,
+                quiesced: false,
+                polled: false,
+                used: Some(used),
+            };
+            result = hits.push(hit);
+            if result.is_ok() {
+                for target in &inner.targets {
+                    if !devices.iter().any(|one| one.device.same(&target.device)) {
+                        result = result.and(devices.push(DeviceOp::new(target.device.clone())));
+                    }
+                }
+            }
+            match result {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(_) => ControlFlow::Break(()),
+            }
+        });
+        if count > 0 && result.is_ok() {
+            let (start, last) = (range.start().get(), range.last().get());
+            self.space
+                .recorder
+                .record(Kind::Start, self.core.id, start, last);
+            self.space.stats.add(Counter::Hits, count);
+        }
+        result
+    }
+
+    fn quiesce(&mut self) {
+        let Self {
+            space,
+            core,
+            hits,
+            trouble,
+            ..
+        } = self;
+        hits.for_each(|hit| {
+            let Some(used) = &hit.used else { return };
+            if trouble.would_block {
+                return;
+            }
+            hit.quiesced = true;
+            let op = Op::new(core, hit.part);
+            match call(space, used, core, || {
+                used.notifier.quiesce(&op).map(|drain| drain.is_polled())
+            }) {
+                Some(Ok(polled)) => hit.polled = polled,
+                Some(Err(WouldBlock)) if core.may_block => trouble.not_drained = true,
+                Some(Err(WouldBlock)) => {
+                    space.recorder.record(Kind::Refused, core.id, used.id, 0);
+                    space.stats.add(Counter::Refused, 1);
+                    trouble.would_block = true;
+                }
+                None => trouble.panicked = true,
+            }
+        });
+    }
+
+    fn drain(&mut self) {
+        let Self {
+            space,
+            core,
+            hits,
+            trouble,
+            ..
+        } = self;
+        let mut deadline = Deadline::new(space.deadlines.drain);
+        let mut backoff = Backoff::new();
+        loop {
+            let mut waiting = false;
+            let over = deadline.is_over(&backoff);
+            hits.for_each(|hit| {
+                let Some(used) = &hit.used else { return };
+                if !hit.polled {
+                    return;
+                }
+                let op = Op::new(core, hit.part);
+                match call(space, used, core, || used.notifier.drained(&op)) {
+                    Some(true) => hit.polled = false,
+                    Some(false) if !over => waiting = true,
+                    Some(false) => {
+                        hit.polled = false;
+                        space.recorder.record(Kind::Deadline, core.id, 0, 0);
+                        if !reset_all(space, core, used) {
+                            trouble.not_drained = true;
+                        }
+                    }
+                    None => {
+                        hit.polled = false;
+                        trouble.panicked = true;
+                    }
+                }
+            });
+            if !waiting {
+                break;
+            }
+            backoff.wait();
+        }
+        space.recorder.record(Kind::Quiesced, core.id, 0, 0);
+    }
+
+    fn flush(&mut self) {
+        let Self {
+            space,
+            core,
+            hits,
+            devices,
+            trouble,
+            ..
+        } = self;
+        hits.for_each(|hit| {
+            let Some(used) = &hit.used else { return };
+            let op = Op::new(core, hit.part);
+            let asked = call(space, used, core, || {
+                used.notifier.flush(&op, Gather::new(&op)).range()
+            });
+            let Some(asked) = asked else {
+                trouble.panicked = true;
+                return;
+            };
+            let Some(range) = asked else { return };
+            for target in &used.targets {
+                let plan = FlushPlan::new(range, core.sizes, target.device.limits());
+                devices.for_each(|one| {
+                    if one.device.same(&target.device) {
+                        for scope in plan.scopes() {
+                            one.add(FlushCommand {
+                                tag: target.tag,
+                                scope,
+                            });
+                        }
+                    }
+                });
+            }
+        });
+        let mut deadline = Deadline::new(space.deadlines.flush);
+        devices.for_each(|one| {
+            if one.len == 0 {
+                one.state = Ack::Done;
+            } else if one.device.health() == Health::Quarantined {
+                one.state = Ack::Missed; // It is not waited for again.
+            } else {
+                one.issue(&mut deadline);
+            }
+        });
+        space.recorder.record(Kind::Dispatched, core.id, 0, 0);
+        sync(devices, &mut deadline);
+        self.escalate();
+        self.space
+            .recorder
+            .record(Kind::Flushed, self.core.id, 0, 0);
+    }
+
+    /// What missed its deadline: the whole device, then its reset, then quarantine.
+    fn escalate(&mut self) {
+        let Self {
+            space,
+            core,
+            devices,
+            trouble,
+            ..
+        } = self;
+        if devices.iter().all(|one| one.state == Ack::Done) {
+            return;
+        }
+        let mut deadline = Deadline::new(space.deadlines.full_flush);
+        let healthy = |one: &DeviceOp| one.device.health() == Health::Healthy;
+        devices.for_each(|one| {
+            if one.state == Ack::Missed && healthy(one) {
+                space.recorder.record(Kind::Deadline, core.id, 1, 0);
+                one.device.note_timeout();
+                one.set_whole();
+                one.issue(&mut deadline);
+                if one.state == Ack::Done {
+                    // "Nothing cached" cannot answer for commands that were accepted before.
+                    one.state = Ack::Missed;
+                }
+            }
+        });
+        sync(devices, &mut deadline);
+        devices.for_each(|one| match one.state {
+            Ack::Done if one.is_whole() && one.ticket.is_some() => {
+                one.device.note_recovered_by_flush();
+            }
+            Ack::Missed if healthy(one) => {
+                space.recorder.record(Kind::Deadline, core.id, 2, 0);
+                if one.device.reset(space.deadlines.reset).is_ok() {
+                    one.state = Ack::Done;
+                } else {
+                    space.recorder.record(Kind::Deadline, core.id, 3, 0);
+                    space.recorder.record(Kind::Quarantine, core.id, 0, 0);
+                    one.device.quarantine();
+                }
+            }
+            _ => {}
+        });
+        let missed = devices.iter().find(|one| one.state == Ack::Missed);
+        if let Some(missed) = missed
+            && !cfg!(planted = "r20")
+        {
+            trouble.device = Some(missed.device.clone());
+        }
+    }
+
+    fn cut_off(&mut self) {
+        let Self {
+            space,
+            core,
+            hits,
+            trouble,
+            ..
+        } = self;
+        hits.for_each(|hit| {
+            let Some(used) = &hit.used else { return };
+            let op = Op::new(core, hit.part);
+            match call(space, used, core, || used.notifier.cut_off(&op)) {
+                Some(Ok(())) => {}
+                Some(Err(_)) => trouble.not_drained = true,
+                None => trouble.panicked = true,
+            }
+        });
+    }
+
+    fn error(&self) -> Option<InvalidateError> {
+        let range = self.core.range;
+        let trouble = &self.trouble;
+        if trouble.panicked {
+            Some(InvalidateError::HandlerPanicked {
+                range,
+                changed: false,
+            })
+        } else if trouble.would_block {
+            Some(InvalidateError::WouldBlock { range })
+        } else if let Some(device) = &trouble.device {
+            Some(InvalidateError::Quarantined {
+                range,
+                device: device.clone(),
+            })
+        } else if trouble.not_drained {
+            Some(InvalidateError::NotDrained { range })
+        } else {
+            None
+        }
+    }
+
+    /// The last phase: `end` for whoever was started, and everything is given back.
+    pub(crate) fn end(&mut self, outcome: Outcome) {
+        if std::mem::replace(&mut self.ended, true) {
+            return;
+        }
+        let Self {
+            space,
+            core,
+            hits,
+            trouble,
+            ..
+        } = self;
+        let hit_any = !hits.is_empty();
+        hits.for_each(|hit| {
+            let Some(used) = hit.used.take() else { return };
+            if hit.quiesced {
+                let op = Op::new(core, hit.part);
+                if call(space, &used, core, || used.notifier.end(&op, outcome)).is_none() {
+                    trouble.panicked = true;
+                }
+            }
+            used.recent.end(hit.logged);
+            used.leave();
+        });
+        self.hits.clear();
+        self.devices.clear();
+        self.space.active.end(self.claim);
+        self.space.stats.add(Counter::Invalidations, 1);
+        if outcome == Outcome::Quarantined {
+            self.space.stats.add(Counter::Quarantined, 1);
+        }
+        if hit_any {
+            let number = match outcome {
+                Outcome::Changed => 0,
+                Outcome::Unchanged => 1,
+                Outcome::Quarantined => 2,
+            };
+            self.space
+                .recorder
+                .record(Kind::End, self.core.id, number, 0);
+        }
+        self.space.events.ended();
+    }
+
+    /// A handler that panicked in `end` is told to the caller too; the pages have changed by then.
+    pub(crate) fn panic_at_end(&self) -> Result<(), InvalidateError> {
+        if self.trouble.panicked {
+            let range = self.core.range;
+            return Err(InvalidateError::HandlerPanicked {
+                range,
+                changed: true,
+            });
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Invalidation<'_> {
+    fn drop(&mut self) {
+        // Whoever drops it without a word may have changed the pages.
+        self.end(Outcome::Changed);
+    }
+}
+
+/// Calls a handler; `None` if it panicked, in which case its devices are in quarantine.
+fn call<R>(space: &Space, inner: &Inner, core: &OpCore, handler: impl FnOnce() -> R) -> Option<R> {
+    let result = {
+        let _callback = InCallback::handler(inner.key());
+        catch_unwind(AssertUnwindSafe(handler))
+    };
+    result.map_err(|_| space.note_panic(inner, core.id)).ok()
+}
+
+/// Work that does not drain ends with a reset of every device of its registration; false if one has none.
+fn reset_all(space: &Space, core: &OpCore, inner: &Inner) -> bool {
+    let mut all = !inner.targets.is_empty();
+    for target in &inner.targets {
+        if target.device.reset(space.deadlines.reset).is_err() {
+            space.recorder.record(Kind::Quarantine, core.id, 0, 0);
+            target.device.quarantine();
+            all = false;
+        }
+    }
+    all
+}
+
+/// Polls all devices together until each has acknowledged or the deadline is over.
+fn sync(devices: &mut Chain<DeviceOp>, deadline: &mut Deadline) {
+    if cfg!(planted = "sync") {
+        devices.for_each(|one| one.state = Ack::Done);
+        return;
+    }
+    let mut backoff = Backoff::new();
+    loop {
+        let over = deadline.is_over(&backoff);
+        let mut waiting = false;
+        devices.for_each(|one| {
+            one.poll();
+            if one.state == Ack::Waiting {
+                waiting = true;
+                if over {
+                    one.state = Ack::Missed;
+                }
+            }
+        });
+        if !waiting || over {
+            return;
+        }
+        backoff.wait();
+    }
+}
+
+/// An invalidation that somebody outside drives: the pages change between [`begin`](crate::AddressSpace::begin_invalidation)
+/// and [`ExternalInvalidation::end`]. Bound to its thread; on it everything counts as inside a callback meanwhile.
+/// Dropping it counts as [`Outcome::Changed`].
+pub struct ExternalInvalidation<'s> {
+    invalidation: Invalidation<'s>,
+}
+
+impl std::fmt::Debug for ExternalInvalidation<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("ExternalInvalidation")
+            .field(&self.invalidation.core)
+            .finish()
+    }
+}
+
+impl ExternalInvalidation<'_> {
+    /// The pages have changed, or not.
+    ///
+    /// # Errors
+    /// [`InvalidateError::HandlerPanicked`] if an `end` did; everybody else has been told.
+    pub fn end(mut self, outcome: Outcome) -> Result<(), InvalidateError> {
+        self.invalidation.end(outcome);
+        self.invalidation.panic_at_end()
+    }
+}
+
+impl crate::AddressSpace {
+    /// Shoots `range` down because somebody else is about to change its pages: on return no device reaches them, until the
+    /// guard is ended. Also for spaces without process memory. Legal with the map lock held.
+    ///
+    /// # Errors
+    /// The pages must not change then. [`Refused`] inside a callback and with a `NotifierLock` held.
+    pub fn begin_invalidation(
+        &self,
+        range: Range,
+        cause: Cause,
+    ) -> Result<ExternalInvalidation<'_>, InvalidateError> {
+        self.external(range, cause, Mode::Blocking)
+    }
+
+    /// The same, where handlers may not wait for locks.
+    ///
+    /// # Errors
+    /// [`InvalidateError::WouldBlock`] besides.
+    pub fn try_begin_invalidation(
+        &self,
+        range: Range,
+        cause: Cause,
+    ) -> Result<ExternalInvalidation<'_>, InvalidateError> {
+        self.external(range, cause, Mode::Try)
+    }
+
+    fn external(
+        &self,
+        range: Range,
+        cause: Cause,
+        mode: Mode,
+    ) -> Result<ExternalInvalidation<'_>, InvalidateError> {
+        context::wait_refusal("begin_invalidation")?;
+        let sizes = PageSizes::all();
+        let invalidation = Invalidation::begin(&self.space, range, sizes, cause, mode)?;
+        Ok(ExternalInvalidation { invalidation })
+    }
+}

@@ -1,0 +1,62 @@
+//! Waiting for something of an address space to end: uses of a registration, an invalidation, a span, a release.
+//!
+//! Rare, so the ones who end things pay a fence and a load as long as nobody waits. The pair is Dekker's: a waiter raises its
+//! count, fences, checks; an ender changes the state, fences, looks at the count. One of them sees the other; the mutex
+//! closes the gap between a waiter's check and its sleep.
+
+use std::time::Instant;
+
+use crate::primitive::atomic::{AtomicUsize, Ordering, fence};
+use crate::primitive::{Condvar, Mutex, now};
+
+#[derive(Debug)]
+pub(crate) struct Events {
+    waiting: AtomicUsize,
+    lock: Mutex<()>,
+    ended: Condvar,
+}
+
+impl Events {
+    pub(crate) fn new() -> Self {
+        Self {
+            waiting: AtomicUsize::new(0),
+            lock: Mutex::new(()),
+            ended: Condvar::new(),
+        }
+    }
+
+    /// Something has ended: the caller has already changed the state.
+    pub(crate) fn ended(&self) {
+        fence(Ordering::SeqCst);
+        if self.waiting.load(Ordering::Relaxed) > 0 {
+            drop(self.lock.lock());
+            self.ended.notify_all();
+        }
+    }
+
+    /// Waits until `done` says true; false when `deadline` was first. `done` may take locks, but none that is held
+    /// while [`Events::ended`] is called.
+    pub(crate) fn wait(&self, deadline: Option<Instant>, mut done: impl FnMut() -> bool) -> bool {
+        if done() {
+            return true;
+        }
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        let mut guard = self.lock.lock();
+        let result = loop {
+            if done() {
+                break true;
+            }
+            guard = match deadline {
+                None => self.ended.wait(guard),
+                Some(deadline) => match deadline.checked_duration_since(now()) {
+                    Some(left) if !left.is_zero() => self.ended.wait_timeout(guard, left),
+                    _ => break false,
+                },
+            };
+        };
+        drop(guard);
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        result
+    }
+}

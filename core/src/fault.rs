@@ -1,0 +1,159 @@
+//! Begin and retry: installing a translation beside invalidations.
+//!
+//! ```text
+//!   let mut fault = registration.begin(entry, deadline)?;
+//!   loop {
+//!       let translation = memory.translate(addr);          // may be stale already
+//!       let guard = driver_lock.lock();                     // the one that `quiesce` takes
+//!       if !fault.retry(&guard) { install; break }          // nothing overlapped since begin
+//!       drop(guard);
+//!       fault.again()?;                                     // waits for what overlaps
+//!   }
+//! ```
+//! `begin` is given the *whole* entry that is to be installed: a 2 MiB entry beside an unmap of 4 KiB of it has to see that
+//! unmap (R34). It waits for overlapping invalidations only, and blocks rather than spins.
+
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+
+use crate::addr::Range;
+use crate::context::{self, Refused};
+use crate::lock::NotifierGuard;
+use crate::primitive::now;
+use crate::registration::Registration;
+use crate::registration::state::State;
+use crate::stats::Counter;
+use crate::tlb::{Device, Health};
+
+/// Why a fault cannot be resolved.
+#[derive(Clone, Debug, Error)]
+#[non_exhaustive]
+pub enum FaultError {
+    /// Not where it was called.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// The entry reaches beyond the registration: invalidations out there would not be seen.
+    #[error("the entry {entry} reaches beyond the registration {registration}: use a smaller page")]
+    OutsideRegistration {
+        /// What was to be installed.
+        entry: Range,
+        /// What is registered.
+        registration: Range,
+    },
+    /// The registration was given up, or its space has exited.
+    #[error("the registration of {registration} is over")]
+    Gone {
+        /// What was registered.
+        registration: Range,
+    },
+    /// The device is in quarantine: nothing may be installed in it.
+    #[error("device {} is in quarantine: recover it first", device.name())]
+    DeviceQuarantined {
+        /// The device.
+        device: Device,
+    },
+    /// Invalidations of the range went on past the deadline.
+    #[error("{entry} was being invalidated for all of {waited:?}")]
+    Deadline {
+        /// What was to be installed.
+        entry: Range,
+        /// How long was waited.
+        waited: Duration,
+    },
+}
+
+/// A fault between begin and installation.
+#[derive(Debug)]
+pub struct Fault<'r> {
+    registration: &'r Registration,
+    entry: Range,
+    seen: u64,
+    begun: Option<Instant>,
+    time: Duration,
+}
+
+impl Registration {
+    /// Begins to install `entry`, the whole of it. Waits for invalidations that overlap it, up to `time` over all rounds.
+    /// With the map lock held it is legal: an invalidation between start and end never takes that lock.
+    ///
+    /// # Errors
+    /// [`FaultError`].
+    pub fn begin(&self, entry: Range, time: Duration) -> Result<Fault<'_>, FaultError> {
+        let mut fault = Fault {
+            registration: self,
+            entry,
+            seen: 0,
+            begun: None,
+            time,
+        };
+        self.inner.space.stats.add(Counter::Faults, 1);
+        fault.round()?;
+        Ok(fault)
+    }
+}
+
+impl Fault<'_> {
+    fn round(&mut self) -> Result<(), FaultError> {
+        context::wait_refusal("begin")?;
+        let inner = &self.registration.inner;
+        let (range, space) = (inner.range, &inner.space);
+        if !range.contains(self.entry) {
+            return Err(FaultError::OutsideRegistration {
+                entry: self.entry,
+                registration: range,
+            });
+        }
+        let gone = || !matches!(inner.word.load().state(), State::Inserting | State::Live);
+        let mut seen = inner.recent.undisturbed(self.entry, &space.active);
+        if seen.is_none() {
+            let deadline = *self.begun.get_or_insert_with(now) + self.time;
+            space.events.wait(Some(deadline), || {
+                seen = inner.recent.undisturbed(self.entry, &space.active);
+                seen.is_some() || gone()
+            });
+        }
+        if gone() {
+            return Err(FaultError::Gone {
+                registration: range,
+            });
+        }
+        let sick = inner
+            .targets
+            .iter()
+            .find(|one| one.device.health() == Health::Quarantined);
+        if let Some(target) = sick {
+            return Err(FaultError::DeviceQuarantined {
+                device: target.device.clone(),
+            });
+        }
+        self.seen = seen.ok_or(FaultError::Deadline {
+            entry: self.entry,
+            waited: self.time,
+        })?;
+        Ok(())
+    }
+
+    /// Whether an invalidation that may overlap the entry has started since begin: then nothing may be installed. Checked with
+    /// the lock held that `quiesce` takes; its guard is the proof. False stays true until that lock is dropped.
+    pub fn retry<T>(&self, guard: &NotifierGuard<'_, T>) -> bool {
+        let _ = guard;
+        let inner = &self.registration.inner;
+        let retry = inner.recent.disturbed(self.entry, self.seen)
+            || inner.word.load().is_quiet()
+            || inner.word.load().state() == State::Detached;
+        if retry {
+            inner.space.stats.add(Counter::FaultRetries, 1);
+        }
+        retry && !cfg!(planted = "r9")
+    }
+
+    /// Begins anew, for the next round.
+    ///
+    /// # Errors
+    /// As [`Registration::begin`].
+    pub fn again(&mut self) -> Result<(), FaultError> {
+        self.begun.get_or_insert_with(now);
+        self.round()
+    }
+}

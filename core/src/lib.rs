@@ -1,0 +1,102 @@
+//! The missing MMU notifier for user-space accelerator drivers.
+//!
+//! VFIO pins pages and never learns that the process has unmapped, discarded, moved or protected them; the device goes on
+//! through a stale translation. Inside the kernel `mmu_notifier` closes this hole. Here it is closed for drivers in user space: a driver
+//! registers a handler on a range, and before the pages behind that range change the handler has run, and every device TLB that
+//! it names has been flushed *and has acknowledged*.
+//!
+//! # The pieces
+//! * [`AddressSpace`]: what is watched. *Managed* ones have [`Memory`] behind them and their own map, unmap, discard, protect and
+//!   remap; for others [`AddressSpace::begin_invalidation`] tells of changes.
+//! * [`Notifier`]: what a driver implements. [`Registration`]: a notifier on a range, with the [`Device`]s whose TLBs
+//!   it stands for. [`Share`]: one registration for many segments.
+//! * [`DeviceTlb`]: issue, dispatch, poll, reset: how a TLB is flushed.
+//! * [`Fault`]: begin and retry, for installing a translation beside invalidations.
+//!
+//! # The protocol
+//! An invalidation goes through five phases, each for all devices concerned before the next begins, so that latencies overlap:
+//! 1. **start**: overlapping registrations are in use; no translation that overlaps the range is installed from here on;
+//! 2. **quiesce**: handlers stop new work, and say how to tell that what is in flight is done;
+//! 3. **flush**: every TLB gets its commands and one doorbell; then all are waited for together;
+//! 4. **cut off**: DMA mappings are taken away;
+//! 5. **change, end**: the pages change, and whoever was started is told how it ended.
+//!
+//! A device that does not acknowledge by its deadline is flushed as a whole, then reset, then *quarantined*, and so are the pages:
+//! they stay where they are, nobody gets them again, and the caller gets a typed error. A dead device is not waited for twice.
+//!
+//! # Locks, in their order
+//! | lock | taken by | held during |
+//! |---|---|---|
+//! | map lock ([`AddressSpace::lock_write`]) | callers, before start or not at all | in the forms on the guard: everything |
+//! | span | map, unmap, discard, protect, remap | all phases, against overlapping operations only |
+//! | [`NotifierLock`] | drivers, in `quiesce` and before `retry` | moments |
+//! | the device's own | drivers | moments |
+//!
+//! Where a call is not legal it returns [`Refused`] and nothing has happened. Unregistering is legal everywhere but with a
+//! `NotifierLock` held: with the map lock held it waits for running callbacks, inside a callback it returns at
+//! once and the last to leave completes it. `release` runs exactly once, where no lock is held.
+//!
+//! # What holding one proves
+//! | value | proves |
+//! |---|---|
+//! | [`Range`] | it has at least one byte, and does not overflow |
+//! | [`MapWriteGuard`], [`MapReadGuard`] | the map lock is held by this thread |
+//! | [`NotifierGuard`] | a lock is held under which the map lock cannot be taken |
+//! | [`Op`] | a callback is running for one operation |
+//! | [`Issued`] | the flush of this operation was asked for; the acknowledgement is the engine's to await |
+//! | [`Fault`] | begin has found the entry undisturbed |
+//! | [`ExternalInvalidation`] | no device reaches the range |
+//!
+//! # Where to read on
+//! `registration::state` has the state word on which every race of unregister, release, exit and put is decided; `engine` the
+//! phases; `recent` and `fault` begin and retry; `registry` and `srcu` the lock-free walk; `managed` the spans.
+
+mod active;
+mod addr;
+mod context;
+mod device;
+mod engine;
+mod events;
+mod fault;
+mod lock;
+mod managed;
+mod memory;
+mod notifier;
+mod pool;
+mod primitive;
+mod process;
+mod recorder;
+mod registration;
+mod registry;
+mod share;
+mod space;
+mod srcu;
+mod stats;
+mod tlb;
+
+pub use addr::{Addr, PageSize, PageSizes, Range, RangeError};
+pub use context::{Place, Refused};
+pub use device::{DeviceError, DmaWindow, Interrupts, Registers};
+pub use engine::{ExternalInvalidation, InvalidateError};
+pub use fault::{Fault, FaultError};
+pub use lock::{NotifierGuard, NotifierLock};
+pub use managed::{Map, MapError};
+pub use memory::{Frame, Memory, MemoryError, Rights, Translation};
+pub use notifier::{Cause, CutOffFailed, Drain, Gather, Issued, Notifier, Op, Outcome, WouldBlock};
+pub use process::ProcessMemory;
+pub use recorder::{Kind, Record};
+pub use registration::{
+    InsertError, Prepared, Registration, Target, UnregisterError, Unregistered,
+};
+pub use share::Share;
+pub use space::{AddressSpace, Deadlines, MapReadGuard, MapWriteGuard, SpacePin};
+pub use stats::Stats;
+pub use tlb::{
+    Completion, Device, DeviceStats, DeviceTlb, FlushCommand, Health, Issue, Limits, ResetError,
+    Scope, Ticket,
+};
+
+/// The README's code runs as tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

@@ -1,0 +1,138 @@
+//! Lists for the shootdown path, from memory that registration has set aside.
+//!
+//! A [`Chain`] grows by whole chunks that it takes from its [`Pool`] and gives back when it is dropped: nothing is
+//! allocated or freed between the two.
+
+use crate::primitive::{Arc, Mutex};
+
+/// Entries of a chunk.
+const CHUNK: usize = 32;
+
+struct Chunk<T> {
+    entries: Vec<T>,
+    next: Option<Box<Chunk<T>>>,
+}
+
+struct Free<T> {
+    chunks: Option<Box<Chunk<T>>>,
+    /// All that were ever made, in use or not.
+    made: usize,
+}
+
+pub(crate) struct Pool<T>(Mutex<Free<T>>);
+
+/// The pool has no chunk left.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Exhausted;
+
+impl<T> Pool<T> {
+    pub(crate) fn new() -> Self {
+        Self(Mutex::new(Free {
+            chunks: None,
+            made: 0,
+        }))
+    }
+
+    /// Makes sure that `entries` fit in all chains together. Allocates: not in the shootdown path.
+    pub(crate) fn reserve(&self, entries: usize) {
+        let mut free = self.0.lock();
+        while free.made * CHUNK < entries {
+            let next = free.chunks.take();
+            free.chunks = Some(Box::new(Chunk {
+                entries: Vec::with_capacity(CHUNK),
+                next,
+            }));
+            free.made += 1;
+        }
+    }
+
+    fn take(&self) -> Result<Box<Chunk<T>>, Exhausted> {
+        let mut free = self.0.lock();
+        let mut chunk = free.chunks.take().ok_or(Exhausted)?;
+        free.chunks = chunk.next.take();
+        Ok(chunk)
+    }
+
+    fn give(&self, mut chunk: Box<Chunk<T>>) {
+        chunk.entries.clear();
+        let mut free = self.0.lock();
+        chunk.next = free.chunks.take();
+        free.chunks = Some(chunk);
+    }
+}
+
+/// A list of `T` over chunks of a pool.
+pub(crate) struct Chain<T> {
+    pool: Arc<Pool<T>>,
+    head: Option<Box<Chunk<T>>>,
+}
+
+impl<T> Chain<T> {
+    pub(crate) fn new(pool: Arc<Pool<T>>) -> Self {
+        Self { pool, head: None }
+    }
+
+    pub(crate) fn push(&mut self, entry: T) -> Result<(), Exhausted> {
+        if self
+            .head
+            .as_ref()
+            .is_none_or(|chunk| chunk.entries.len() == CHUNK)
+        {
+            let mut chunk = self.pool.take()?;
+            chunk.next = self.head.take();
+            self.head = Some(chunk);
+        }
+        if let Some(chunk) = &mut self.head {
+            chunk.entries.push(entry);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.head.is_none()
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
+        std::iter::successors(self.head.as_deref(), |chunk| chunk.next.as_deref())
+            .flat_map(|chunk| chunk.entries.iter())
+    }
+
+    /// Shows each entry, newest chunk first.
+    pub(crate) fn for_each(&mut self, mut visit: impl FnMut(&mut T)) {
+        let mut next = self.head.as_deref_mut();
+        while let Some(chunk) = next {
+            chunk.entries.iter_mut().for_each(&mut visit);
+            next = chunk.next.as_deref_mut();
+        }
+    }
+
+    pub(crate) fn clear(&mut self) {
+        while let Some(mut chunk) = self.head.take() {
+            self.head = chunk.next.take();
+            self.pool.give(chunk);
+        }
+    }
+}
+
+impl<T> Drop for Chain<T> {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chain_takes_what_was_reserved_and_gives_it_back() {
+        let pool = Arc::new(Pool::new());
+        pool.reserve(CHUNK + 1);
+        for _ in 0..3 {
+            let mut chain = Chain::new(pool.clone());
+            (0..2 * CHUNK).for_each(|n| chain.push(n).unwrap());
+            assert_eq!(chain.push(0), Err(Exhausted));
+            assert_eq!(chain.iter().sum::<usize>(), (0..2 * CHUNK).sum());
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! Every atomic, lock, thread-local and yield of this crate goes through this module: the standard library's by default, the
+//! model checker's under `--cfg loom`, so that the checker runs the code that ships.
+//!
+//! Locks are the standard library's on purpose. On Linux they are one futex word each and never allocate, neither when they
+//! are made nor when they are waited for; a lock that parks its waiters in a table of its own allocates for each new thread, which
+//! the shootdown path may not. Poisoning is ignored: whoever panics under a lock here is contained by the engine, and what the lock
+//! protects is changed in steps that each leave it whole.
+
+use std::time::{Duration, Instant};
+
+#[cfg(not(loom))]
+mod imp {
+    pub(crate) use std::hint;
+    pub(crate) use std::sync::{Arc, Condvar, Mutex, MutexGuard, atomic};
+    pub(crate) use std::{thread, thread_local};
+}
+
+#[cfg(loom)]
+mod imp {
+    pub(crate) use loom::sync::{Arc, Condvar, Mutex, MutexGuard};
+    pub(crate) use loom::{hint, thread, thread_local};
+
+    pub(crate) mod atomic {
+        pub(crate) use loom::sync::atomic::*;
+    }
+}
+
+pub(crate) use imp::{Arc, MutexGuard, atomic, hint, thread, thread_local};
+
+/// A mutex without poisoning.
+#[derive(Debug, Default)]
+pub(crate) struct Mutex<T>(imp::Mutex<T>);
+
+impl<T> Mutex<T> {
+    #[cfg(not(loom))]
+    pub(crate) const fn new(value: T) -> Self {
+        Self(imp::Mutex::new(value))
+    }
+
+    /// Not `const`: the checker numbers its objects when they are made.
+    #[cfg(loom)]
+    pub(crate) fn new(value: T) -> Self {
+        Self(imp::Mutex::new(value))
+    }
+
+    /// Waits for the holder.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, T> {
+        match self.0.lock() {
+            Ok(guard) => guard,
+            Err(poisoned) => poisoned.into_inner(),
+        }
+    }
+
+    /// `None` if it is held.
+    pub(crate) fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
+        use std::sync::TryLockError;
+        match self.0.try_lock() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+}
+
+/// A condition variable for [`Mutex`].
+#[derive(Debug, Default)]
+pub(crate) struct Condvar(imp::Condvar);
+
+impl Condvar {
+    pub(crate) fn new() -> Self {
+        Self(imp::Condvar::new())
+    }
+
+    /// Lets the lock go, sleeps until it is notified or for no reason at all, and takes the lock again.
+    pub(crate) fn wait<'a, T>(&self, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+        match self.0.wait(guard) {
+            Ok(guard) => guard,
+            Err(poisoned) => poisoned.into_inner(),
+        }
+    }
+
+    /// As [`Condvar::wait`], for `timeout` at most. The caller looks at the clock, as it must anyway.
+    ///
+    /// Under the checker time stands still and `timeout` never passes: a wake-up that is lost is then a deadlock, which
+    /// the checker reports, where a timeout would have papered over it.
+    pub(crate) fn wait_timeout<'a, T>(
+        &self,
+        guard: MutexGuard<'a, T>,
+        timeout: Duration,
+    ) -> MutexGuard<'a, T> {
+        match self.0.wait_timeout(guard, timeout) {
+            Ok((guard, _)) => guard,
+            Err(poisoned) => poisoned.into_inner().0,
+        }
+    }
+
+    /// Wakes every waiter.
+    pub(crate) fn notify_all(&self) {
+        self.0.notify_all();
+    }
+}
+
+/// The clock. The checker has none; nothing that it explores may depend on it.
+pub(crate) fn now() -> Instant {
+    Instant::now()
+}
+
+/// A number that is this thread's own for as long as there are fewer threads than numbers that matter to the caller: where
+/// to start looking for a free slot. Neither allocates nor registers a destructor, on first use either.
+#[cfg(not(loom))]
+pub(crate) fn home() -> usize {
+    use std::cell::Cell;
+    static NEXT: atomic::AtomicUsize = atomic::AtomicUsize::new(0);
+    thread_local! {
+        static HOME: Cell<usize> = const { Cell::new(usize::MAX) };
+    }
+    HOME.with(|home| {
+        if home.get() == usize::MAX {
+            // Relaxed: the number orders nothing.
+            home.set(NEXT.fetch_add(1, atomic::Ordering::Relaxed));
+        }
+        home.get()
+    })
+}
+
+/// Under the checker all threads start at the same slot, which is where they meet, and an execution can be replayed.
+#[cfg(loom)]
+pub(crate) fn home() -> usize {
+    0
+}
+
+/// What to do while another thread, or a device, finishes something that is normally short: spin, each round twice as long
+/// as the one before; then give the processor to others; then, as it is not short at all, take naps.
+#[derive(Debug)]
+pub(crate) struct Backoff {
+    round: u32,
+}
+
+impl Backoff {
+    /// 2^6 - 1 spins in all, well under a microsecond: about what a round trip to another core costs.
+    const SPIN_ROUNDS: u32 = 6;
+    const YIELD_ROUNDS: u32 = 500;
+    const NAP: Duration = Duration::from_micros(20);
+
+    pub(crate) const fn new() -> Self {
+        Self { round: 0 }
+    }
+
+    /// Whether the quick part is over: only from then on is a clock worth reading.
+    pub(crate) fn is_slow(&self) -> bool {
+        cfg!(loom) || self.round >= Self::SPIN_ROUNDS
+    }
+
+    /// Waits a little. Under the checker it always yields, which tells it that another thread must run first.
+    pub(crate) fn wait(&mut self) {
+        if cfg!(loom) || (Self::SPIN_ROUNDS..Self::YIELD_ROUNDS).contains(&self.round) {
+            thread::yield_now();
+        } else if self.round < Self::SPIN_ROUNDS {
+            (0..1 << self.round).for_each(|_| hint::spin_loop());
+        } else {
+            std::thread::sleep(Self::NAP);
+        }
+        self.round = self.round.saturating_add(1);
+    }
+}

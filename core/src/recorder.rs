@@ -1,0 +1,202 @@
+//! The flight recorder: what happened last, for the author whose device has eaten a page.
+//!
+//! A ring of fixed-size records in memory set aside beforehand, one ring for each of a few shards, so that threads do not
+//! share a counter. Writing one takes no lock and allocates nothing. A reader may meet a record that is being
+//! overwritten; it sees that by the record's number and leaves it out. Invalidations that hit nothing are not recorded.
+
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use crate::primitive::atomic::{AtomicU64, Ordering, fence};
+use crate::primitive::{home, now};
+
+const SHARDS: usize = 8;
+#[cfg(not(loom))]
+const RECORDS: usize = 1024;
+#[cfg(loom)]
+const RECORDS: usize = 1;
+
+/// What happened.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+#[non_exhaustive]
+#[repr(u8)]
+pub enum Kind {
+    /// An invalidation started: operation, first address, last address.
+    Start,
+    /// All handlers have quiesced: operation, registrations.
+    Quiesced,
+    /// All devices have been dispatched to: operation, devices.
+    Dispatched,
+    /// All devices have acknowledged: operation.
+    Flushed,
+    /// It is over: operation, 0 changed, 1 unchanged, 2 quarantined.
+    End,
+    /// A non-blocking one was refused by a handler: operation, registration.
+    Refused,
+    /// A deadline was missed: operation, 0 drain, 1 flush, 2 full flush, 3 reset.
+    Deadline,
+    /// A device was put into quarantine: operation.
+    Quarantine,
+    /// A handler panicked: operation, registration.
+    Panicked,
+    /// A registration was inserted: registration, first address, last address.
+    Insert,
+    /// One was given up: registration, place.
+    Unregister,
+    /// `release` was run: registration.
+    Release,
+}
+
+impl Kind {
+    const ALL: [Kind; 12] = [
+        Self::Start,
+        Self::Quiesced,
+        Self::Dispatched,
+        Self::Flushed,
+        Self::End,
+        Self::Refused,
+        Self::Deadline,
+        Self::Quarantine,
+        Self::Panicked,
+        Self::Insert,
+        Self::Unregister,
+        Self::Release,
+    ];
+}
+
+/// One record.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Record {
+    /// Since the address space was made.
+    pub at: Duration,
+    /// The shard: threads differ, mostly.
+    pub shard: usize,
+    /// What happened.
+    pub kind: Kind,
+    /// The operation, or the registration.
+    pub subject: u64,
+    /// As the kind says.
+    pub a: u64,
+    /// As the kind says.
+    pub b: u64,
+}
+
+impl fmt::Display for Record {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{:>12.3} us  shard {}  {:<10} {:#x}  {:#x} {:#x}",
+            self.at.as_secs_f64() * 1e6,
+            self.shard,
+            format!("{:?}", self.kind),
+            self.subject,
+            self.a,
+            self.b,
+        )
+    }
+}
+
+/// A record's words: number, nanoseconds, kind, subject, a, b.
+type Words = [AtomicU64; 6];
+
+#[repr(align(128))]
+struct Shard {
+    next: AtomicU64,
+    records: Box<[Words]>,
+}
+
+pub(crate) struct Recorder {
+    epoch: Instant,
+    shards: Box<[Shard]>,
+}
+
+impl Recorder {
+    pub(crate) fn new() -> Self {
+        let shard = |_| Shard {
+            next: AtomicU64::new(0),
+            records: (0..RECORDS)
+                .map(|_| std::array::from_fn(|_| AtomicU64::new(0)))
+                .collect(),
+        };
+        Self {
+            epoch: now(),
+            shards: (0..if cfg!(loom) { 0 } else { SHARDS })
+                .map(shard)
+                .collect(),
+        }
+    }
+
+    /// Writes a record. Models have none: they would only add states.
+    pub(crate) fn record(&self, kind: Kind, subject: u64, a: u64, b: u64) {
+        let Some(shard) = self.shards.get(home() % SHARDS) else {
+            return;
+        };
+        let at = self.epoch.elapsed().as_nanos() as u64;
+        // Relaxed: only makes the place unique.
+        let number = shard.next.fetch_add(1, Ordering::Relaxed);
+        let words = &shard.records[number as usize % RECORDS];
+        // As a sequence lock: the number is taken away, the words written, the number set. The fence, with the one in
+        // `records`, keeps the words behind the first store; Release keeps them before the last.
+        words[0].store(0, Ordering::Relaxed);
+        fence(Ordering::Release);
+        for (word, value) in words[1..].iter().zip([at, kind as u64, subject, a, b]) {
+            word.store(value, Ordering::Relaxed);
+        }
+        words[0].store(number + 1, Ordering::Release);
+    }
+
+    /// All records that are whole, the oldest first.
+    pub(crate) fn records(&self) -> Vec<Record> {
+        let mut records = Vec::new();
+        for (nth, shard) in self.shards.iter().enumerate() {
+            for words in &shard.records {
+                let number = words[0].load(Ordering::Acquire);
+                let [at, kind, subject, a, b] =
+                    std::array::from_fn(|word| words[word + 1].load(Ordering::Relaxed));
+                fence(Ordering::Acquire);
+                if number == 0 || words[0].load(Ordering::Relaxed) != number {
+                    continue;
+                }
+                records.extend(Kind::ALL.get(kind as usize).map(|kind| Record {
+                    at: Duration::from_nanos(at),
+                    shard: nth,
+                    kind: *kind,
+                    subject,
+                    a,
+                    b,
+                }));
+            }
+        }
+        records.sort_by_key(|record| record.at);
+        records
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_ring_keeps_the_newest_records() {
+        let recorder = Recorder::new();
+        let last = RECORDS as u64 * 2;
+        (0..=last).for_each(|n| recorder.record(Kind::Start, n, 0, 0));
+        let records = recorder.records();
+        assert_eq!(records.len(), RECORDS);
+        assert_eq!(records.last().map(|record| record.subject), Some(last));
+    }
+
+    #[test]
+    fn every_kind_is_read_back_as_it_was_written() {
+        let recorder = Recorder::new();
+        Kind::ALL
+            .iter()
+            .for_each(|kind| recorder.record(*kind, 1, 2, 3));
+        let kinds: Vec<_> = recorder
+            .records()
+            .iter()
+            .map(|record| record.kind)
+            .collect();
+        assert_eq!(kinds, Kind::ALL);
+    }
+}

@@ -1,0 +1,350 @@
+//! Registrations: a handler on a range, from prepare to release.
+//!
+//! [`AddressSpace::prepare`](crate::AddressSpace::prepare) allocates everything, [`Prepared::insert`] makes it visible, and it ends
+//! by [`Registration::unregister`], by dropping the handle, or by the exit of the space, whichever comes first; `release` runs
+//! exactly once. The edges are in the state word's module; here is what is done on them.
+//!
+//! A *use* pins a registration from an invalidation's `start` to the return of `end`. A registration leaves the index only
+//! after its last use, and the index owns a strong count: so a use needs no count of its own, and giving one back never
+//! frees, which the shootdown path may not do.
+
+mod recent;
+pub(crate) mod state;
+
+use std::fmt;
+use std::ops::Deref;
+use std::ptr::NonNull;
+use std::sync::Arc as StdArc;
+
+use thiserror::Error;
+
+pub(crate) use self::recent::{Logged, Recent};
+use self::state::{Detach, State, StateWord};
+use crate::addr::Range;
+use crate::context::{self, Refused};
+use crate::notifier::Notifier;
+use crate::primitive::Arc;
+use crate::primitive::atomic::{AtomicPtr, Ordering};
+use crate::recorder::Kind;
+use crate::space::Space;
+use crate::tlb::Device;
+
+/// A device TLB that a registration names, and the tag that its flush commands carry.
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// The device.
+    pub device: Device,
+    /// An ASID, a PASID, an index: whatever the driver's [`DeviceTlb`](crate::DeviceTlb) makes of it.
+    pub tag: u64,
+}
+
+/// Why a registration could not be inserted. It was not, and its handler was not called.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum InsertError {
+    /// The space is exiting, or has exited.
+    #[error("the address space is exiting: {range} can no longer be registered")]
+    Exiting {
+        /// What was to be registered.
+        range: Range,
+    },
+    /// Not where it was called.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+}
+
+/// What an unregister came to. In each case no callback runs or will run on return, except
+/// [`Unregistered::Deferred`]: there it is so once the callbacks on this thread's stack, and those that other threads are in, have
+/// returned.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Unregistered {
+    /// Released.
+    Released,
+    /// No callback runs or will run; `release` runs when the map lock is dropped.
+    Quiet,
+    /// Called inside a callback or an open invalidation: the last to leave completes it.
+    Deferred,
+    /// The exit of the space, or a last put, was first: nothing to do.
+    AlreadyGone,
+}
+
+/// Why an unregister was refused. Nothing has changed.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum UnregisterError {
+    /// It was unregistered before.
+    #[error("the registration of {range} was unregistered before")]
+    AlreadyUnregistered {
+        /// Its range.
+        range: Range,
+    },
+    /// Not where it was called.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+}
+
+pub(crate) struct Inner {
+    pub(crate) id: u64,
+    pub(crate) range: Range,
+    pub(crate) word: StateWord,
+    pub(crate) notifier: StdArc<dyn Notifier>,
+    pub(crate) targets: Box<[Target]>,
+    pub(crate) space: Arc<Space>,
+    pub(crate) recent: Recent,
+    /// The pointer of the index's strong count, set before it is published.
+    this: AtomicPtr<Inner>,
+    /// The next on the completed list.
+    pub(crate) next: crate::primitive::Mutex<Option<Arc<Inner>>>,
+}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Registration")
+            .field("id", &self.id)
+            .field("range", &self.range)
+            .field("state", &self.word.load().state())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Inner {
+    /// Tells this registration from others on a thread's stack of callbacks.
+    pub(crate) fn key(&self) -> usize {
+        std::ptr::from_ref(self) as usize
+    }
+
+    /// A count of its own for who completes: the index's is still there.
+    pub(crate) fn count(&self) -> Arc<Inner> {
+        // Relaxed: it was set before the publication through which `self` was found.
+        let this = self.this.load(Ordering::Relaxed);
+        // SAFETY: the pointer came from `Arc::into_raw` in `insert`, and the index still holds that count: it is taken away
+        // only after completion, which is what the caller is about to do.
+        unsafe {
+            Arc::increment_strong_count(this);
+            Arc::from_raw(this)
+        }
+    }
+
+    /// Detaches for exit: no handle asked.
+    pub(crate) fn detach_for_exit(&self) {
+        if self.word.detach(false) == Detach::Complete {
+            Space::complete(self.count());
+        }
+    }
+}
+
+/// A registration in use: no `release`, and no reclamation, before it is given back.
+#[derive(Debug)]
+pub(crate) struct Use(NonNull<Inner>);
+
+// SAFETY: a use is a shared reference to an `Inner`, which is Sync, that the count in its state word keeps alive.
+unsafe impl Send for Use {}
+
+impl Use {
+    /// Inside a read section: a use of what the index shows, unless it is detached.
+    pub(crate) fn enter(inner: &Inner) -> Option<Self> {
+        inner.word.enter().then(|| Self(NonNull::from(inner)))
+    }
+
+    /// Gives it back; completes a detached registration if this was the last.
+    pub(crate) fn leave(self) {
+        // SAFETY: the use keeps it alive until the word says otherwise. Where `leave` says true, this was the last use of a
+        // detached registration: only this caller can complete it, and the index's count stays until then. Where it
+        // says false nothing is touched any more.
+        let inner = unsafe { self.0.as_ref() };
+        if inner.word.leave() {
+            Space::complete(inner.count());
+        }
+    }
+}
+
+impl Deref for Use {
+    type Target = Inner;
+    fn deref(&self) -> &Inner {
+        // SAFETY: a use keeps the registration in the index, and with it the index's strong count.
+        unsafe { self.0.as_ref() }
+    }
+}
+
+/// A registration that is complete but not visible yet: inserting it allocates nothing that it needs later.
+#[derive(Debug)]
+#[must_use = "a prepared registration does nothing until it is inserted"]
+pub struct Prepared {
+    inner: Arc<Inner>,
+}
+
+impl Prepared {
+    pub(crate) fn new(
+        space: &Arc<Space>,
+        range: Range,
+        notifier: StdArc<dyn Notifier>,
+        targets: &[Target],
+        word: StateWord,
+    ) -> Self {
+        space.reserve(targets.len());
+        Self {
+            inner: Arc::new(Inner {
+                id: space.next_registration(),
+                range,
+                word,
+                notifier,
+                targets: targets.into(),
+                space: space.clone(),
+                recent: Recent::new(),
+                this: AtomicPtr::new(std::ptr::null_mut()),
+                next: crate::primitive::Mutex::new(None),
+            }),
+        }
+    }
+
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.inner
+    }
+
+    /// Makes it visible. From here on callbacks may run, also before this returns. An invalidation of an overlapping range
+    /// that is in progress does not call this handler; [`Registration::begin`] waits for its end. Takes no
+    /// lock that a callback can hold; with the map lock held it is legal.
+    ///
+    /// # Errors
+    /// [`InsertError::Exiting`]; [`Refused`] with a `NotifierLock` held, or inside a callback, where it would
+    /// allocate.
+    pub fn insert(self) -> Result<Registration, InsertError> {
+        self.publish()?;
+        Ok(Registration {
+            inner: self.inner,
+            on_drop: OnDrop::Detach,
+        })
+    }
+
+    pub(crate) fn publish(&self) -> Result<(), InsertError> {
+        context::wait_refusal("insert")?;
+        let inner = &self.inner;
+        let this = Arc::into_raw(inner.clone());
+        inner.this.store(this.cast_mut(), Ordering::Relaxed);
+        // SAFETY: `this` came from `into_raw` just now; the count goes to the index.
+        let counted = unsafe { Arc::from_raw(this) };
+        inner.word.begin_insert();
+        if !inner.space.admit(counted) {
+            return Err(InsertError::Exiting { range: inner.range });
+        }
+        inner.recent.arrive(&inner.space.active, inner.range);
+        inner.word.go_live();
+        Ok(())
+    }
+}
+
+/// A registration that is live, held by its owner. Dropping it detaches it and never waits: callbacks that are running go on
+/// to their end, then `release` runs.
+#[derive(Debug)]
+pub struct Registration {
+    pub(crate) inner: Arc<Inner>,
+    pub(crate) on_drop: OnDrop,
+}
+
+/// What dropping a handle does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum OnDrop {
+    Detach,
+    Put,
+    Nothing,
+}
+
+impl Registration {
+    /// The range.
+    pub fn range(&self) -> Range {
+        self.inner.range
+    }
+
+    /// The one step after which no new callback begins. Never waits; legal everywhere. `release` runs after the last
+    /// callback that is running.
+    pub fn detach(&self) {
+        self.drop_by(|word| word.detach(false));
+    }
+
+    fn drop_by(&self, detach: impl FnOnce(&StateWord) -> Detach) {
+        if detach(&self.inner.word) == Detach::Complete {
+            Space::complete(self.inner.clone());
+            context::leave();
+        }
+    }
+
+    /// Waits until no callback of this registration runs: for those of this one, and for nothing else. With the map lock
+    /// held it is legal: no callback can need that lock.
+    ///
+    /// # Errors
+    /// [`Refused`] inside a callback or an open invalidation, and with a `NotifierLock` held.
+    pub fn synchronize(&self) -> Result<(), Refused> {
+        context::wait_refusal("synchronize")?;
+        self.inner
+            .space
+            .events
+            .wait(None, || self.inner.word.load().uses() == 0);
+        Ok(())
+    }
+
+    /// Gives the registration up: detaches, and waits until no callback runs, where waiting is legal. Inside any callback it
+    /// returns at once and the last to leave completes; with the map lock held it waits and `release` runs when
+    /// that lock is dropped; else `release` has run on return.
+    ///
+    /// # Errors
+    /// [`UnregisterError::AlreadyUnregistered`] the second time; [`Refused`] with a `NotifierLock` held (outside a
+    /// callback), as a callback may be waiting for it.
+    pub fn unregister(&self) -> Result<Unregistered, UnregisterError> {
+        give_up(&self.inner, |word| word.detach(true))
+    }
+}
+
+/// The one way of giving a registration up: by unregister and by put.
+pub(crate) fn give_up(
+    inner: &Arc<Inner>,
+    detach: impl FnOnce(&StateWord) -> Detach,
+) -> Result<Unregistered, UnregisterError> {
+    if !context::inside_callback() {
+        context::wait_refusal("unregister")?;
+    }
+    let space = &inner.space;
+    let place = context::place(inner.key());
+    let detached = detach(&inner.word);
+    match detached {
+        Detach::AlreadyUnregistered => {
+            return Err(UnregisterError::AlreadyUnregistered { range: inner.range });
+        }
+        Detach::Already | Detach::NotInserted | Detach::Shared => {
+            return Ok(Unregistered::AlreadyGone);
+        }
+        Detach::Complete => Space::complete(inner.clone()),
+        Detach::InUse => {}
+    }
+    space.stats.unregister(place);
+    space
+        .recorder
+        .record(Kind::Unregister, inner.id, place as u64, 0);
+    if context::inside_callback() {
+        return Ok(Unregistered::Deferred);
+    }
+    space.events.wait(None, || inner.word.load().is_quiet());
+    if !context::is_outermost() {
+        return Ok(Unregistered::Quiet);
+    }
+    loop {
+        context::leave();
+        Space::run_completed(space);
+        let released = || inner.word.load().state() == State::Released;
+        if released() {
+            return Ok(Unregistered::Released);
+        }
+        space
+            .events
+            .wait(None, || released() || space.has_completed());
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        match self.on_drop {
+            OnDrop::Detach => self.detach(),
+            OnDrop::Put => self.drop_by(StateWord::put),
+            OnDrop::Nothing => {}
+        }
+    }
+}

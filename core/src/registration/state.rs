@@ -1,0 +1,261 @@
+//! The state word: one owner of each edge.
+//!
+//! ```text
+//!            insert            no older invalidation is active
+//! Prepared ─────────▶ Inserting ─────────▶ Live
+//!                         │ detach           │ detach, last put, exit
+//!                         └───────┬──────────┘
+//!                                 ▼   uses = 0          release returned
+//!                             Detached ────▶ (completed) ─────────▶ Released
+//! ```
+//! Besides the state the word counts the *uses* (callbacks that run or will run: from `start` to the return of `end`) and
+//! the *shares* (segments that hold the registration through get / put). All are in one word so that each race has one
+//! winner:
+//! * a use is only taken while Inserting or Live; after Detached the count can only fall, so exactly one party sees
+//!   "Detached with no uses" for the first time: who detached, or the last to leave. That party *completes*. (R1-R3)
+//! * the last put goes to Detached in the same step; a get that comes later finds it so and makes a new one. (R31)
+//!
+//! Every step is an AcqRel read-modify-write of this one word, so they are totally ordered, and who completes has
+//! seen everything that the callbacks did. No other location takes part in the argument.
+
+use crate::primitive::atomic::{AtomicU64, Ordering};
+
+/// Where a registration stands.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub(crate) enum State {
+    Prepared = 0,
+    Inserting = 1,
+    Live = 2,
+    Detached = 3,
+    Released = 4,
+}
+
+const STATE: u64 = 0b111;
+/// Somebody asked for it by name, as against exit: a second time is a mistake of the caller.
+const UNREGISTERED: u64 = 1 << 4;
+const SHARE: u64 = 1 << 8;
+const SHARES: u64 = 0xff_ffff << 8;
+const USE: u64 = 1 << 32;
+const USES: u64 = 0xffff_ffff << 32;
+
+/// A copy of the word.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Snapshot(u64);
+
+impl Snapshot {
+    pub(crate) fn state(self) -> State {
+        match self.0 & STATE {
+            0 => State::Prepared,
+            1 => State::Inserting,
+            2 => State::Live,
+            3 => State::Detached,
+            _ => State::Released,
+        }
+    }
+
+    pub(crate) fn uses(self) -> u64 {
+        (self.0 & USES) >> 32
+    }
+
+    fn shares(self) -> u64 {
+        (self.0 & SHARES) >> 8
+    }
+
+    /// No callback runs or will run.
+    pub(crate) fn is_quiet(self) -> bool {
+        matches!(self.state(), State::Detached | State::Released) && self.uses() == 0
+    }
+
+    fn with(self, state: State) -> Self {
+        Self(self.0 & !STATE | state as u64)
+    }
+}
+
+/// What a detach found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Detach {
+    /// This call detached it, and nobody uses it: the caller completes.
+    Complete,
+    /// This call detached it; the last to leave completes.
+    InUse,
+    /// Other segments still share it: nothing was detached.
+    Shared,
+    /// It was never inserted.
+    NotInserted,
+    /// Exit or a last put was first.
+    Already,
+    /// An earlier unregister was first.
+    AlreadyUnregistered,
+}
+
+#[derive(Debug)]
+pub(crate) struct StateWord(AtomicU64);
+
+impl StateWord {
+    pub(crate) fn new() -> Self {
+        Self(AtomicU64::new(State::Prepared as u64))
+    }
+
+    /// One that a first share already holds.
+    pub(crate) fn shared() -> Self {
+        Self(AtomicU64::new(State::Prepared as u64 | SHARE))
+    }
+
+    pub(crate) fn load(&self) -> Snapshot {
+        Snapshot(self.0.load(Ordering::Acquire))
+    }
+
+    /// Applies `step` until it sticks or declines.
+    fn update(
+        &self,
+        mut step: impl FnMut(Snapshot) -> Option<Snapshot>,
+    ) -> Result<Snapshot, Snapshot> {
+        let mut seen = self.load();
+        loop {
+            let Some(next) = step(seen) else {
+                return Err(seen);
+            };
+            match self
+                .0
+                .compare_exchange_weak(seen.0, next.0, Ordering::AcqRel, Ordering::Acquire)
+            {
+                Ok(_) => return Ok(seen),
+                Err(now) => seen = Snapshot(now),
+            }
+        }
+    }
+
+    /// Prepared → Inserting; false if that had happened before.
+    pub(crate) fn begin_insert(&self) -> bool {
+        self.update(|word| (word.state() == State::Prepared).then(|| word.with(State::Inserting)))
+            .is_ok()
+    }
+
+    /// Inserting → Live; nothing if it was detached meanwhile.
+    pub(crate) fn go_live(&self) {
+        let _ =
+            self.update(|word| (word.state() == State::Inserting).then(|| word.with(State::Live)));
+    }
+
+    /// Takes a use, if callbacks may still begin.
+    pub(crate) fn enter(&self) -> bool {
+        self.update(|word| {
+            matches!(word.state(), State::Inserting | State::Live).then_some(Snapshot(word.0 + USE))
+        })
+        .is_ok()
+    }
+
+    /// Gives a use back; true if the caller was the last one of a detached registration: it completes.
+    pub(crate) fn leave(&self) -> bool {
+        let before = Snapshot(self.0.fetch_sub(USE, Ordering::AcqRel));
+        debug_assert!(before.uses() > 0, "a use is given back once");
+        before.uses() == 1 && before.state() == State::Detached
+    }
+
+    /// To Detached. `explicit`: by an unregister of this registration, not by exit or a drop.
+    pub(crate) fn detach(&self, explicit: bool) -> Detach {
+        let mark = if explicit { UNREGISTERED } else { 0 };
+        let step = self.update(|word| match word.state() {
+            State::Inserting | State::Live => Some(Snapshot(word.with(State::Detached).0 | mark)),
+            State::Prepared => None,
+            State::Detached | State::Released => {
+                (word.0 & UNREGISTERED == 0 && explicit).then_some(Snapshot(word.0 | mark))
+            }
+        });
+        match step {
+            Ok(before) if matches!(before.state(), State::Detached | State::Released) => {
+                Detach::Already
+            }
+            Ok(before) if before.uses() == 0 => Detach::Complete,
+            Ok(_) => Detach::InUse,
+            Err(found) if found.state() == State::Prepared => Detach::NotInserted,
+            Err(_) if explicit => Detach::AlreadyUnregistered,
+            Err(_) => Detach::Already,
+        }
+    }
+
+    /// The release has returned.
+    pub(crate) fn released(&self) {
+        let _ = self.update(|word| Some(word.with(State::Released)));
+    }
+
+    /// Joins the segments that share it, unless the last has left.
+    pub(crate) fn get(&self) -> bool {
+        self.update(|word| {
+            let joinable = matches!(
+                word.state(),
+                State::Prepared | State::Inserting | State::Live
+            );
+            (joinable && word.shares() > 0).then_some(Snapshot(word.0 + SHARE))
+        })
+        .is_ok()
+    }
+
+    /// Leaves; the last one detaches in the same step.
+    pub(crate) fn put(&self) -> Detach {
+        let step = self.update(|word| {
+            let less = Snapshot(word.0 - SHARE);
+            let last = less.shares() == 0;
+            Some(match word.state() {
+                State::Inserting | State::Live if last => less.with(State::Detached),
+                _ => less,
+            })
+        });
+        let before = step.unwrap_or_else(|seen| seen);
+        match before.state() {
+            State::Prepared => Detach::NotInserted,
+            State::Detached | State::Released => Detach::Already,
+            _ if before.shares() > 1 => Detach::Shared,
+            _ if before.uses() == 0 => Detach::Complete,
+            _ => Detach::InUse,
+        }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    fn live() -> StateWord {
+        let word = StateWord::new();
+        assert!(word.begin_insert());
+        word.go_live();
+        word
+    }
+
+    #[test]
+    fn who_detaches_an_unused_one_completes() {
+        let word = live();
+        assert_eq!(word.detach(true), Detach::Complete);
+        assert!(word.load().is_quiet());
+        assert!(!word.enter(), "nobody enters after detach");
+    }
+
+    #[test]
+    fn the_last_to_leave_a_detached_one_completes() {
+        let word = live();
+        assert!(word.enter() && word.enter());
+        assert_eq!(word.detach(true), Detach::InUse);
+        assert!(!word.leave());
+        assert!(word.leave());
+    }
+
+    #[test]
+    fn the_loser_of_a_detach_sees_that_it_lost() {
+        let word = live();
+        assert_eq!(word.detach(false), Detach::Complete);
+        assert_eq!(word.detach(true), Detach::Already, "exit was first");
+        assert_eq!(word.detach(true), Detach::AlreadyUnregistered);
+    }
+
+    #[test]
+    fn the_last_put_detaches_and_a_later_get_is_refused() {
+        let word = StateWord::shared();
+        assert!(word.begin_insert());
+        assert!(word.get());
+        assert_eq!(word.put(), Detach::Shared);
+        assert_eq!(word.put(), Detach::Complete);
+        assert!(!word.get());
+    }
+}

@@ -1,0 +1,93 @@
+//! Counters of an address space, each counted where the thing happens, on a shard of its own most of the time.
+
+use crate::context::Place;
+use crate::primitive::atomic::{AtomicU64, Ordering};
+use crate::primitive::home;
+
+const SHARDS: usize = if cfg!(loom) { 1 } else { 8 };
+const COUNTERS: usize = 13;
+
+#[derive(Clone, Copy)]
+#[repr(usize)]
+pub(crate) enum Counter {
+    Invalidations,
+    Hits,
+    Refused,
+    Quarantined,
+    Panics,
+    Faults,
+    FaultRetries,
+    Releases,
+    /// Five of them, in the order of [`Place::ALL`].
+    Unregisters,
+}
+
+/// What happened in an address space so far.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Stats {
+    /// Invalidations begun.
+    pub invalidations: u64,
+    /// Registrations called, over all invalidations.
+    pub hits: u64,
+    /// Non-blocking invalidations that a handler refused.
+    pub refused: u64,
+    /// Invalidations that ended with memory in quarantine.
+    pub quarantined: u64,
+    /// Handlers that panicked.
+    pub panics: u64,
+    /// Faults begun.
+    pub faults: u64,
+    /// Faults that had to go round again.
+    pub fault_retries: u64,
+    /// `release` calls that have returned.
+    pub releases: u64,
+    /// Unregisters by the place that they were called from, in the order of [`Place::ALL`].
+    pub unregisters: [u64; 5],
+}
+
+#[repr(align(128))]
+struct Shard([AtomicU64; COUNTERS]);
+
+pub(crate) struct Counters([Shard; SHARDS]);
+
+impl Counters {
+    pub(crate) fn new() -> Self {
+        Self(std::array::from_fn(|_| {
+            Shard(std::array::from_fn(|_| AtomicU64::new(0)))
+        }))
+    }
+
+    fn add_at(&self, index: usize, more: u64) {
+        // Relaxed: counts order nothing.
+        self.0[home() % SHARDS].0[index].fetch_add(more, Ordering::Relaxed);
+    }
+
+    pub(crate) fn add(&self, counter: Counter, more: u64) {
+        self.add_at(counter as usize, more);
+    }
+
+    pub(crate) fn unregister(&self, place: Place) {
+        self.add_at(Counter::Unregisters as usize + place as usize, 1);
+    }
+
+    pub(crate) fn read(&self) -> Stats {
+        let sum = |index: usize| {
+            self.0
+                .iter()
+                .map(|shard| shard.0[index].load(Ordering::Relaxed))
+                .sum()
+        };
+        let get = |counter: Counter| sum(counter as usize);
+        Stats {
+            invalidations: get(Counter::Invalidations),
+            hits: get(Counter::Hits),
+            refused: get(Counter::Refused),
+            quarantined: get(Counter::Quarantined),
+            panics: get(Counter::Panics),
+            faults: get(Counter::Faults),
+            fault_retries: get(Counter::FaultRetries),
+            releases: get(Counter::Releases),
+            unregisters: std::array::from_fn(|place| sum(Counter::Unregisters as usize + place)),
+        }
+    }
+}

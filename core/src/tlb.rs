@@ -1,0 +1,479 @@
+//! Device TLBs: what a driver declares about one, and the handle that the framework keeps of it.
+//!
+//! A flush goes *issue* (queue a command), *dispatch* (ring the doorbell once for all that is queued), *poll* (has the
+//! device acknowledged?). The engine issues to all devices, dispatches all, then polls all of them together, so that
+//! the latencies of many devices overlap. [`FlushPlan`] is the one cost model: it turns a range into the fewest
+//! commands that the declared [`Limits`] allow, or one full flush where that is cheaper.
+
+use std::fmt;
+use std::time::Duration;
+
+use thiserror::Error;
+
+use crate::addr::{PageSize, PageSizes, Range};
+use crate::primitive::Arc;
+use crate::primitive::atomic::{AtomicU32, AtomicU64, Ordering};
+
+/// What a flush command covers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Scope {
+    /// The entries of one page size in a range, of the command's tag. The range is whole pages of that size.
+    Pages {
+        /// What to flush.
+        range: Range,
+        /// The size of the entries.
+        page_size: PageSize,
+    },
+    /// Every entry of the command's tag.
+    Tag,
+    /// Every entry of the device.
+    Device,
+}
+
+/// One flush command.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FlushCommand {
+    /// What the driver gave with the device when it registered: an ASID, a PASID, an index. Not looked at by the framework.
+    pub tag: u64,
+    /// What to flush.
+    pub scope: Scope,
+}
+
+/// The answer of [`DeviceTlb::issue`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Issue {
+    /// Queued; it takes effect after the next dispatch.
+    Queued,
+    /// The device holds nothing that the command covers and can install nothing of it (no context of the tag is
+    /// loaded, say), so that nothing was queued.
+    NothingCached,
+    /// No room: dispatch, poll, and issue again.
+    Busy,
+}
+
+/// Everything that was issued to one device before a dispatch. Not looked at by the framework.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Ticket(pub u64);
+
+/// What a device says of a ticket.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Completion {
+    /// Acknowledged: the entries are gone, and accesses through them have drained.
+    Done,
+    /// Not yet.
+    Pending,
+    /// The device reports that it could not do it.
+    Failed,
+}
+
+/// Why a device could not be reset.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Error)]
+#[non_exhaustive]
+pub enum ResetError {
+    /// This device has no reset.
+    #[error("the device has no reset")]
+    Unsupported,
+    /// It did not come back.
+    #[error("the device did not come back from reset within {deadline:?}")]
+    Timeout {
+        /// How long was waited.
+        deadline: Duration,
+    },
+}
+
+/// What a device TLB can do, declared once.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// The sizes of its entries; never empty.
+    pub entry_sizes: PageSizes,
+    /// Pages (of one size) that one command covers at most; at least 1.
+    pub pages_per_command: u64,
+    /// Commands between two dispatches at most; at least 1. More become a full flush.
+    pub commands_per_batch: usize,
+    /// What [`Scope::Tag`] costs, counted in commands of one range: dearer range flushes become full ones.
+    pub full_flush_cost: u64,
+}
+
+/// A device TLB, as a driver offers it.
+///
+/// All methods are called from the shootdown path, by several threads at once: they may not allocate, take no lock
+/// that is held while memory is allocated or the map lock is taken, and wait for nothing but their own registers. Only
+/// [`DeviceTlb::reset`] may wait, up to its deadline.
+pub trait DeviceTlb: Send + Sync + 'static {
+    /// What it can do; read once.
+    fn limits(&self) -> Limits;
+
+    /// Queues one command.
+    fn issue(&self, command: FlushCommand) -> Issue;
+
+    /// Rings the doorbell for all that is queued, by any thread.
+    fn dispatch(&self) -> Ticket;
+
+    /// Whether everything of `ticket` is acknowledged. Takes no lock that a stuck device can hold up.
+    fn poll(&self, ticket: Ticket) -> Completion;
+
+    /// The last resort: stops the device and empties its TLB. Success means that no access through an old entry can
+    /// happen any more. Contexts are lost.
+    ///
+    /// # Errors
+    /// There is none, or the device did not come back within `deadline`.
+    fn reset(&self, deadline: Duration) -> Result<(), ResetError> {
+        let _ = deadline;
+        Err(ResetError::Unsupported)
+    }
+}
+
+/// Commands of one device in one operation before they become a full flush of the tag.
+pub(crate) const BATCH: usize = 8;
+
+/// How a range is flushed on a device: the fewest commands, or everything.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FlushPlan {
+    range: Range,
+    sizes: PageSizes,
+    per_command: u64,
+    full: bool,
+}
+
+impl FlushPlan {
+    /// The plan for `range`, whose mappings use page sizes `sizes` (entries of other sizes cannot exist there).
+    pub(crate) fn new(range: Range, sizes: PageSizes, limits: &Limits) -> Self {
+        let possible = limits.entry_sizes & sizes;
+        // Entries may be smaller than the mapping's page, never larger; where the driver's device has none of
+        // the mapping's sizes it must be using smaller ones.
+        let sizes = if possible.is_empty() {
+            limits.entry_sizes
+        } else {
+            possible
+        };
+        let per_command = limits.pages_per_command.max(1);
+        let commands: u64 = sizes
+            .sizes()
+            .map(|size| range.pages(size).div_ceil(per_command))
+            .sum();
+        let most = limits.commands_per_batch.clamp(1, BATCH) as u64;
+        Self {
+            range,
+            sizes,
+            per_command,
+            full: commands > limits.full_flush_cost.max(1) || commands > most,
+        }
+    }
+
+    /// The scopes to issue, one a command.
+    pub(crate) fn scopes(self) -> impl Iterator<Item = Scope> {
+        let ranged = (!self.full).then_some(self.sizes).into_iter();
+        let per_command = self.per_command;
+        let range = self.range;
+        self.full
+            .then_some(Scope::Tag)
+            .into_iter()
+            .chain(ranged.flat_map(move |sizes| {
+                sizes.sizes().flat_map(move |page_size| {
+                    let whole = range.align_out(page_size);
+                    let pages = range.pages(page_size);
+                    (0..pages.div_ceil(per_command)).map(move |nth| {
+                        let step = per_command << page_size.shift();
+                        let start = whole.start().get() + nth * step;
+                        let last = start
+                            .checked_add(step - 1)
+                            .map_or(whole.last().get(), |last| last.min(whole.last().get()));
+                        Scope::Pages {
+                            range: Range::inclusive(start, last)
+                                .expect("a chunk of a range is not empty"),
+                            page_size,
+                        }
+                    })
+                })
+            }))
+    }
+}
+
+/// A device's standing with the framework.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Health {
+    /// It acknowledges.
+    Healthy,
+    /// It did not acknowledge, could not be reset, or its handler panicked: it is not waited for again, and memory that
+    /// it may still reach is quarantined.
+    Quarantined,
+}
+
+/// Counters of one device. Each is counted where the thing happens.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct DeviceStats {
+    /// Commands of a page range.
+    pub flush_ops: u64,
+    /// Commands of a whole tag or device.
+    pub full_flushes: u64,
+    /// Doorbells.
+    pub dispatches: u64,
+    /// Deadlines missed, each followed by a wider flush.
+    pub timeouts: u64,
+    /// Wider flushes that were acknowledged.
+    pub recovered_by_flush: u64,
+    /// Resets that succeeded.
+    pub recovered_by_reset: u64,
+    /// Times that the device went into quarantine.
+    pub quarantined: u64,
+}
+
+struct Inner {
+    name: String,
+    tlb: Box<dyn DeviceTlb>,
+    limits: Limits,
+    health: AtomicU32,
+    flush_ops: AtomicU64,
+    full_flushes: AtomicU64,
+    dispatches: AtomicU64,
+    timeouts: AtomicU64,
+    recovered_by_flush: AtomicU64,
+    recovered_by_reset: AtomicU64,
+    quarantined: AtomicU64,
+}
+
+/// A device with a TLB, shared by every address space and registration that uses it. Cloning shares it.
+#[derive(Clone)]
+pub struct Device {
+    inner: Arc<Inner>,
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Device")
+            .field("name", &self.inner.name)
+            .field("health", &self.health())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Device {
+    /// A device called `name` in reports, with its TLB.
+    ///
+    /// # Panics
+    /// If the declared limits name no entry size: such a TLB could not be flushed.
+    pub fn new(name: impl Into<String>, tlb: impl DeviceTlb) -> Self {
+        let limits = tlb.limits();
+        assert!(
+            !limits.entry_sizes.is_empty(),
+            "a device TLB declares at least one entry size"
+        );
+        Self {
+            inner: Arc::new(Inner {
+                name: name.into(),
+                limits,
+                tlb: Box::new(tlb),
+                health: AtomicU32::new(0),
+                flush_ops: AtomicU64::new(0),
+                full_flushes: AtomicU64::new(0),
+                dispatches: AtomicU64::new(0),
+                timeouts: AtomicU64::new(0),
+                recovered_by_flush: AtomicU64::new(0),
+                recovered_by_reset: AtomicU64::new(0),
+                quarantined: AtomicU64::new(0),
+            }),
+        }
+    }
+
+    /// The name in reports.
+    pub fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    /// What its TLB declared.
+    pub fn limits(&self) -> &Limits {
+        &self.inner.limits
+    }
+
+    /// Whether it is in quarantine.
+    pub fn health(&self) -> Health {
+        // Acquire, with the Release in `set_health`: who sees it healthy again also sees its TLB empty.
+        if self.inner.health.load(Ordering::Acquire) == 0 {
+            Health::Healthy
+        } else {
+            Health::Quarantined
+        }
+    }
+
+    /// What happened so far.
+    pub fn stats(&self) -> DeviceStats {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        DeviceStats {
+            flush_ops: get(&self.inner.flush_ops),
+            full_flushes: get(&self.inner.full_flushes),
+            dispatches: get(&self.inner.dispatches),
+            timeouts: get(&self.inner.timeouts),
+            recovered_by_flush: get(&self.inner.recovered_by_flush),
+            recovered_by_reset: get(&self.inner.recovered_by_reset),
+            quarantined: get(&self.inner.quarantined),
+        }
+    }
+
+    /// Tries to bring a quarantined device back: by a full flush that it acknowledges, or by a reset. Waits up to twice
+    /// `deadline`. Memory quarantined for it is given back by the next
+    /// [`AddressSpace::drain`](crate::AddressSpace::drain). Not to be called inside a callback.
+    ///
+    /// # Errors
+    /// What the reset said; the device stays in quarantine.
+    pub fn recover(&self, deadline: Duration) -> Result<(), ResetError> {
+        if self.health() == Health::Healthy {
+            return Ok(());
+        }
+        if self.full_flush(deadline) || self.reset(deadline).is_ok() {
+            self.inner.health.store(0, Ordering::Release);
+            return Ok(());
+        }
+        Err(ResetError::Timeout { deadline })
+    }
+
+    fn full_flush(&self, deadline: Duration) -> bool {
+        let begun = crate::primitive::now();
+        let mut backoff = crate::primitive::Backoff::new();
+        let expired = || begun.elapsed() >= deadline;
+        while self.issue(FlushCommand {
+            tag: 0,
+            scope: Scope::Device,
+        }) == Issue::Busy
+        {
+            if expired() {
+                return false;
+            }
+            self.dispatch();
+            backoff.wait();
+        }
+        let ticket = self.dispatch();
+        loop {
+            match self.poll(ticket) {
+                Completion::Done => return true,
+                Completion::Failed => return false,
+                Completion::Pending if expired() => return false,
+                Completion::Pending => backoff.wait(),
+            }
+        }
+    }
+
+    pub(crate) fn issue(&self, command: FlushCommand) -> Issue {
+        let issue = self.inner.tlb.issue(command);
+        if issue == Issue::Queued {
+            let counter = match command.scope {
+                Scope::Pages { .. } => &self.inner.flush_ops,
+                Scope::Tag | Scope::Device => &self.inner.full_flushes,
+            };
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+        issue
+    }
+
+    pub(crate) fn dispatch(&self) -> Ticket {
+        self.inner.dispatches.fetch_add(1, Ordering::Relaxed);
+        self.inner.tlb.dispatch()
+    }
+
+    pub(crate) fn poll(&self, ticket: Ticket) -> Completion {
+        self.inner.tlb.poll(ticket)
+    }
+
+    pub(crate) fn reset(&self, deadline: Duration) -> Result<(), ResetError> {
+        self.inner.tlb.reset(deadline)?;
+        self.inner
+            .recovered_by_reset
+            .fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    pub(crate) fn note_timeout(&self) {
+        self.inner.timeouts.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn note_recovered_by_flush(&self) {
+        self.inner
+            .recovered_by_flush
+            .fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Puts the device into quarantine; whether it was healthy before.
+    pub(crate) fn quarantine(&self) -> bool {
+        // AcqRel: the winner counts; Release orders what led here before what others conclude from it.
+        let fresh = self.inner.health.swap(1, Ordering::AcqRel) == 0;
+        if fresh {
+            self.inner.quarantined.fetch_add(1, Ordering::Relaxed);
+        }
+        fresh
+    }
+
+    pub(crate) fn same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits(full_flush_cost: u64) -> Limits {
+        Limits {
+            entry_sizes: PageSizes::all(),
+            pages_per_command: 1024,
+            commands_per_batch: 8,
+            full_flush_cost,
+        }
+    }
+
+    fn plan(len: u64, size: PageSize, cost: u64) -> Vec<Scope> {
+        let range = Range::new(0u64, len).unwrap();
+        FlushPlan::new(range, size.into(), &limits(cost))
+            .scopes()
+            .collect()
+    }
+
+    #[test]
+    fn a_gigabyte_of_huge_pages_is_one_command() {
+        let scopes = plan(1 << 30, PageSize::TwoMiB, 4);
+        assert_eq!(scopes.len(), 1);
+        assert!(matches!(
+            scopes[0],
+            Scope::Pages {
+                page_size: PageSize::TwoMiB,
+                ..
+            }
+        ));
+    }
+
+    #[test]
+    fn more_commands_than_a_full_flush_costs_become_one() {
+        assert_eq!(plan(1 << 30, PageSize::FourKiB, 4), [Scope::Tag]);
+    }
+
+    #[test]
+    fn chunks_cover_the_widened_range_without_gap() {
+        let range = Range::new(0x1800u64, 0x40_0000 * 3).unwrap();
+        let scopes: Vec<_> = FlushPlan::new(range, PageSizes::FOUR_KIB, &limits(64))
+            .scopes()
+            .collect();
+        let mut next = range.align_out(PageSize::FourKiB).start().get();
+        for scope in scopes {
+            let Scope::Pages { range, .. } = scope else {
+                panic!("{scope:?}")
+            };
+            assert_eq!(range.start().get(), next);
+            assert!(range.pages(PageSize::FourKiB) <= 1024);
+            next = range.end().unwrap().get();
+        }
+        assert_eq!(next - 1, range.align_out(PageSize::FourKiB).last().get());
+    }
+
+    #[test]
+    fn a_chunk_may_end_at_two_to_the_64() {
+        let range = Range::new(u64::MAX - 0xfff, 0x1000).unwrap();
+        let scopes: Vec<_> = FlushPlan::new(range, PageSizes::FOUR_KIB, &limits(64))
+            .scopes()
+            .collect();
+        assert_eq!(
+            scopes,
+            [Scope::Pages {
+                range,
+                page_size: PageSize::FourKiB
+            }]
+        );
+    }
+}

@@ -240,6 +240,7 @@ pub(crate) struct Invalidation<'s> {
     hits: Chain<Hit>,
     devices: Chain<DeviceOp>,
     trouble: Trouble,
+    missed_deadline: bool,
     ended: bool,
     // Dropped last but one: callbacks of `end` are inside it. Then what was put off runs.
     _open: OpenInvalidation,
@@ -335,6 +336,7 @@ impl<'s> Invalidation<'s> {
                     hits: Chain::new(space.hits.clone()),
                     devices: Chain::new(space.device_ops.clone()),
                     trouble: Trouble::default(),
+                    missed_deadline: false,
                     ended: false,
                     _open: OpenInvalidation::enter(),
                     _leave: crate::lock::Leave,
@@ -536,6 +538,7 @@ impl<'s> Invalidation<'s> {
         if devices.iter().all(|one| one.state == Ack::Done) {
             return;
         }
+        self.missed_deadline = true;
         let mut deadline = Deadline::new(space.deadlines.full_flush);
         let healthy = |one: &DeviceOp| one.device.health() == Health::Healthy;
         devices.for_each(|one| {
@@ -646,6 +649,10 @@ impl<'s> Invalidation<'s> {
         self.space.stats.add(Counter::Invalidations, 1);
         if outcome == Outcome::Quarantined {
             self.space.stats.add(Counter::Quarantined, 1);
+        }
+        if outcome == Outcome::Quarantined || self.missed_deadline || self.trouble.panicked {
+            self.space.recorder.want_dump();
+            context::put_off(self.space);
         }
         if hit_any {
             let number = match outcome {

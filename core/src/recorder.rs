@@ -2,15 +2,18 @@
 //!
 //! A ring of fixed-size records in memory set aside beforehand, one ring for each of a few shards, so that threads do not
 //! share a counter. Writing one takes no lock and allocates nothing. A reader may meet a record that is being
-//! overwritten; it sees that by the record's number and leaves it out. Invalidations that hit nothing are not recorded.
+//! overwritten; it sees that by the record's number and leaves it out. `tracing` is fed from the ring, outside the shootdown
+//! path: all of it by [`AddressSpace::drain`](crate::AddressSpace::drain), the newest part by itself after something went wrong. Invalidations that hit nothing are not recorded.
 
 use std::fmt;
 use std::time::{Duration, Instant};
 
-use crate::primitive::atomic::{AtomicU64, Ordering, fence};
+use crate::primitive::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use crate::primitive::{home, now};
 
 const SHARDS: usize = 8;
+/// Records that a dump shows.
+const DUMPED: usize = 64;
 #[cfg(not(loom))]
 const RECORDS: usize = 1024;
 #[cfg(loom)]
@@ -108,6 +111,10 @@ struct Shard {
 pub(crate) struct Recorder {
     epoch: Instant,
     shards: Box<[Shard]>,
+    /// Up to when `publish` has come, in nanoseconds.
+    published: AtomicU64,
+    /// Something went wrong since the last dump.
+    dump_wanted: AtomicBool,
 }
 
 impl Recorder {
@@ -123,6 +130,8 @@ impl Recorder {
             shards: (0..if cfg!(loom) { 0 } else { SHARDS })
                 .map(shard)
                 .collect(),
+            published: AtomicU64::new(0),
+            dump_wanted: AtomicBool::new(false),
         }
     }
 
@@ -143,6 +152,48 @@ impl Recorder {
             word.store(value, Ordering::Relaxed);
         }
         words[0].store(number + 1, Ordering::Release);
+    }
+
+    /// Asks for a dump, by the first thread that is outermost: in the shootdown path nothing may be written.
+    pub(crate) fn want_dump(&self) {
+        // Relaxed: a flag that carries nothing else; the records have their own order.
+        self.dump_wanted.store(true, Ordering::Relaxed);
+    }
+
+    /// Writes the newest records as one `tracing` warning, if something went wrong.
+    pub(crate) fn dump_if_wanted(&self, space: u64) {
+        if !self.dump_wanted.swap(false, Ordering::Relaxed) {
+            return;
+        }
+        let records = self.records();
+        let newest = &records[records.len().saturating_sub(DUMPED)..];
+        let lines: String = newest.iter().map(|record| format!("\n{record}")).collect();
+        tracing::warn!(
+            space,
+            "a deadline was missed or a handler panicked; the flight recorder's newest records:{lines}"
+        );
+    }
+
+    /// Gives `tracing` the records that it has not had. Allocates; never in the shootdown path.
+    pub(crate) fn publish(&self, space: u64) {
+        let since = self.published.load(Ordering::Relaxed);
+        let fresh = self
+            .records()
+            .into_iter()
+            .filter(|record| record.at.as_nanos() as u64 > since);
+        for record in fresh {
+            let Record {
+                at,
+                kind,
+                subject,
+                a,
+                b,
+                ..
+            } = record;
+            tracing::debug!(space, ?at, ?kind, subject, a, b);
+            self.published
+                .store(at.as_nanos() as u64, Ordering::Relaxed);
+        }
     }
 
     /// All records that are whole, the oldest first.

@@ -263,6 +263,7 @@ impl Space {
     /// What was put off, now that the thread is outermost.
     pub(crate) fn run_put_off(this: &Arc<Self>) {
         Self::run_completed(this);
+        this.recorder.dump_if_wanted(this.id);
         if this.exit_wanted.swap(false, Ordering::AcqRel) {
             Self::exit(this);
         }
@@ -467,7 +468,8 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Runs what is put off: releases, and quarantined memory whose devices have recovered.
+    /// Runs what is put off: releases, quarantined memory whose devices have recovered, and `tracing` events (level debug) for
+    /// what the flight recorder has seen since the last time.
     ///
     /// # Errors
     /// [`Refused`] inside a callback, and with a lock held.
@@ -477,6 +479,8 @@ impl AddressSpace {
         if let Some(memory) = &self.space.memory {
             self.space.table.recover(&**memory);
         }
+        self.space.recorder.dump_if_wanted(self.space.id);
+        self.space.recorder.publish(self.space.id);
         Ok(())
     }
 

@@ -1,0 +1,92 @@
+//! What a chiplet is told when it is built: sizes, latencies, faults that it injects, bugs that it has.
+
+use std::time::Duration;
+
+/// How a full TLB chooses the entry that makes room.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Eviction {
+    /// The one that was installed first.
+    Fifo,
+    /// One at random, from the seed of the [`FaultPlan`].
+    Random,
+}
+
+/// How long things take. Zero, the default, means: as fast as the model can.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Latency {
+    /// A purge, from its command to the removal of the entries.
+    pub purge: Duration,
+    /// An operation of a context or fault handle, and a reset.
+    pub handle: Duration,
+    /// One access of at most a page, during which purges and interrupts of it have to wait.
+    pub access: Duration,
+}
+
+/// Hardware faults, drawn from a seed. A probability is in 0.0..=1.0, for each purge; the default is a healthy chiplet.
+///
+/// For a handle that software polls, message faults take these shapes:
+/// - *lost*: the entries are removed, but the handle stays ACTIVE until the chiplet is reset;
+/// - *stuck*: the purge never begins, the handle stays ACTIVE until the chiplet is reset;
+/// - *late*: removal and completion come `late_by` after their time;
+/// - *reordered*: each purge takes up to `jitter` longer, at random, so that later ones overtake earlier ones;
+/// - *duplicated*: `duplicate_after` its completion the purge happens again, unasked, and cancels misses as well.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub struct FaultPlan {
+    /// Seed of all draws, those of [`Eviction::Random`] included.
+    pub seed: u64,
+    /// Probability of a lost completion.
+    pub lost: f64,
+    /// Probability of a purge that never begins.
+    pub stuck: f64,
+    /// Probability of a late completion.
+    pub late: f64,
+    /// How late.
+    pub late_by: Duration,
+    /// The most by which a purge takes longer, at random.
+    pub jitter: Duration,
+    /// Probability of a purge that happens twice.
+    pub duplicated: f64,
+    /// How long after the first time.
+    pub duplicate_after: Duration,
+    /// The chiplet goes on when it is told to reset; the reset register then reads 1 for ever.
+    pub survives_reset: bool,
+}
+
+bitflags::bitflags! {
+    /// Bugs of the model that can be switched on, to prove that a test would find them.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+    pub struct Plant: u32 {
+        /// A drop-in is installed although a purge covered it between the miss and the write (race R16).
+        const DROP_IN_NOT_CANCELLED = 1;
+    }
+}
+
+/// How a chiplet is built.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct ChipletConfig {
+    /// The device number in the oracle's findings.
+    pub device: u32,
+    /// Entries of the TLB, at least 2: a copy needs the entries of both its pages at once.
+    pub tlb_entries: usize,
+    /// What a full TLB does.
+    pub eviction: Eviction,
+    /// How long things take.
+    pub latency: Latency,
+    /// What goes wrong.
+    pub faults: FaultPlan,
+    /// What is wrong with the model.
+    pub plants: Plant,
+}
+
+impl Default for ChipletConfig {
+    fn default() -> Self {
+        Self {
+            device: 0,
+            tlb_entries: 1024,
+            eviction: Eviction::Fifo,
+            latency: Latency::default(),
+            faults: FaultPlan::default(),
+            plants: Plant::empty(),
+        }
+    }
+}

@@ -1,0 +1,481 @@
+//! The executor: one thread a chiplet that carries out instructions, an access of at most a page at a time.
+//!
+//! A *step* is one such access. Under the chiplet's lock it is planned: the context runs, the instruction is
+//! decoded, the addresses are found in the TLB. Then the step is published as *in flight*, the lock is dropped, the bytes
+//! move, the lock is taken again and the step ends. So no register access waits for a copy, and yet purges, interrupts of
+//! the context and resets know what they have to wait for.
+//!
+//! An instruction's progress is its next element, in the extended control block. An interrupted instruction goes
+//! on there. Atomics, messages and other instructions of one step end under the same lock section that ends the step: they
+//! are either not begun or done, and never done twice.
+
+use std::sync::Arc;
+use std::sync::MutexGuard;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use shootdown::{Addr, Frame};
+
+use super::control::{Control, Core, InFlight};
+use super::fault::Miss;
+use super::instruction::{Atomic, Instruction, Kind, Transfer};
+use super::layout::{ACTIVE, DSR_UNIT, IDLE, STATUS, cb, cbe};
+use super::tlb::TlbEntry;
+use crate::oracle::Access;
+
+/// The largest access.
+const PAGE: u64 = 4096;
+/// Elements of one step when they do not lie one after the other.
+const SCATTER: u64 = 64;
+/// Steps of one control block before the next has its turn.
+const TURN: usize = 16;
+/// How often a polling atomic looks when there is nothing else to do.
+const POLL: Duration = Duration::from_micros(50);
+
+/// A step in flight: what the access needs to know of the context and the TLB.
+struct Step {
+    instruction: Instruction,
+    context: usize,
+    space: u64,
+    dsr_map: u32,
+    /// The first element, and how many.
+    first: u64,
+    count: u64,
+    /// The entry of the first address.
+    entry: TlbEntry,
+    /// That of a copy's destination.
+    destination: Option<TlbEntry>,
+}
+
+/// What came of planning.
+enum Plan {
+    Step(Step),
+    /// The instruction has ended or stopped.
+    Over,
+    /// The context does not run.
+    Refused,
+}
+
+/// What came of a step.
+struct Outcome {
+    /// Elements done; none when a poll has to look again.
+    elements: u64,
+    bytes: u64,
+    /// What an atomic found.
+    old: Option<u64>,
+    substatus: u64,
+}
+
+/// What came of a turn.
+enum Turn {
+    Progress,
+    /// A poll has to look again.
+    Polls,
+    Refused,
+}
+
+/// The executor's thread, until it is told to stop.
+pub(super) fn run(core: &Arc<Core>) {
+    core.doorbell.attach();
+    let mut buffer = Box::new([0; PAGE as usize]);
+    while !core.doorbell.stopped() {
+        core.doorbell.take_poke();
+        let mut wanted = core.doorbell.wanted();
+        let mut progress = false;
+        let mut polling = 0;
+        while wanted != 0 {
+            let slot = wanted.trailing_zeros() as usize;
+            wanted &= wanted - 1;
+            match core.turn(slot, &mut buffer) {
+                Turn::Progress => progress = true,
+                Turn::Polls => polling |= 1 << slot,
+                Turn::Refused => {}
+            }
+        }
+        if progress {
+            continue;
+        }
+        let ready = core.settled().next_ready();
+        let ready = ready.map(|ready| ready.saturating_duration_since(Instant::now()));
+        let poll = (polling != 0).then_some(POLL);
+        core.doorbell
+            .sleep(ready.into_iter().chain(poll).min(), polling);
+    }
+}
+
+impl Core {
+    /// Some steps of the control block in `slot`.
+    fn turn(&self, slot: usize, buffer: &mut [u8; PAGE as usize]) -> Turn {
+        let mut control = self.settled();
+        for _ in 0..TURN {
+            let step = match self.plan(&mut control, slot) {
+                Plan::Step(step) => step,
+                Plan::Over => return Turn::Progress,
+                Plan::Refused => return Turn::Refused,
+            };
+            let outcome;
+            (outcome, control) = self.fly(control, &step, buffer);
+            if self.land(&mut control, slot, &step, &outcome) {
+                self.settle(&mut control);
+                return if outcome.elements == 0 {
+                    Turn::Polls
+                } else {
+                    Turn::Progress
+                };
+            }
+            self.settle(&mut control);
+        }
+        Turn::Progress
+    }
+
+    /// Finds what the next step is.
+    fn plan(&self, control: &mut Control, slot: usize) -> Plan {
+        let context = control.owner[slot].filter(|context| control.contexts[*context].runs());
+        let running = STATUS.get(self.segment.status(slot)) == ACTIVE;
+        let parked = control.missing & (1 << slot) != 0;
+        let Some(context) = context.filter(|_| running && !parked) else {
+            self.doorbell.clear(slot);
+            return Plan::Refused;
+        };
+        let dsr_map = control.contexts[context].dsr_map();
+        let words = self.segment.words(slot);
+        let dsr_bytes = u64::from(dsr_map.count_ones()) * DSR_UNIT;
+        let instruction = match Instruction::decode(&words, dsr_bytes) {
+            Ok(instruction) => instruction,
+            Err(cause) => {
+                self.fail_block(control, slot, cause, words[cb::BASE0]);
+                return Plan::Over;
+            }
+        };
+        let first = self.segment.extended(slot, cbe::ELEMENT);
+        let single = matches!(instruction.kind, Kind::Atomic(_) | Kind::Message);
+        if instruction.kind == Kind::Nop || (!single && first >= instruction.count) {
+            self.complete(control, slot, 0);
+            return Plan::Over;
+        }
+        match self.translate_step(control, context, &instruction, first) {
+            Ok(step) => {
+                let pages = [
+                    Some(step.entry.key),
+                    step.destination.map(|entry| entry.key),
+                ];
+                control.in_flight = Some(InFlight { context, pages });
+                Plan::Step(step)
+            }
+            Err(miss) => {
+                self.miss(control, slot, context, miss);
+                Plan::Over
+            }
+        }
+    }
+
+    /// The step that begins with element `first`, if the TLB has its pages.
+    fn translate_step(
+        &self,
+        control: &Control,
+        context: usize,
+        instruction: &Instruction,
+        first: u64,
+    ) -> Result<Step, Miss> {
+        let dsr_map = control.contexts[context].dsr_map();
+        let address = |element| self.address(instruction, dsr_map, element);
+        let size = instruction.size;
+        let at = address(first);
+        let entry = translate(control, context, at, instruction.writes())?;
+        let left = instruction.count.saturating_sub(first);
+        let mut destination = None;
+        let count = match instruction.kind {
+            Kind::Nop | Kind::Atomic(_) | Kind::Message => 1,
+            Kind::Copy => {
+                let to = instruction.destination(first);
+                destination = Some(translate(control, context, to, true)?);
+                (PAGE - (at % PAGE).max(to % PAGE)) / size
+            }
+            Kind::Vector { .. } if instruction.is_contiguous() => (PAGE - at % PAGE) / size,
+            Kind::Vector { .. } => {
+                let page = entry.key.range();
+                let inside = |element: &u64| page.holds(Addr::new(address(*element)));
+                (first..first + left.min(SCATTER))
+                    .take_while(inside)
+                    .count() as u64
+            }
+        };
+        Ok(Step {
+            instruction: *instruction,
+            context,
+            space: control.contexts[context].owner,
+            dsr_map,
+            first,
+            count: count.min(left.max(1)),
+            entry,
+            destination,
+        })
+    }
+
+    /// The address of an element of an instruction of the context with `dsr_map`.
+    fn address(&self, instruction: &Instruction, dsr_map: u32, element: u64) -> u64 {
+        instruction.address(element, |element| {
+            let mut index = [0; 8];
+            self.segment
+                .load(dsr_map, instruction.tri1 + element * 8, &mut index);
+            u64::from_le_bytes(index)
+        })
+    }
+
+    /// Performs the access without the lock.
+    fn fly<'a>(
+        &'a self,
+        control: MutexGuard<'a, Control>,
+        step: &Step,
+        buffer: &mut [u8; PAGE as usize],
+    ) -> (Outcome, MutexGuard<'a, Control>) {
+        drop(control);
+        pause(self.config.latency.access);
+        let outcome = match step.instruction.kind {
+            Kind::Nop => Outcome::of(step.count, 0),
+            Kind::Copy => self.copy(step, buffer),
+            Kind::Vector { transfer, .. } => self.vector(step, transfer, buffer),
+            Kind::Message => self.message(step, buffer),
+            Kind::Atomic(atomic) => self.atomic(step, atomic),
+        };
+        (outcome, self.lock())
+    }
+
+    /// Ends a step. Returns whether the instruction has ended, or has to look again.
+    fn land(&self, control: &mut Control, slot: usize, step: &Step, outcome: &Outcome) -> bool {
+        control.in_flight = None;
+        self.counters.bytes.add(outcome.bytes);
+        if outcome.elements == 0 {
+            return true;
+        }
+        let next = step.first + outcome.elements;
+        let single = matches!(step.instruction.kind, Kind::Atomic(_) | Kind::Message);
+        if !single && next < step.instruction.count {
+            self.segment.set_extended(slot, cbe::ELEMENT, next);
+            return false;
+        }
+        if let Some(old) = outcome.old {
+            self.segment.set_result(slot, old);
+        }
+        self.complete(control, slot, outcome.substatus);
+        true
+    }
+
+    fn complete(&self, control: &mut Control, slot: usize, substatus: u64) {
+        self.counters.instructions.hit();
+        self.end_block(control, slot, IDLE, substatus);
+    }
+
+    /// The control block in `slot` ends, and goes back to its user.
+    pub(super) fn end_block(
+        &self,
+        control: &mut Control,
+        slot: usize,
+        status: u64,
+        substatus: u64,
+    ) {
+        let modifiers = cb::MODIFIERS.get(self.segment.status(slot));
+        self.segment.set_extended(slot, cbe::ELEMENT, 0);
+        let mut vector = None;
+        if let Some(context) = control.owner[slot].filter(|_| modifiers & cb::INTERRUPT != 0) {
+            let context = &control.contexts[context];
+            vector = context.completion_vector();
+            control.fault_maps[context.fault_map].set_done(slot);
+        }
+        // First the request, then the status: the user may start the block again as soon as it sees the status.
+        self.doorbell.clear(slot);
+        self.segment.set_status(slot, status, substatus);
+        if let Some(vector) = vector {
+            self.vectors.fire(vector);
+        }
+    }
+
+    fn access(&self, step: &Step, entry: &TlbEntry, vaddr: u64, len: usize, write: bool) -> Access {
+        Access {
+            device: self.config.device,
+            context: step.context as u32,
+            space: step.space,
+            addr: Addr::new(vaddr),
+            len: len as u32,
+            write,
+            frame: Frame(entry.frame_of(vaddr)),
+            stamp: entry.stamp,
+        }
+    }
+
+    fn read(&self, step: &Step, entry: &TlbEntry, vaddr: u64, into: &mut [u8]) {
+        let access = self.access(step, entry, vaddr, into.len(), false);
+        self.bus.read(&access, into);
+    }
+
+    fn write(&self, step: &Step, entry: &TlbEntry, vaddr: u64, from: &[u8]) {
+        let access = self.access(step, entry, vaddr, from.len(), true);
+        self.bus.write(&access, from);
+    }
+
+    fn copy(&self, step: &Step, buffer: &mut [u8; PAGE as usize]) -> Outcome {
+        let bytes = step.count * step.instruction.size;
+        let buffer = &mut buffer[..bytes as usize];
+        if let Some(destination) = &step.destination {
+            let from = step.instruction.address(step.first, |element| element);
+            self.read(step, &step.entry, from, buffer);
+            self.write(
+                step,
+                destination,
+                step.instruction.destination(step.first),
+                buffer,
+            );
+        }
+        Outcome::of(step.count, 2 * bytes)
+    }
+
+    fn vector(&self, step: &Step, transfer: Transfer, buffer: &mut [u8; PAGE as usize]) -> Outcome {
+        let instruction = &step.instruction;
+        let size = instruction.size;
+        // One piece where the elements lie one after the other, else one for each.
+        let (pieces, per_piece) = if instruction.is_contiguous() {
+            (1, step.count)
+        } else {
+            (step.count, 1)
+        };
+        let buffer = &mut buffer[..(per_piece * size) as usize];
+        for piece in 0..pieces {
+            let element = step.first + piece;
+            let vaddr = self.address(instruction, step.dsr_map, element);
+            // An index vector that changes during the step must not lead out of the page that is in flight.
+            if !step.entry.key.range().holds(Addr::new(vaddr)) {
+                return Outcome::of(piece, piece * size);
+            }
+            let offset = instruction.tri0 + element * size;
+            match transfer {
+                Transfer::Load => {
+                    self.read(step, &step.entry, vaddr, buffer);
+                    self.segment.store(step.dsr_map, offset, buffer);
+                }
+                Transfer::Store => {
+                    self.segment.load(step.dsr_map, offset, buffer);
+                    self.write(step, &step.entry, vaddr, buffer);
+                }
+                Transfer::Set => {
+                    instruction.fill(buffer);
+                    self.write(step, &step.entry, vaddr, buffer);
+                }
+                Transfer::Flush => {}
+            }
+        }
+        let bytes = if transfer == Transfer::Flush {
+            0
+        } else {
+            step.count * size
+        };
+        Outcome::of(step.count, bytes)
+    }
+
+    fn atomic(&self, step: &Step, atomic: Atomic) -> Outcome {
+        let instruction = &step.instruction;
+        let size = instruction.size as usize;
+        let mut mask = [0; 8];
+        if atomic == Atomic::MaskedCompareSwap {
+            self.segment
+                .load(step.dsr_map, instruction.tri0, &mut mask[..size]);
+        }
+        let operands = instruction.operands(u64::from_le_bytes(mask));
+        let old = if atomic.writes() {
+            let access = self.access(step, &step.entry, instruction.base0, size, true);
+            self.bus
+                .atomic(&access, &mut |old| atomic.apply(old, operands))
+        } else {
+            let mut value = [0; 8];
+            self.read(step, &step.entry, instruction.base0, &mut value[..size]);
+            u64::from_le_bytes(value)
+        };
+        Outcome {
+            elements: atomic.is_over(old, operands).into(),
+            bytes: instruction.size,
+            old: Some(old),
+            substatus: 0,
+        }
+    }
+
+    /// Claims lines of the queue by its head word, {head: 32, limit: 32} in lines, and stores the message there.
+    fn message(&self, step: &Step, buffer: &mut [u8; PAGE as usize]) -> Outcome {
+        let instruction = &step.instruction;
+        let lines = instruction.count;
+        let full = |word: u64| word as u32 == (word >> 32) as u32;
+        let access = self.access(step, &step.entry, instruction.base0, 8, true);
+        let old = self.bus.atomic(&access, &mut |word| {
+            let head = (word as u32).wrapping_add(lines as u32);
+            (!full(word)).then_some((word & !0xffff_ffff) | u64::from(head))
+        });
+        let mut outcome = Outcome {
+            elements: 1,
+            bytes: 8,
+            old: Some(old),
+            substatus: 0,
+        };
+        let bytes = lines * instruction.size;
+        let first = instruction
+            .base0
+            .wrapping_add(u64::from(old as u32) * instruction.size);
+        let page = step.entry.key.range();
+        if full(old) {
+            outcome.substatus = cb::QUEUE_LIMIT;
+            return outcome;
+        }
+        if !page.holds(Addr::new(first)) || !page.holds(Addr::new(first.wrapping_add(bytes - 1))) {
+            outcome.substatus = cb::PAGE_OVERFLOW;
+            return outcome;
+        }
+        let mut done = 0;
+        while done < bytes {
+            let vaddr = first + done;
+            let part = &mut buffer[..(bytes - done).min(PAGE - vaddr % PAGE) as usize];
+            self.segment
+                .load(step.dsr_map, instruction.tri0 + done, part);
+            self.write(step, &step.entry, vaddr, part);
+            done += part.len() as u64;
+        }
+        outcome.bytes += bytes;
+        outcome
+    }
+}
+
+impl Outcome {
+    fn of(elements: u64, bytes: u64) -> Self {
+        Self {
+            elements,
+            bytes,
+            old: None,
+            substatus: 0,
+        }
+    }
+}
+
+/// The TLB's entry for an access of the context, or the miss.
+fn translate(control: &Control, context: usize, vaddr: u64, write: bool) -> Result<TlbEntry, Miss> {
+    let region = control.contexts[context].region(vaddr);
+    let miss = |modify| Miss {
+        asid: region.asid,
+        vaddr,
+        modify,
+    };
+    match control.tlb.lookup(region.asid, region.sizes, vaddr) {
+        None => Err(miss(false)),
+        Some(entry) if write && !entry.writable => Err(miss(true)),
+        Some(entry) => Ok(*entry),
+    }
+}
+
+/// Lets `latency` pass.
+fn pause(latency: Duration) {
+    if latency.is_zero() {
+        return;
+    }
+    if latency > Duration::from_micros(200) {
+        return thread::sleep(latency);
+    }
+    let start = Instant::now();
+    while start.elapsed() < latency {
+        thread::yield_now();
+    }
+}

@@ -1,0 +1,75 @@
+//! What a chiplet counts.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// What a chiplet has counted since it was built; a reset does not clear it.
+        #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+        #[non_exhaustive]
+        pub struct Counts {
+            $($(#[$doc])* pub $name: u64,)*
+        }
+
+        /// The live counters. Relaxed throughout: they are statistics and order nothing.
+        #[derive(Default)]
+        pub(super) struct Counters {
+            $(pub(super) $name: Counter,)*
+        }
+
+        impl Counters {
+            pub(super) fn read(&self) -> Counts {
+                Counts { $($name: self.$name.0.load(Ordering::Relaxed),)* }
+            }
+        }
+    };
+}
+
+counters! {
+    /// Instructions that completed, without those that ended with an exception.
+    instructions,
+    /// Instructions that ended with an exception.
+    exceptions,
+    /// Bytes read from and written to memory.
+    bytes,
+    /// TLB misses.
+    misses,
+    /// Stores through an entry that does not allow them.
+    modify_misses,
+    /// Entries installed.
+    drop_ins,
+    /// Drop-ins that were ignored because a purge covered them since the miss, or because there was no such miss.
+    drop_ins_cancelled,
+    /// Entries that had to make room.
+    evictions,
+    /// Purges of pages of one ASID.
+    purges_pages,
+    /// Purges of one ASID.
+    purges_asid,
+    /// Purges of any ASID.
+    purges_global,
+    /// Injected: completions lost.
+    completions_lost,
+    /// Injected: completions late.
+    completions_late,
+    /// Injected: purges that never begin.
+    purges_stuck,
+    /// Injected: purges that happened again.
+    purges_repeated,
+    /// Resets that were done.
+    resets,
+}
+
+/// One counter.
+#[derive(Default)]
+pub(super) struct Counter(AtomicU64);
+
+impl Counter {
+    pub(super) fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    pub(super) fn hit(&self) {
+        self.add(1);
+    }
+}

@@ -1,0 +1,9 @@
+//! Tests of a chiplet through its registers.
+
+mod contexts;
+mod faults;
+mod instructions;
+mod interpreter;
+mod purges;
+mod rig;
+mod throughput;

@@ -23,7 +23,7 @@ use crate::addr::{PageSizes, Range};
 use crate::context::{self, InCallback, OpenInvalidation, Refused};
 use crate::memory::MemoryError;
 use crate::notifier::{Cause, Gather, Op, OpCore, Outcome, WouldBlock};
-use crate::pool::{Chain, Exhausted};
+use crate::pool::Chain;
 use crate::primitive::{Arc, Backoff, now};
 use crate::recorder::Kind;
 use crate::registration::{Inner, Logged, Use};
@@ -341,7 +341,7 @@ impl<'s> Invalidation<'s> {
                     _open: OpenInvalidation::enter(),
                     _leave: crate::lock::Leave,
                 };
-                if this.collect().is_ok() {
+                if this.collect() {
                     return Ok(this);
                 }
                 // Nobody has been called: give everything back, so that those who hold the room can end.
@@ -361,16 +361,15 @@ impl<'s> Invalidation<'s> {
         }
     }
 
-    /// Takes every overlapping registration in use.
-    fn collect(&mut self) -> Result<(), Exhausted> {
-        let mut result = Ok(());
+    /// Takes every overlapping registration in use; false when the pools have no room.
+    fn collect(&mut self) -> bool {
+        let mut room = true;
         let (range, hits, devices) = (self.core.range, &mut self.hits, &mut self.devices);
         let mut count = 0;
         self.space.registry.walk(range, |at, inner| {
             let (Some(part), Some(used)) = (at.intersect(range), Use::enter(inner)) else {
                 return ControlFlow::Continue(());
             };
-            count += 1;
             let hit = Hit {
                 logged: used.recent.start(range),
                 part,
@@ -378,27 +377,33 @@ impl<'s> Invalidation<'s> {
                 polled: false,
                 used: Some(used),
             };
-            result = hits.push(hit);
-            if result.is_ok() {
-                for target in &inner.targets {
-                    if !devices.iter().any(|one| one.device.same(&target.device)) {
-                        result = result.and(devices.push(DeviceOp::new(target.device.clone())));
-                    }
+            if let Err(Hit { used, logged, .. }) = hits.push(hit) {
+                room = false;
+                if let Some(used) = used {
+                    used.recent.end(logged);
+                    used.leave();
+                }
+                return ControlFlow::Break(());
+            }
+            count += 1;
+            for target in &inner.targets {
+                if !devices.iter().any(|one| one.device.same(&target.device)) {
+                    room &= devices.push(DeviceOp::new(target.device.clone())).is_ok();
                 }
             }
-            match result {
-                Ok(()) => ControlFlow::Continue(()),
-                Err(_) => ControlFlow::Break(()),
+            if room {
+                ControlFlow::Continue(())
+            } else {
+                ControlFlow::Break(())
             }
         });
-        if count > 0 && result.is_ok() {
+        if count > 0 && room {
             let (start, last) = (range.start().get(), range.last().get());
-            self.space
-                .recorder
-                .record(Kind::Start, self.core.id, start, last);
+            let recorder = &self.space.recorder;
+            recorder.record(Kind::Start, self.core.id, start, last);
             self.space.stats.add(Counter::Hits, count);
         }
-        result
+        room
     }
 
     fn quiesce(&mut self) {

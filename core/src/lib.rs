@@ -61,6 +61,8 @@ mod fault;
 mod lock;
 mod managed;
 mod memory;
+#[cfg(all(test, loom))]
+mod model;
 mod notifier;
 mod pool;
 mod primitive;

@@ -214,7 +214,12 @@ impl Mappings {
                     quarantined: whole,
                 });
             }
-            sizes |= vma.page.into();
+            // Entries may be as small as the device likes, and a page that was cut has become small ones.
+            sizes |= PageSize::ALL
+                .into_iter()
+                .filter(|size| *size <= vma.page)
+                .map(PageSizes::from)
+                .collect();
             match whole.last().checked_add(1) {
                 Some(after) if whole.last() < range.last() => next = after,
                 _ => return Ok(sizes),

@@ -6,7 +6,7 @@
 use crate::primitive::{Arc, Mutex};
 
 /// Entries of a chunk.
-const CHUNK: usize = 32;
+pub(crate) const CHUNK: usize = 8;
 
 struct Chunk<T> {
     entries: Vec<T>,
@@ -21,10 +21,6 @@ struct Free<T> {
 
 pub(crate) struct Pool<T>(Mutex<Free<T>>);
 
-/// The pool has no chunk left.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Exhausted;
-
 impl<T> Pool<T> {
     pub(crate) fn new() -> Self {
         Self(Mutex::new(Free {
@@ -33,24 +29,27 @@ impl<T> Pool<T> {
         }))
     }
 
-    /// Makes sure that `entries` fit in all chains together. Allocates: not in the shootdown path.
+    /// Makes sure that `entries` fit in all chains together, if they fill their chunks. Allocates: not in the shootdown path,
+    /// and not under the lock, which that path takes.
     pub(crate) fn reserve(&self, entries: usize) {
-        let mut free = self.0.lock();
-        while free.made * CHUNK < entries {
-            let next = free.chunks.take();
-            free.chunks = Some(Box::new(Chunk {
+        let made = self.0.lock().made;
+        for _ in made..entries.div_ceil(CHUNK) {
+            let mut chunk = Box::new(Chunk {
                 entries: Vec::with_capacity(CHUNK),
-                next,
-            }));
+                next: None,
+            });
+            let mut free = self.0.lock();
+            chunk.next = free.chunks.take();
+            free.chunks = Some(chunk);
             free.made += 1;
         }
     }
 
-    fn take(&self) -> Result<Box<Chunk<T>>, Exhausted> {
+    fn take(&self) -> Option<Box<Chunk<T>>> {
         let mut free = self.0.lock();
-        let mut chunk = free.chunks.take().ok_or(Exhausted)?;
+        let mut chunk = free.chunks.take()?;
         free.chunks = chunk.next.take();
-        Ok(chunk)
+        Some(chunk)
     }
 
     fn give(&self, mut chunk: Box<Chunk<T>>) {
@@ -72,13 +71,16 @@ impl<T> Chain<T> {
         Self { pool, head: None }
     }
 
-    pub(crate) fn push(&mut self, entry: T) -> Result<(), Exhausted> {
+    /// Adds an entry; gives it back when the pool is exhausted.
+    pub(crate) fn push(&mut self, entry: T) -> Result<(), T> {
         if self
             .head
             .as_ref()
             .is_none_or(|chunk| chunk.entries.len() == CHUNK)
         {
-            let mut chunk = self.pool.take()?;
+            let Some(mut chunk) = self.pool.take() else {
+                return Err(entry);
+            };
             chunk.next = self.head.take();
             self.head = Some(chunk);
         }
@@ -131,7 +133,7 @@ mod tests {
         for _ in 0..3 {
             let mut chain = Chain::new(pool.clone());
             (0..2 * CHUNK).for_each(|n| chain.push(n).unwrap());
-            assert_eq!(chain.push(0), Err(Exhausted));
+            assert_eq!(chain.push(0), Err(0));
             assert_eq!(chain.iter().sum::<usize>(), (0..2 * CHUNK).sum());
         }
     }

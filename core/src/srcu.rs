@@ -101,6 +101,18 @@ impl<T> Srcu<T> {
         drop(free);
     }
 
+    /// Frees everything that was retired; waits for the sections that may still see it.
+    pub(crate) fn reclaim(&self) {
+        let mut backoff = Backoff::new();
+        loop {
+            self.retire([]);
+            if self.retired.lock().is_empty() {
+                return;
+            }
+            backoff.wait();
+        }
+    }
+
     /// The oldest epoch that a running section may have begun in; the largest number when none runs.
     fn oldest_reader(&self) -> u64 {
         if cfg!(planted = "srcu-grace") {

@@ -5,7 +5,7 @@ use crate::primitive::atomic::{AtomicU64, Ordering};
 use crate::primitive::home;
 
 const SHARDS: usize = if cfg!(loom) { 1 } else { 8 };
-const COUNTERS: usize = 13;
+const COUNTERS: usize = 14;
 
 #[derive(Clone, Copy)]
 #[repr(usize)]
@@ -17,6 +17,7 @@ pub(crate) enum Counter {
     Panics,
     Faults,
     FaultRetries,
+    Inserts,
     Releases,
     /// Five of them, in the order of [`Place::ALL`].
     Unregisters,
@@ -39,6 +40,8 @@ pub struct Stats {
     pub faults: u64,
     /// Faults that had to go round again.
     pub fault_retries: u64,
+    /// Registrations inserted: each is released once, by the exit of the space at the latest.
+    pub inserts: u64,
     /// `release` calls that have returned.
     pub releases: u64,
     /// Unregisters by the place that they were called from, in the order of [`Place::ALL`].
@@ -86,6 +89,7 @@ impl Counters {
             panics: get(Counter::Panics),
             faults: get(Counter::Faults),
             fault_retries: get(Counter::FaultRetries),
+            inserts: get(Counter::Inserts),
             releases: get(Counter::Releases),
             unregisters: std::array::from_fn(|place| sum(Counter::Unregisters as usize + place)),
         }

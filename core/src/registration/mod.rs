@@ -309,29 +309,44 @@ pub(crate) fn give_up(
         Detach::AlreadyUnregistered => {
             return Err(UnregisterError::AlreadyUnregistered { range: inner.range });
         }
-        Detach::Already | Detach::NotInserted | Detach::Shared => {
+        Detach::NotInserted | Detach::Shared => {
             return Ok(Unregistered::AlreadyGone);
         }
         Detach::Complete => Space::complete(inner.clone()),
-        Detach::InUse => {}
+        Detach::InUse | Detach::Already => {}
     }
-    space.stats.unregister(place);
-    space
-        .recorder
-        .record(Kind::Unregister, inner.id, place as u64, 0);
+    let first = detached != Detach::Already;
+    if first {
+        space.stats.unregister(place);
+        space
+            .recorder
+            .record(Kind::Unregister, inner.id, place as u64, 0);
+    }
     if context::inside_callback() {
-        return Ok(Unregistered::Deferred);
+        return Ok(if first {
+            Unregistered::Deferred
+        } else {
+            Unregistered::AlreadyGone
+        });
     }
     space.events.wait(None, || inner.word.load().is_quiet());
     if !context::is_outermost() {
-        return Ok(Unregistered::Quiet);
+        return Ok(if first {
+            Unregistered::Quiet
+        } else {
+            Unregistered::AlreadyGone
+        });
     }
     loop {
         context::leave();
         Space::run_completed(space);
         let released = || inner.word.load().state() == State::Released;
         if released() {
-            return Ok(Unregistered::Released);
+            return Ok(if first {
+                Unregistered::Released
+            } else {
+                Unregistered::AlreadyGone
+            });
         }
         space
             .events

@@ -55,8 +55,10 @@ impl Recent {
 
     /// The registration has just been published: notes the invalidations in progress that cannot have found it.
     pub(crate) fn arrive(&self, active: &Active, range: Range) {
+        // Collected before the lock is taken, which the shootdown path takes: nobody may allocate under it.
+        let older: Vec<Claim> = active.overlapping(range).collect();
         let mut log = self.log.lock();
-        log.older.extend(active.overlapping(range));
+        log.older = older;
         // Release, with the Acquire in `undisturbed`; before that nobody else has a handle to begin with.
         self.has_older
             .store(!log.older.is_empty(), Ordering::Release);

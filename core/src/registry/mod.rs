@@ -100,6 +100,11 @@ impl<T> Registry<T> {
         unsafe { &(*tree).root }
     }
 
+    /// Drops all old versions, and with them the values that were removed; waits for the walks that may still see them.
+    pub(crate) fn reclaim(&self) {
+        self.srcu.reclaim();
+    }
+
     fn publish(&self, root: Arc<Node<T>>) {
         let new = Box::into_raw(Self::tree(root));
         // Release, with the Acquire in `walk`.

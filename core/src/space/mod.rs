@@ -20,7 +20,7 @@ use std::sync::Arc as StdArc;
 use std::time::Duration;
 
 pub(crate) use self::map_lock::{Held, MapLock};
-use crate::active::Active;
+use crate::active::{Active, SLOTS};
 use crate::addr::Range;
 use crate::context::{self, InCallback, Refused};
 use crate::engine::{self, DeviceOp, Hit, InvalidateError};
@@ -29,7 +29,7 @@ use crate::lock::Leave;
 use crate::managed::Table;
 use crate::memory::Memory;
 use crate::notifier::{Cause, Notifier};
-use crate::pool::Pool;
+use crate::pool::{CHUNK, Pool};
 use crate::primitive::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crate::primitive::{Arc, Mutex};
 use crate::recorder::{Kind, Record, Recorder};
@@ -68,6 +68,7 @@ impl Default for Deadlines {
 #[derive(Debug, Default)]
 struct Lifecycle {
     exiting: bool,
+    exited: bool,
     /// Inserted and not yet released.
     registered: usize,
     /// Device targets of those; sizes the pools.
@@ -107,8 +108,8 @@ impl fmt::Debug for Space {
     }
 }
 
-/// Entries of the pools beyond twice what is registered: for invalidations that overlap each other.
-const SPARE: usize = 256;
+/// Entries of the pools beyond twice what is registered: a chunk for each invalidation that can be in progress.
+const SPARE: usize = SLOTS * CHUNK;
 
 impl Space {
     fn new(memory: Option<StdArc<dyn Memory>>, deadlines: Deadlines) -> Self {
@@ -174,6 +175,7 @@ impl Space {
         let (range, id) = (inner.range, inner.id);
         self.registry.insert(range, id, inner);
         drop(lifecycle);
+        self.stats.add(Counter::Inserts, 1);
         self.recorder
             .record(Kind::Insert, id, range.start().get(), range.last().get());
         true
@@ -256,7 +258,9 @@ impl Space {
 
     pub(crate) fn unqueue(&self) -> Option<Arc<Space>> {
         let next = self.put_off_next.lock().take();
-        self.put_off.store(false, Ordering::Release);
+        // AcqRel, not a plain store: it reads the swap of whoever completed something and found the space queued already, so that
+        // what was put on the completed list before is seen by the run that follows.
+        self.put_off.swap(false, Ordering::AcqRel);
         next
     }
 
@@ -265,7 +269,10 @@ impl Space {
         Self::run_completed(this);
         this.recorder.dump_if_wanted(this.id);
         if this.exit_wanted.swap(false, Ordering::AcqRel) {
-            Self::exit(this);
+            // Whoever is at it already may be further up on this stack.
+            if !this.is_exiting() {
+                Self::exit(this);
+            }
         }
     }
 
@@ -298,6 +305,7 @@ impl Space {
             });
         }
         loop {
+            context::leave();
             Self::run_completed(this);
             let released = || this.lifecycle.lock().registered == 0;
             if released() {
@@ -307,12 +315,19 @@ impl Space {
                 .wait(None, || released() || this.has_completed());
         }
         this.shared.lock().clear();
+        this.registry.reclaim();
         if first
             && let Some(memory) = &this.memory
             && (reached || !this.table.clear(&**memory))
         {
             // A device that did not acknowledge may reach these pages for as long as the process lives: so long they stay.
             std::mem::forget(memory.clone());
+        }
+        if first {
+            this.lifecycle.lock().exited = true;
+            this.events.ended();
+        } else {
+            this.events.wait(None, || this.lifecycle.lock().exited);
         }
     }
 
@@ -380,7 +395,7 @@ impl SpacePin {
     /// Becomes an owner, unless the space is exiting or has no owner left.
     pub fn upgrade(&self) -> Option<AddressSpace> {
         let mut owners = self.space.owners.load(Ordering::Relaxed);
-        while owners > 0 {
+        while owners > 0 && !self.space.is_exiting() {
             match self.space.owners.compare_exchange_weak(
                 owners,
                 owners + 1,

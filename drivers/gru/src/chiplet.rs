@@ -1,0 +1,242 @@
+//! One chiplet: its registers, its purges, who has which context; and its TLB as the framework sees it.
+//!
+//! The shootdown path ([`ChipletTlb`]) reads the words of [`Words`] and uses [`Purges`]: no lock, no allocation. Everything
+//! else (loading, unloading, ASIDs) is under the chiplet's lock, which is held while handles are waited for, each for the
+//! handle deadline at most.
+//!
+//! Lock order: map lock → a context's teardown → chiplet lock. The driver lock (`NotifierLock`) is taken with none of the
+//! last two held.
+//!
+//! # Reset
+//! It ends every context. The *epoch* is odd while a reset is in progress and another one afterwards; a context remembers the
+//! epoch that it was loaded in, and is lost in any other.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use shootdown::{
+    Completion, DeviceTlb, FlushCommand, Issue, Limits, PageSizes, Registers, ResetError, Scope,
+    Ticket,
+};
+
+use crate::asid::{Asids, Words};
+use crate::config::{Config, Plant};
+use crate::context::Context;
+use crate::error::GruError;
+use crate::handle::Backoff;
+use crate::layout::{CONTEXTS, RESET, page_code, tgh};
+use crate::purge::{Purge, Purges};
+use crate::stats::Counters;
+
+/// A context that is taken.
+pub(crate) struct Slot {
+    pub(crate) context: Arc<Context>,
+    /// The hardware did not give it back.
+    pub(crate) leaked: bool,
+}
+
+/// What the chiplet's lock protects.
+pub(crate) struct State {
+    pub(crate) asids: Asids,
+    pub(crate) slots: [Option<Slot>; CONTEXTS],
+}
+
+pub(crate) struct Chiplet {
+    pub(crate) name: String,
+    pub(crate) registers: Arc<dyn Registers>,
+    pub(crate) words: Words,
+    pub(crate) config: Config,
+    pub(crate) counters: Arc<Counters>,
+    /// Whether a thread serves the fault map; if not, misses wait for their users.
+    pub(crate) served: AtomicBool,
+    purges: Purges,
+    epoch: AtomicU64,
+    state: Mutex<State>,
+}
+
+impl std::fmt::Debug for Chiplet {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Chiplet")
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Chiplet {
+    pub(crate) fn new(
+        name: String,
+        registers: Arc<dyn Registers>,
+        config: &Config,
+        tags: usize,
+        counters: Arc<Counters>,
+    ) -> Self {
+        let reuse = config.plants.contains(Plant::ASID_REUSED);
+        Self {
+            name,
+            registers,
+            words: Words::new(tags),
+            config: config.clone(),
+            counters,
+            served: AtomicBool::new(false),
+            purges: Purges::default(),
+            epoch: AtomicU64::new(0),
+            state: Mutex::new(State {
+                asids: Asids::new(config.asids.clone(), reuse),
+                slots: std::array::from_fn(|_| None),
+            }),
+        }
+    }
+
+    /// The chiplet's lock.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        // Slots are changed by single assignments.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn planted(&self, plant: Plant) -> bool {
+        self.config.plants.contains(plant)
+    }
+
+    /// The epoch; odd during a reset.
+    pub(crate) fn epoch(&self) -> u64 {
+        // Acquire, with the increments in `reset`: who sees the new epoch talks to the chiplet after the reset.
+        self.epoch.load(Ordering::Acquire)
+    }
+
+    /// Contexts that are taken.
+    pub(crate) fn taken(&self) -> usize {
+        self.lock().slots.iter().flatten().count()
+    }
+
+    /// The context that control-block slot `slot` belongs to.
+    pub(crate) fn owner(&self, slot: usize) -> Option<Arc<Context>> {
+        let state = self.lock();
+        let mut taken = state.slots.iter().flatten();
+        let owner = taken.find(|one| one.context.owns(slot))?;
+        Some(Arc::clone(&owner.context))
+    }
+
+    /// Empties the TLB and waits for that.
+    ///
+    /// # Errors
+    /// It is not acknowledged within the handle deadline.
+    pub(crate) fn flush_all(&self) -> Result<(), GruError> {
+        let registers = &*self.registers;
+        let deadline = self.config.handle_deadline;
+        let timeout = GruError::HandleTimeout {
+            what: "the flush of a whole TLB",
+            deadline,
+        };
+        let (begun, mut backoff) = (Instant::now(), Backoff::default());
+        while !self.purges.issue(registers, &Purge::whole())? {
+            if begun.elapsed() >= deadline {
+                return Err(timeout);
+            }
+            backoff.wait();
+        }
+        let ticket = self.purges.ticket();
+        while self.purges.poll(registers, ticket) != Completion::Done {
+            if begun.elapsed() >= deadline {
+                return Err(timeout);
+            }
+            backoff.wait();
+        }
+        Ok(())
+    }
+
+    /// What `command` is for this chiplet; `None` if it can hold nothing of it.
+    fn purge_of(&self, command: FlushCommand) -> Option<Purge> {
+        let (address, code, pages) = match command.scope {
+            Scope::Device => return Some(Purge::whole()),
+            _ if self.planted(Plant::NO_FLUSH_ON_UNMAP) => return None,
+            Scope::Tag => (0, 0, tgh::PAGES),
+            Scope::Pages { range, page_size } => (
+                range.start().get(),
+                page_code(page_size),
+                range.pages(page_size).clamp(1, tgh::PAGES),
+            ),
+        };
+        let had = self.words.load(command.tag).asid()?;
+        let word = self.words.retire(command.tag);
+        let Some(asid) = word.asid() else {
+            tracing::trace!(chiplet = %self.name, asid = had, "ASID retired");
+            self.counters.asids_retired.hit();
+            return None;
+        };
+        Some(Purge {
+            address,
+            what: tgh::what(Some(asid), code, pages),
+            contexts: tgh::contexts(word.contexts()),
+            whole: false,
+        })
+    }
+
+    fn reset(&self, deadline: Duration) -> Result<(), ResetError> {
+        let timeout = ResetError::Timeout { deadline };
+        let ticket = self.purges.ticket();
+        // AcqRel: contexts are lost from here on. Two resets at a time would make it even too early, so the bit is set.
+        let before = self.epoch.fetch_or(1, Ordering::AcqRel);
+        let registers = &*self.registers;
+        registers.write(RESET, 1).map_err(|_| timeout)?;
+        let (begun, mut backoff) = (Instant::now(), Backoff::default());
+        while registers.read(RESET).map_err(|_| timeout)? & 1 == 1 {
+            if begun.elapsed() >= deadline {
+                return Err(timeout);
+            }
+            backoff.wait();
+        }
+        self.purges.reset(registers, ticket);
+        self.counters.resets.hit();
+        // AcqRel: a failure means that another thread has ended this epoch.
+        let _ = self.epoch.compare_exchange(
+            before | 1,
+            (before | 1) + 1,
+            Ordering::AcqRel,
+            Ordering::Relaxed,
+        );
+        Ok(())
+    }
+}
+
+/// The chiplet's TLB, for the framework.
+pub(crate) struct ChipletTlb(pub(crate) Arc<Chiplet>);
+
+impl DeviceTlb for ChipletTlb {
+    fn limits(&self) -> Limits {
+        Limits {
+            entry_sizes: PageSizes::all(),
+            pages_per_command: tgh::PAGES,
+            commands_per_batch: 8,
+            full_flush_cost: 4,
+        }
+    }
+
+    fn issue(&self, command: FlushCommand) -> Issue {
+        let chiplet = &*self.0;
+        let Some(purge) = chiplet.purge_of(command) else {
+            return Issue::NothingCached;
+        };
+        match chiplet.purges.issue(&*chiplet.registers, &purge) {
+            Ok(true) => Issue::Queued,
+            // A chiplet that is gone has no room either: the engine's deadlines lead to the reset, which says so.
+            Ok(false) | Err(_) => Issue::Busy,
+        }
+    }
+
+    fn dispatch(&self) -> Ticket {
+        Ticket(self.0.purges.ticket())
+    }
+
+    fn poll(&self, ticket: Ticket) -> Completion {
+        let chiplet = &*self.0;
+        if chiplet.planted(Plant::FLUSH_NOT_WAITED) {
+            return Completion::Done;
+        }
+        chiplet.purges.poll(&*chiplet.registers, ticket.0)
+    }
+
+    fn reset(&self, deadline: Duration) -> Result<(), ResetError> {
+        self.0.reset(deadline)
+    }
+}

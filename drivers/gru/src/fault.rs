@@ -1,0 +1,207 @@
+//! TLB misses: by the thread that serves a chiplet's fault map, or by the user's own thread after CALL_OS.
+//!
+//! Both do the same: map lock for read, begin over the *whole* entry (R34), translate, retry under the driver lock, write
+//! the entry under it and wait until it is in (R9). The service thread only tries the map lock: if it is not to be had, or
+//! invalidations go on for too long, the miss is left to its user (R33). Nothing mapped, or a store that is not
+//! allowed, ends the instruction with an exception.
+//!
+//! Order of holding, the first longest: owner of the space → map lock → gate of the context → driver lock.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use shootdown::{
+    Addr, AddressSpace, FaultError, Interrupts, PageSize, Range, Registration, Rights, Translation,
+};
+
+use crate::chiplet::Chiplet;
+use crate::config::Plant;
+use crate::context::Context;
+use crate::error::GruError;
+use crate::handle;
+use crate::layout::{FAULT_MAP, fault, fault_map, page_code, status, tfh};
+
+/// How long the service thread sleeps at most, which is how late it sees that it is told to stop.
+const NAP: Duration = Duration::from_millis(20);
+
+/// Serves a chiplet's fault map until told to stop, or until the chiplet is gone.
+pub(crate) fn serve(chiplet: &Chiplet, interrupts: &dyn Interrupts, stop: &AtomicBool) {
+    // Acquire, with the driver's release.
+    while !stop.load(Ordering::Acquire) {
+        if interrupts.wait(FAULT_MAP, NAP).is_err() || round(chiplet).is_err() {
+            // Contexts that are loaded from now on do not rely on this thread.
+            chiplet.served.store(false, Ordering::Release);
+            tracing::error!(chiplet = %chiplet.name, "chiplet gone: its faults are not served");
+            return;
+        }
+    }
+}
+
+/// Answers every fault in the map once. A fault that comes meanwhile has its own interrupt.
+fn round(chiplet: &Chiplet) -> Result<(), GruError> {
+    for word in 0..2 {
+        let mut bits = chiplet.registers.read(fault_map(word))?;
+        while bits != 0 {
+            let slot = word * 64 + bits.trailing_zeros() as usize;
+            bits &= bits - 1;
+            match chiplet.owner(slot).map(|context| service(&context, slot)) {
+                None | Some(Ok(())) => {}
+                Some(Err(GruError::Device(error))) => return Err(error.into()),
+                Some(Err(error)) => {
+                    tracing::warn!(chiplet = %chiplet.name, slot, %error, "fault not resolved");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn service(context: &Arc<Context>, slot: usize) -> Result<(), GruError> {
+    let Some(space) = context.binding.pin.upgrade() else {
+        return end(context, slot, tfh::EXCEPTION);
+    };
+    let Some(_map) = space.try_lock_read()? else {
+        context.chiplet.counters.faults_to_user.hit();
+        return end(context, slot, tfh::USER_POLLING);
+    };
+    match resolve(context, slot, &space, tfh::MISS_MAP) {
+        Err(GruError::Fault(FaultError::Deadline { .. })) => {
+            context.chiplet.counters.faults_to_user.hit();
+            end(context, slot, tfh::USER_POLLING)
+        }
+        result => result,
+    }
+}
+
+/// Resolves the miss of a control block that waits for its user, on the user's thread. Waits for the map lock and for
+/// invalidations.
+pub(crate) fn call_os(context: &Arc<Context>, slot: usize) -> Result<(), GruError> {
+    let Some(space) = context.binding.pin.upgrade() else {
+        let _mapped = context.mapped()?;
+        return end(context, slot, tfh::EXCEPTION);
+    };
+    let _map = space.lock_read()?;
+    resolve(context, slot, &space, tfh::MISS_USER)
+}
+
+/// Ends the fault in another way than by an entry, if its context is not being unloaded, which then does so itself.
+fn end(context: &Context, slot: usize, opcode: u64) -> Result<(), GruError> {
+    let Some((_inside, share)) = context.enter() else {
+        return Ok(());
+    };
+    drop(share);
+    answer(context, slot, opcode)
+}
+
+fn answer(context: &Context, slot: usize, opcode: u64) -> Result<(), GruError> {
+    let chiplet = &context.chiplet;
+    if opcode == tfh::EXCEPTION {
+        chiplet.counters.fault_exceptions.hit();
+    }
+    let deadline = chiplet.config.handle_deadline;
+    let what = "the answer to a TLB fault";
+    handle::run(&*chiplet.registers, fault(slot), opcode, 0, what, deadline)
+}
+
+/// The miss of `slot`, if it is in `state`: its address, and whether it is a store through an entry that forbids it.
+fn pending(context: &Context, slot: usize, state: u64) -> Result<Option<(Addr, bool)>, GruError> {
+    let registers = &*context.chiplet.registers;
+    let dw0 = registers.read(fault(slot))?;
+    if tfh::state(dw0) != state {
+        return Ok(None);
+    }
+    let address = Addr::new(registers.read(fault(slot) + tfh::MISS_ADDRESS)?);
+    Ok(Some((address, status::cause(dw0) == tfh::MODIFY)))
+}
+
+fn resolve(
+    context: &Context,
+    slot: usize,
+    space: &AddressSpace,
+    state: u64,
+) -> Result<(), GruError> {
+    let Some((_inside, share)) = context.enter() else {
+        return Ok(());
+    };
+    context.check_epoch()?;
+    let Some((address, modify)) = pending(context, slot, state)? else {
+        return Ok(());
+    };
+    match fill(context, slot, space, &share, (address, modify, state)) {
+        Ok(true) => Ok(()),
+        Ok(false) => answer(context, slot, tfh::EXCEPTION),
+        Err(GruError::Fault(error @ FaultError::Deadline { .. })) => Err(error.into()),
+        Err(GruError::Fault(error)) => {
+            tracing::warn!(%error, "fault ends with an exception");
+            answer(context, slot, tfh::EXCEPTION)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Installs the entry for a miss: whether there is one.
+fn fill(
+    context: &Context,
+    slot: usize,
+    space: &AddressSpace,
+    registration: &Registration,
+    miss: (Addr, bool, u64),
+) -> Result<bool, GruError> {
+    let (address, modify, state) = miss;
+    let chiplet = &context.chiplet;
+    let time = chiplet.config.fault_deadline;
+    let begun = Instant::now();
+    let small = Range::page(address, PageSize::FourKiB);
+    let narrow = chiplet.planted(Plant::WRONG_RANGE);
+    let whole = |found: Option<Translation>| match found {
+        Some(found) if !narrow => found.page,
+        _ => small,
+    };
+    let mut entry = whole(space.translate(address));
+    let mut sequence = registration.begin(entry, time)?;
+    loop {
+        let waited = begun.elapsed();
+        if waited >= time {
+            return Err(FaultError::Deadline { entry, waited }.into());
+        }
+        let found = space.translate(address);
+        if whole(found) != entry {
+            // A large page was split, or mapped, meanwhile: the sequence has to cover what is installed.
+            entry = whole(found);
+            sequence = registration.begin(entry, time - waited)?;
+            continue;
+        }
+        let checked = !chiplet.planted(Plant::RETRY_NOT_CHECKED);
+        let guard = checked.then(|| context.binding.lock.lock());
+        if guard.as_ref().is_none_or(|guard| !sequence.retry(guard)) {
+            let needed = if modify {
+                Rights::READ_WRITE
+            } else {
+                Rights::READ
+            };
+            let Some(found) = found.filter(|found| found.rights.contains(needed)) else {
+                return Ok(false);
+            };
+            if pending(context, slot, state)? == Some((address, modify)) {
+                install(context, slot, &found)?;
+                chiplet.counters.faults_resolved.hit();
+            }
+            return Ok(true);
+        }
+        drop(guard);
+        chiplet.counters.fault_retries.hit();
+        sequence.again()?;
+    }
+}
+
+fn install(context: &Context, slot: usize, found: &Translation) -> Result<(), GruError> {
+    let registers = &*context.chiplet.registers;
+    let writable = found.rights.contains(Rights::WRITE);
+    let attributes = tfh::fill(context.asid, page_code(found.page_size), writable);
+    let base = fault(slot);
+    registers.write(base + tfh::FILL_ADDRESS, found.page.start().get())?;
+    registers.write(base + tfh::FILL, attributes)?;
+    registers.write(base + tfh::FRAME, found.frame.0)?;
+    answer(context, slot, tfh::WRITE_RESTART)
+}

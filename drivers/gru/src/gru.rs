@@ -1,0 +1,155 @@
+//! The driver: chiplets, their service threads, and the spaces that have segments.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::thread::{self, JoinHandle};
+
+use shootdown::{AddressSpace, Device, Range, Share, Target};
+
+use crate::chiplet::{Chiplet, ChipletTlb};
+use crate::config::{ChipletPorts, Config};
+use crate::context::Context;
+use crate::error::GruError;
+use crate::fault;
+use crate::notifier::{Binding, Fabric, Handler};
+use crate::segment::Segment;
+use crate::stats::{Counters, GruStats};
+
+/// The driver. Segments keep it; when the last reference is gone its threads end.
+pub struct Gru {
+    fabric: Arc<Fabric>,
+    devices: Vec<Device>,
+    /// What the registrations of this driver are shared under.
+    key: u64,
+    /// The binding of each space that has a registration, held by that registration.
+    bindings: Mutex<HashMap<u64, Weak<Binding>>>,
+    counters: Arc<Counters>,
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl std::fmt::Debug for Gru {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Gru")
+            .field("devices", &self.devices)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Gru {
+    /// Attaches to chiplets, which have to be in the state after a reset. Where the thread that serves a chiplet's faults cannot
+    /// be made, its users have to resolve them, which [`Segment::wait`] does.
+    pub fn attach(ports: Vec<ChipletPorts>, config: Config) -> Arc<Self> {
+        // Keys of drivers in this process. Relaxed: only that they differ matters.
+        static KEY: AtomicU64 = AtomicU64::new(0x6772_7500_0000_0000);
+        let counters = Arc::new(Counters::default());
+        let stop = Arc::new(AtomicBool::new(false));
+        let (mut chiplets, mut devices, mut threads) = (Vec::new(), Vec::new(), Vec::new());
+        for port in ports {
+            let tags = crate::notifier::TAGS;
+            let counters = Arc::clone(&counters);
+            let registers = port.registers;
+            let chiplet = Chiplet::new(port.name, registers, &config, tags, counters);
+            let chiplet = Arc::new(chiplet);
+            // Before the thread begins, which may take it back.
+            chiplet.served.store(true, Ordering::Release);
+            let (served, stop) = (Arc::clone(&chiplet), Arc::clone(&stop));
+            let thread = thread::Builder::new()
+                .name(format!("{}-faults", chiplet.name))
+                .spawn(move || fault::serve(&served, &*port.interrupts, &stop));
+            match thread {
+                Ok(thread) => threads.push(thread),
+                Err(error) => {
+                    chiplet.served.store(false, Ordering::Release);
+                    tracing::warn!(chiplet = %chiplet.name, %error, "faults are left to users");
+                }
+            }
+            let tlb = ChipletTlb(Arc::clone(&chiplet));
+            devices.push(Device::new(chiplet.name.clone(), tlb));
+            chiplets.push(chiplet);
+        }
+        Arc::new(Self {
+            fabric: Arc::new(Fabric::new(chiplets)),
+            devices,
+            key: KEY.fetch_add(1, Ordering::Relaxed),
+            bindings: Mutex::new(HashMap::new()),
+            counters,
+            stop,
+            threads,
+        })
+    }
+
+    /// The chiplets, as the framework knows them.
+    pub fn devices(&self) -> &[Device] {
+        &self.devices
+    }
+
+    /// Makes a segment for `space`: a context of the chiplet that has most room. Waits for hardware, and takes no map lock.
+    ///
+    /// # Errors
+    /// [`GruError::NoContext`], [`GruError::NoTag`], [`GruError::NoAsid`]; the space exits; the hardware does not answer.
+    pub fn segment(self: &Arc<Self>, space: &AddressSpace) -> Result<Segment, GruError> {
+        let (binding, mut share) = self.join(space)?;
+        let mut order: Vec<_> = self.fabric.chiplets.iter().collect();
+        order.sort_by_key(|chiplet| chiplet.taken());
+        for chiplet in order {
+            match Context::load(chiplet, &binding, share)? {
+                Ok(context) => return Ok(Segment::new(context, Arc::clone(self))),
+                Err(back) => share = back,
+            }
+        }
+        Err(GruError::NoContext {
+            chiplets: self.fabric.chiplets.len(),
+        })
+    }
+
+    /// A share of the space's registration, and what belongs to it.
+    fn join(&self, space: &AddressSpace) -> Result<(Arc<Binding>, Share), GruError> {
+        let mut bindings = self.bindings.lock().unwrap_or_else(PoisonError::into_inner);
+        bindings.retain(|_, binding| binding.strong_count() > 0);
+        // Made beforehand, since `make` cannot fail; given back if there is one already.
+        let new = Arc::new(Binding::new(&self.fabric, space.id(), space.pin())?);
+        let mut used = false;
+        let share = space.share(self.key, || {
+            used = true;
+            let targets = self.devices.iter().map(|device| Target {
+                device: device.clone(),
+                tag: new.tag,
+            });
+            let handler = Arc::new(Handler(Arc::clone(&new)));
+            (Range::ALL, handler, targets.collect())
+        })?;
+        if !used && let Some(old) = bindings.get(&space.id()).and_then(Weak::upgrade) {
+            return Ok((old, share));
+        }
+        bindings.insert(space.id(), Arc::downgrade(&new));
+        Ok((new, share))
+    }
+
+    /// What has been counted.
+    pub fn stats(&self) -> GruStats {
+        let mut stats = self.counters.read();
+        for chiplet in &self.fabric.chiplets {
+            stats.contexts_in_use += chiplet.taken() as u64;
+            stats.asids_in_use += chiplet.words.in_use();
+        }
+        stats
+    }
+}
+
+impl Drop for Gru {
+    fn drop(&mut self) {
+        // Release, with the acquire of the threads.
+        self.stop.store(true, Ordering::Release);
+        for thread in self.threads.drain(..) {
+            // A panic of the thread has been printed by it; there is nobody here to hand it to.
+            drop(thread.join());
+        }
+        for chiplet in &self.fabric.chiplets {
+            // Only leaked ones are left: segments hold the driver.
+            let left = std::mem::replace(&mut chiplet.lock().slots, std::array::from_fn(|_| None));
+            drop(left);
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! A driver for the GRU: a user-mapped accelerator that dereferences user virtual addresses through its own TLB.
+//!
+//! It is written over the traits of [`shootdown`] alone, and runs over whatever implements them: real chiplets or a model.
+//! A space's segments, on whatever chiplets, share one registration of the whole space, so that an unmap flushes every
+//! chiplet where the space has an ASID, all of them in flight at once, and costs nothing where it has none.
+//!
+//! ```text
+//!   Gru ── chiplet ── contexts ◄── Segment ── submit, poll, wait
+//!    │        │                       │
+//!    │        ├─ fault thread ── begin, translate, retry, write the entry
+//!    │        └─ TLB: purges ◄── engine ── registration ◄── share
+//! ```
+
+mod asid;
+mod chiplet;
+mod config;
+mod context;
+mod error;
+mod fault;
+mod gru;
+mod handle;
+mod instruction;
+mod layout;
+mod notifier;
+mod purge;
+mod segment;
+mod stats;
+
+pub use config::{ChipletPorts, Config, Plant};
+pub use error::{Ended, GruError};
+pub use gru::Gru;
+pub use instruction::{Atomic, Element, Instruction};
+pub use segment::{Segment, Status};
+pub use stats::GruStats;

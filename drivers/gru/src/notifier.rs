@@ -1,0 +1,105 @@
+//! What the driver has for one address space: a tag, a lock, and the one handler for all of its segments.
+//!
+//! `quiesce` only takes the driver lock: a fault that holds it has installed its entry before the flush, one that takes it
+//! later sees the invalidation in its retry. Everything that can be cached is flushed. `release`, which ends the
+//! registration also when the space exits, unloads the contexts that are left.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use shootdown::{Drain, Notifier, NotifierLock, Op, SpacePin, WouldBlock};
+
+use crate::chiplet::Chiplet;
+use crate::error::{Ended, GruError};
+
+/// Address spaces that can have segments at a time.
+pub(crate) const TAGS: usize = 1024;
+
+/// The chiplets, and the tags that are free.
+pub(crate) struct Fabric {
+    pub(crate) chiplets: Vec<Arc<Chiplet>>,
+    free: Mutex<Vec<u64>>,
+}
+
+impl Fabric {
+    pub(crate) fn new(chiplets: Vec<Arc<Chiplet>>) -> Self {
+        Self {
+            chiplets,
+            free: Mutex::new((0..TAGS as u64).rev().collect()),
+        }
+    }
+
+    fn tags(&self) -> std::sync::MutexGuard<'_, Vec<u64>> {
+        // Changed by push and pop only.
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// An address space with segments.
+pub(crate) struct Binding {
+    fabric: Arc<Fabric>,
+    /// What flush commands carry.
+    pub(crate) tag: u64,
+    /// The space's number.
+    pub(crate) space: u64,
+    pub(crate) pin: SpacePin,
+    /// Taken by `quiesce`, and while a retry is checked and the entry installed.
+    pub(crate) lock: NotifierLock<()>,
+}
+
+impl Binding {
+    /// # Errors
+    /// All tags are in use.
+    pub(crate) fn new(fabric: &Arc<Fabric>, space: u64, pin: SpacePin) -> Result<Self, GruError> {
+        let tag = fabric.tags().pop();
+        Ok(Self {
+            tag: tag.ok_or(GruError::NoTag { limit: TAGS })?,
+            fabric: Arc::clone(fabric),
+            space,
+            pin,
+            lock: NotifierLock::new(()),
+        })
+    }
+}
+
+impl Drop for Binding {
+    fn drop(&mut self) {
+        // No context is loaded: each holds the binding. What its ASIDs have in the TLBs goes with the next wrap.
+        for chiplet in &self.fabric.chiplets {
+            chiplet.words.clear(self.tag);
+        }
+        self.fabric.tags().push(self.tag);
+    }
+}
+
+/// The handler of one binding.
+pub(crate) struct Handler(pub(crate) Arc<Binding>);
+
+impl Notifier for Handler {
+    fn quiesce<'o>(&self, op: &Op<'o>) -> Result<Drain<'o>, WouldBlock> {
+        drop(self.0.lock.lock_for(op)?);
+        Ok(op.idle())
+    }
+
+    fn release(&self) {
+        for chiplet in &self.0.fabric.chiplets {
+            let contexts: Vec<_> = {
+                let state = chiplet.lock();
+                let taken = state.slots.iter().flatten().map(|slot| &slot.context);
+                taken
+                    .filter(|context| Arc::ptr_eq(&context.binding, &self.0))
+                    .cloned()
+                    .collect()
+            };
+            for context in contexts {
+                let (share, unloaded) = context.end(Ended::SpaceExited);
+                // The registration is over: its shares are worth nothing any more.
+                drop(share);
+                if let Err(error) = unloaded {
+                    tracing::error!(chiplet = %chiplet.name, %error, "context not unloaded");
+                }
+            }
+            // Nobody can load a context for this registration any more. One that was leaked keeps the ASID.
+            chiplet.words.retire(self.0.tag);
+        }
+    }
+}

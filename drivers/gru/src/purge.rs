@@ -1,0 +1,269 @@
+//! TLB-global handles: purges in flight, several at a time, without a lock.
+//!
+//! # Handles
+//! Every purge has a sequence number. A handle's word says which purge it carries, and how far: FREE → STARTING (claimed, fields
+//! being written) → RUNNING → FREE. A ticket is the last number that had been given; it is acknowledged once no handle
+//! carries a purge of that number or a lower one. Whoever sees that a RUNNING handle has become idle frees it; as no number
+//! comes twice, a slow observer cannot free its next purge.
+//!
+//! # Wider purges
+//! A purge of the whole device does what every purge with a lower number was asked for: its acknowledgement counts for those
+//! too. Handles that still carry one are put out of service (OUT) until the hardware lets go of them or is reset. The last
+//! handle is kept for purges of the whole device, so that there is one when all others are stuck.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use shootdown::{Completion, DeviceError, Registers};
+
+use crate::layout::{PURGES, purge, start, status, tgh};
+
+const FREE: u64 = 0;
+const STARTING: u64 = 1;
+const RUNNING: u64 = 2;
+const OUT: u64 = 3;
+const PHASE: u64 = 3;
+const WHOLE: u64 = 4;
+const SHIFT: u32 = 3;
+
+/// The fields of one purge.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Purge {
+    pub(crate) address: u64,
+    pub(crate) what: u64,
+    pub(crate) contexts: u64,
+    /// Everything of the device.
+    pub(crate) whole: bool,
+}
+
+impl Purge {
+    /// Everything of the device.
+    pub(crate) fn whole() -> Self {
+        Self {
+            address: 0,
+            what: tgh::what(None, 0, tgh::PAGES),
+            contexts: tgh::contexts(u16::MAX),
+            whole: true,
+        }
+    }
+}
+
+/// The handles of a chiplet.
+#[derive(Debug, Default)]
+pub(crate) struct Purges {
+    last: AtomicU64,
+    /// Purges up to this number are covered by a wider one, or by a reset.
+    covered: AtomicU64,
+    handles: [AtomicU64; PURGES],
+}
+
+impl Purges {
+    /// Starts a purge: whether there was a handle for it.
+    ///
+    /// # Errors
+    /// The chiplet is gone; the handle is out of service then.
+    pub(crate) fn issue(
+        &self,
+        registers: &dyn Registers,
+        what: &Purge,
+    ) -> Result<bool, DeviceError> {
+        // AcqRel, with the load in `ticket`: a ticket that is taken after this has at least this number.
+        let number = self.last.fetch_add(1, Ordering::AcqRel) + 1;
+        let word = (number << SHIFT) | if what.whole { WHOLE } else { 0 };
+        let Some(index) = self.claim(registers, word | STARTING, what.whole) else {
+            return Ok(false);
+        };
+        let base = purge(index);
+        let started = registers
+            .write(base + tgh::ADDRESS, what.address)
+            .and_then(|()| registers.write(base + tgh::WHAT, what.what))
+            .and_then(|()| registers.write(base + tgh::WHERE, what.contexts))
+            .and_then(|()| registers.write(base, start(tgh::INVALIDATE)));
+        let phase = if started.is_ok() { RUNNING } else { OUT };
+        // Release, with the acquire loads of observers: who sees RUNNING reads the handle's status after the start.
+        self.handles[index].store(word | phase, Ordering::Release);
+        started.map(|()| true)
+    }
+
+    fn claim(&self, registers: &dyn Registers, word: u64, whole: bool) -> Option<usize> {
+        let usable = if whole { PURGES } else { PURGES - 1 };
+        let free = |index: &usize| {
+            // AcqRel: the fields are written after the claim, and after what the last owner did.
+            self.handles[*index]
+                .compare_exchange(FREE, word, Ordering::AcqRel, Ordering::Relaxed)
+                .is_ok()
+        };
+        (0..usable).find(free).or_else(|| {
+            for index in 0..usable {
+                self.observe(registers, index);
+            }
+            (0..usable).find(free)
+        })
+    }
+
+    /// Everything that was issued so far.
+    pub(crate) fn ticket(&self) -> u64 {
+        self.last.load(Ordering::Acquire)
+    }
+
+    /// Whether everything of `ticket` is acknowledged. Takes no lock and waits for nothing.
+    pub(crate) fn poll(&self, registers: &dyn Registers, ticket: u64) -> Completion {
+        loop {
+            // Acquire, with the update in `cover`.
+            let covered = self.covered.load(Ordering::Acquire);
+            let answer = self.scan(registers, covered, ticket);
+            // A wider purge that was found done on the way may cover what was not.
+            if answer == Completion::Done || self.covered.load(Ordering::Acquire) == covered {
+                return answer;
+            }
+        }
+    }
+
+    fn scan(&self, registers: &dyn Registers, covered: u64, ticket: u64) -> Completion {
+        let mut answer = Completion::Done;
+        for (index, handle) in self.handles.iter().enumerate() {
+            // Acquire: with the stores of `issue`.
+            let number = handle.load(Ordering::Acquire) >> SHIFT;
+            if number <= covered || number > ticket {
+                continue;
+            }
+            match self.observe(registers, index) {
+                Completion::Done => {}
+                Completion::Pending if answer == Completion::Done => answer = Completion::Pending,
+                Completion::Pending => {}
+                Completion::Failed => answer = Completion::Failed,
+            }
+        }
+        answer
+    }
+
+    /// Looks at a handle, and frees it if its purge is done.
+    fn observe(&self, registers: &dyn Registers, index: usize) -> Completion {
+        let handle = &self.handles[index];
+        // Acquire: with the stores of `issue`.
+        let word = handle.load(Ordering::Acquire);
+        let state = match word & PHASE {
+            FREE => return Completion::Done,
+            STARTING => return Completion::Pending,
+            _ => registers.read(purge(index)).map(status::of),
+        };
+        match state {
+            Ok(status::IDLE) => {
+                if word & WHOLE != 0 && word & PHASE == RUNNING {
+                    self.cover(word >> SHIFT);
+                }
+                // Release: the next owner's claim comes after what was seen here. A failure means that somebody else
+                // has freed it.
+                let _ = handle.compare_exchange(word, FREE, Ordering::AcqRel, Ordering::Relaxed);
+                Completion::Done
+            }
+            Ok(status::ACTIVE) if word & PHASE == RUNNING => Completion::Pending,
+            _ => Completion::Failed,
+        }
+    }
+
+    /// The purge of the whole device with this number is acknowledged.
+    fn cover(&self, number: u64) {
+        // AcqRel, with the load in `poll`.
+        self.covered.fetch_max(number, Ordering::AcqRel);
+        for handle in &self.handles {
+            let word = handle.load(Ordering::Acquire);
+            if word & PHASE == RUNNING && word >> SHIFT < number {
+                // A failure means that it was freed.
+                let _ = handle.compare_exchange(
+                    word,
+                    (word & !PHASE) | OUT,
+                    Ordering::AcqRel,
+                    Ordering::Relaxed,
+                );
+            }
+        }
+    }
+
+    /// The chiplet was reset after `ticket` had been taken: all of that is done, and its handles are idle.
+    pub(crate) fn reset(&self, registers: &dyn Registers, ticket: u64) {
+        self.covered.fetch_max(ticket, Ordering::AcqRel);
+        for index in 0..PURGES {
+            self.observe(registers, index);
+        }
+    }
+
+    /// How many handles are out of service.
+    #[cfg(test)]
+    pub(crate) fn out_of_service(&self) -> usize {
+        let out = |handle: &&AtomicU64| handle.load(Ordering::Acquire) & PHASE == OUT;
+        self.handles.iter().filter(out).count()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// Handles that stay active until the test lets go of them.
+    #[derive(Default)]
+    struct Fake(Mutex<HashMap<u64, u64>>);
+
+    impl Registers for Fake {
+        fn len(&self) -> u64 {
+            128 << 20
+        }
+        fn read(&self, offset: u64) -> Result<u64, DeviceError> {
+            Ok(self.0.lock().unwrap().get(&offset).copied().unwrap_or(0))
+        }
+        fn write(&self, offset: u64, value: u64) -> Result<(), DeviceError> {
+            self.0.lock().unwrap().insert(offset, value);
+            Ok(())
+        }
+    }
+
+    fn some() -> Purge {
+        Purge {
+            address: 0,
+            what: tgh::what(Some(8), 0, 1),
+            contexts: tgh::contexts(1),
+            whole: false,
+        }
+    }
+
+    #[test]
+    fn a_ticket_waits_for_its_purges_and_for_no_later_one() {
+        let (fake, purges) = (Fake::default(), Purges::default());
+        assert!(purges.issue(&fake, &some()).unwrap());
+        let ticket = purges.ticket();
+        assert!(purges.issue(&fake, &some()).unwrap());
+        assert_eq!(purges.poll(&fake, ticket), Completion::Pending);
+        fake.write(purge(0), 0).unwrap();
+        assert_eq!(purges.poll(&fake, ticket), Completion::Done);
+        assert_eq!(purges.poll(&fake, purges.ticket()), Completion::Pending);
+    }
+
+    #[test]
+    fn stuck_handles_are_covered_by_a_wider_purge_and_come_back_when_idle() {
+        let (fake, purges) = (Fake::default(), Purges::default());
+        while purges.issue(&fake, &some()).unwrap() {}
+        let ticket = purges.ticket();
+        assert!(
+            purges.issue(&fake, &Purge::whole()).unwrap(),
+            "one handle is kept for it"
+        );
+        assert_eq!(purges.poll(&fake, ticket), Completion::Pending);
+        fake.write(purge(PURGES - 1), 0).unwrap();
+        assert_eq!(purges.poll(&fake, purges.ticket()), Completion::Done);
+        assert_eq!(purges.poll(&fake, ticket), Completion::Done);
+        assert_eq!(purges.out_of_service(), PURGES - 1);
+        fake.write(purge(3), 0).unwrap();
+        assert!(purges.issue(&fake, &some()).unwrap());
+        assert!(!purges.issue(&fake, &some()).unwrap());
+    }
+
+    #[test]
+    fn an_exception_fails_the_ticket() {
+        let (fake, purges) = (Fake::default(), Purges::default());
+        purges.issue(&fake, &some()).unwrap();
+        fake.write(purge(0), status::EXCEPTION << 16).unwrap();
+        assert_eq!(purges.poll(&fake, purges.ticket()), Completion::Failed);
+    }
+}

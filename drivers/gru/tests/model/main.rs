@@ -1,0 +1,5 @@
+//! The driver over the model of its hardware, judged by the model's oracle.
+
+mod segments;
+mod stress;
+mod support;

@@ -1,0 +1,195 @@
+//! Unmaps beside instructions: without plants the oracle finds nothing, with each of them it does.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::support::{LONG, Rig, at};
+use shootdown::{AddressSpace, Map, PageSize, Range};
+use shootdown_gru::{Config, Element, GruError, Instruction, Plant, Segment};
+use shootdown_hw_model::gru::{ChipletConfig, Latency, Plant as ModelPlant};
+
+const PAGES: u64 = 8;
+
+fn rig(plants: Plant, model: ModelPlant) -> Rig {
+    let hardware = ChipletConfig {
+        latency: Latency {
+            // Late drop-ins need handles that are slower than purges.
+            purge: Duration::from_micros(if model.is_empty() { 100 } else { 0 }),
+            handle: Duration::from_micros(if model.is_empty() { 0 } else { 300 }),
+            access: Duration::from_micros(5),
+        },
+        plants: model,
+        ..ChipletConfig::default()
+    };
+    let config = Config {
+        plants,
+        ..Config::default()
+    };
+    Rig::new(2, hardware, config)
+}
+
+/// Sets one word in each page of `buffer` until told to stop, and does not mind exceptions.
+fn work(segment: &Segment, buffer: Range, page: u64, stop: &AtomicBool) {
+    while !stop.load(Ordering::Relaxed) {
+        for nth in 0..PAGES {
+            let to = at(buffer.start(), nth * page);
+            match segment.run(0, &Instruction::vset(to, nth, Element::Double, 1), LONG) {
+                Ok(_) | Err(GruError::Exception { .. }) => {}
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+}
+
+/// One thread works, this one discards a page after the other, until something is found or the time is over.
+fn churn(rig: &Rig, time: Duration) -> u64 {
+    let space = rig.space();
+    let buffer = space.map(Map::anonymous(PAGES << 12)).unwrap();
+    beside(rig, &space, buffer, 4096, time, |nth| {
+        let page = Range::new(at(buffer.start(), nth % PAGES * 4096), 4096).unwrap();
+        space.discard(page).unwrap();
+    })
+}
+
+fn beside(
+    rig: &Rig,
+    space: &AddressSpace,
+    buffer: Range,
+    page: u64,
+    time: Duration,
+    mut change: impl FnMut(u64),
+) -> u64 {
+    let stop = AtomicBool::new(false);
+    let segments: Vec<_> = (0..2).map(|_| rig.gru.segment(space).unwrap()).collect();
+    thread::scope(|scope| {
+        for segment in &segments {
+            scope.spawn(|| work(segment, buffer, page, &stop));
+        }
+        let begun = Instant::now();
+        let mut nth = 0;
+        while begun.elapsed() < time && rig.stale() == 0 {
+            change(nth);
+            nth += 1;
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    rig.stale()
+}
+
+#[test]
+fn without_plants_nothing_is_stale() {
+    let rig = rig(Plant::empty(), ModelPlant::empty());
+    churn(&rig, Duration::from_secs(1));
+    assert!(rig.gru.stats().faults_resolved > 0);
+    rig.clean();
+}
+
+#[test]
+fn retry_alone_protects_on_hardware_that_installs_late_drop_ins() {
+    let rig = rig(Plant::empty(), ModelPlant::DROP_IN_NOT_CANCELLED);
+    churn(&rig, Duration::from_secs(1));
+    rig.clean();
+}
+
+#[test]
+fn a_flush_left_out_is_found() {
+    let rig = rig(Plant::NO_FLUSH_ON_UNMAP, ModelPlant::empty());
+    assert!(churn(&rig, LONG) > 0);
+}
+
+#[test]
+fn a_flush_not_waited_for_is_found() {
+    let rig = rig(Plant::FLUSH_NOT_WAITED, ModelPlant::empty());
+    assert!(churn(&rig, LONG) > 0);
+}
+
+#[test]
+fn a_retry_not_checked_is_found_where_the_hardware_does_not_hide_it() {
+    let rig = rig(Plant::RETRY_NOT_CHECKED, ModelPlant::DROP_IN_NOT_CANCELLED);
+    assert!(churn(&rig, LONG) > 0);
+}
+
+/// Unmaps 4 KiB of a huge page while other parts of it are used.
+fn split(rig: &Rig, time: Duration) -> u64 {
+    let begun = Instant::now();
+    let space = rig.space();
+    while begun.elapsed() < time && rig.stale() == 0 {
+        let map = Map::anonymous(2 << 20).page_size(PageSize::TwoMiB);
+        let buffer = space.map(map).unwrap();
+        let part = Range::new(at(buffer.start(), 4096), 4096).unwrap();
+        let mut changed = false;
+        beside(rig, &space, buffer, 4096, Duration::from_millis(20), |_| {
+            if !changed {
+                space.unmap(part).unwrap();
+                changed = true;
+            }
+        });
+        let rest = [(0, 4096), (8192, (2 << 20) - 8192)];
+        for (offset, len) in rest {
+            space
+                .unmap(Range::new(at(buffer.start(), offset), len).unwrap())
+                .unwrap();
+        }
+    }
+    rig.stale()
+}
+
+#[test]
+fn the_sequence_of_part_of_an_entry_is_found_and_that_of_the_whole_is_right() {
+    let right = rig(Plant::empty(), ModelPlant::empty());
+    split(&right, Duration::from_secs(1));
+    right.clean();
+    assert!(split(&rig(Plant::WRONG_RANGE, ModelPlant::empty()), LONG) > 0);
+}
+
+/// One ASID for all: each segment has that of the one before.
+fn reuse(plants: Plant) -> Rig {
+    let config = Config {
+        asids: 8..=8,
+        plants,
+        ..Config::default()
+    };
+    let rig = Rig::new(1, ChipletConfig::default(), config);
+    let space = rig.space();
+    let buffer = space.map(Map::anonymous(4096)).unwrap();
+    let set = Instruction::vset(buffer.start(), 1, Element::Double, 1);
+    for _ in 0..8 {
+        rig.gru.segment(&space).unwrap().run(0, &set, LONG).unwrap();
+        space.discard(buffer).unwrap();
+    }
+    rig
+}
+
+#[test]
+fn an_asid_handed_out_again_is_flushed_first_or_found() {
+    let right = reuse(Plant::empty());
+    assert_eq!(right.gru.stats().asid_wraps, 7);
+    right.clean();
+    assert!(reuse(Plant::ASID_REUSED).stale() > 0);
+}
+
+/// Memory goes right after the segment that is at work in it.
+fn leave(plants: Plant) -> Rig {
+    let rig = rig(plants, ModelPlant::empty());
+    let space = rig.space();
+    let buffer = space.map(Map::anonymous(4 << 20)).unwrap();
+    let segment = rig.gru.segment(&space).unwrap();
+    for _ in 0..2 {
+        let set = Instruction::vset(buffer.start(), 1, Element::Double, 1 << 19);
+        segment.submit(0, &set).unwrap();
+        if rig.gru.stats().faults_resolved == 0 {
+            segment.wait(0, LONG).unwrap();
+        }
+    }
+    segment.unmap().unwrap();
+    space.discard(buffer).unwrap();
+    thread::sleep(Duration::from_millis(50));
+    rig
+}
+
+#[test]
+fn a_context_that_goes_on_after_its_segment_is_found() {
+    leave(Plant::empty()).clean();
+    assert!(leave(Plant::CONTEXT_NOT_UNLOADED).stale() > 0);
+}

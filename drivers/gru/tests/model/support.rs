@@ -1,0 +1,64 @@
+//! A bus, chiplets of the model, the driver over them, and spaces.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use shootdown::{Addr, AddressSpace, Deadlines};
+use shootdown_gru::{ChipletPorts, Config, Gru};
+use shootdown_hw_model::gru::{ChipletConfig, Model};
+use shootdown_hw_model::{Bus, ModelMemory};
+
+/// Long enough for anything that ends at all.
+pub(crate) const LONG: Duration = Duration::from_secs(10);
+
+/// The driver over the model.
+pub(crate) struct Rig {
+    pub(crate) bus: Bus,
+    pub(crate) model: Model,
+    pub(crate) gru: Arc<Gru>,
+}
+
+impl Rig {
+    pub(crate) fn new(chiplets: u32, hardware: ChipletConfig, config: Config) -> Self {
+        let bus = Bus::new(16 << 10).unwrap();
+        let model = Model::new(&bus, chiplets, hardware);
+        let ports = model.chiplets().iter().map(|chiplet| ChipletPorts {
+            name: format!("gru{}", chiplet.config().device),
+            registers: chiplet.clone(),
+            interrupts: chiplet.clone(),
+        });
+        let gru = Gru::attach(ports.collect(), config);
+        Self { bus, model, gru }
+    }
+
+    pub(crate) fn space(&self) -> AddressSpace {
+        let memory = ModelMemory::new(&self.bus, 64 << 20).unwrap();
+        AddressSpace::managed(memory, Deadlines::default())
+    }
+
+    pub(crate) fn stale(&self) -> u64 {
+        self.bus.oracle().stale_accesses()
+    }
+
+    /// The oracle has found nothing, and nothing was leaked.
+    pub(crate) fn clean(&self) {
+        let findings = self.bus.oracle().findings();
+        assert_eq!(self.stale(), 0, "{}", findings[0]);
+        let stats = self.gru.stats();
+        assert_eq!(
+            (stats.contexts_in_use, stats.asids_in_use),
+            (0, 0),
+            "{stats:?}"
+        );
+        assert_eq!(stats.contexts_leaked, 0);
+    }
+}
+
+pub(crate) fn load(at: Addr) -> u64 {
+    // SAFETY: the test mapped the page for reading.
+    unsafe { (at.get() as *const u64).read_volatile() }
+}
+
+pub(crate) fn at(base: Addr, offset: u64) -> Addr {
+    Addr::new(base.get() + offset)
+}

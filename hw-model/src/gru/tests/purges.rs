@@ -1,5 +1,8 @@
 //! Purges, the TLB, and drop-ins against both.
 
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use shootdown::{PageSize, Range, Rights};
@@ -248,31 +251,89 @@ fn a_purge_waits_for_the_access_through_its_entry() {
 }
 
 #[test]
+fn a_miss_that_comes_while_a_purge_is_at_work_has_its_drop_in_ignored() {
+    let (rig, base) = Rig::started(ChipletConfig::default());
+    let pages = [Some(TlbKey::of(8, 0, base)), None];
+    rig.chiplet.core.lock().in_flight = Some(InFlight { context: 0, pages });
+    rig.purge(0, 8, base, PageSize::FourKiB, 1);
+    rig.issue(0, 0, &set(base, 1));
+    rig.await_miss(0);
+    assert!(rig.fill(0));
+    assert_eq!(rig.purge_status(0), ACTIVE);
+    rig.chiplet.core.lock().in_flight = None;
+    rig.await_purge(0);
+    rig.operate(Rig::tfh(0, 0), 0, tfh::WRITE_RESTART).unwrap();
+    assert_eq!(rig.chiplet.counts().drop_ins_cancelled, 1);
+    assert_eq!(rig.finish(0, 0), IDLE);
+}
+
+#[test]
+fn an_entry_that_is_dropped_in_while_a_purge_is_at_work_is_gone_when_it_is_done() {
+    let (rig, base) = Rig::started(ChipletConfig::default());
+    let pages = [Some(TlbKey::of(8, 0, base)), None];
+    rig.chiplet.core.lock().in_flight = Some(InFlight { context: 0, pages });
+    rig.purge(0, 8, base, PageSize::FourKiB, 1);
+    rig.issue(0, 0, &set(base, 1));
+    rig.await_miss(0);
+    assert!(rig.fill(0));
+    rig.operate(Rig::tfh(0, 0), 0, tfh::WRITE_ONLY).unwrap();
+    assert!(rig.holds(8, base));
+    rig.chiplet.core.lock().in_flight = None;
+    rig.await_purge(0);
+    assert!(!rig.holds(8, base));
+}
+
+/// Ends the other thread also when this one panics.
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
 fn purges_race_with_a_running_context_and_no_access_is_stale() {
     let latency = Latency {
-        access: Duration::from_micros(5),
+        access: Duration::from_micros(20),
         ..Latency::default()
     };
     let (rig, base) = Rig::started(ChipletConfig {
         latency,
         ..ChipletConfig::default()
     });
-    for round in 0..200 {
-        let page = Range::new(base + round % 2 * 4096, 4096).unwrap();
-        rig.issue(
-            0,
-            0,
-            &Instr {
-                count: 1024,
-                ..set(base, round)
-            },
-        );
-        // The driver's rule: no drop-in during an invalidation, pages change when the purge is acknowledged.
-        rig.purge(0, 8, page.start().get(), PageSize::FourKiB, 1);
-        rig.await_purge(0);
-        shootdown::Memory::discard(&*rig.memory, page).unwrap();
-        assert_eq!(rig.finish(0, 0), IDLE);
-    }
+    // The driver's rule: no drop-in during an invalidation, and pages change when the purge is acknowledged.
+    let invalidation = Mutex::new(());
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                if rig.status(0, 0) != ACTIVE {
+                    rig.issue(
+                        0,
+                        0,
+                        &Instr {
+                            count: 1024,
+                            ..set(base, 1)
+                        },
+                    );
+                }
+                let _no_invalidation = invalidation.lock().unwrap();
+                rig.resolve(0);
+            }
+        });
+        let _end = SetOnDrop(&done);
+        for round in 0..300 {
+            let page = Range::new(base + round % 2 * 4096, 4096).unwrap();
+            let invalidating = invalidation.lock().unwrap();
+            rig.purge(0, 8, page.start().get(), PageSize::FourKiB, 1);
+            rig.await_purge(0);
+            shootdown::Memory::discard(&*rig.memory, page).unwrap();
+            drop(invalidating);
+            let bytes = rig.chiplet.counts().bytes;
+            until("another access", || rig.chiplet.counts().bytes != bytes);
+        }
+    });
     rig.assert_no_stale_access();
 }
 

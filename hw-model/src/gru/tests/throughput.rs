@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use shootdown::{Memory, PageSize, Range, Registers, Rights};
 
-use super::rig::{Instr, Misses, Rig};
+use super::rig::{Instr, Misses, Rig, until};
 use crate::bus::Bus;
 use crate::gru::layout::IDLE;
 use crate::gru::{ChipletConfig, Model};
@@ -44,9 +44,7 @@ fn four_chiplets_serve_four_polling_threads() {
                 rig.run(0, &add).unwrap();
                 for _ in 1..ROUNDS {
                     rig.issue(0, 0, &add);
-                    while rig.status(0, 0) != IDLE {
-                        thread::yield_now();
-                    }
+                    until("an instruction ends", || rig.status(0, 0) == IDLE);
                 }
                 assert_eq!(rig.peek(base0, 8), ROUNDS.to_le_bytes());
             });

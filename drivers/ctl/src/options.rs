@@ -1,0 +1,58 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Shootdown of user-space accelerators' TLBs, run against model hardware.
+#[derive(Debug, Parser)]
+#[command(
+    name = "shootdown",
+    version,
+    about,
+    args_conflicts_with_subcommands = true
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
+    #[command(flatten)]
+    pub(crate) run: Options,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Accelerators work on real process memory while threads map, unmap, discard, protect and remap it (the default).
+    Run(Options),
+}
+
+/// What a run does.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Options {
+    /// How long it runs.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub(crate) seconds: u64,
+    /// Threads that change memory and give work to the devices.
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=64))]
+    pub(crate) threads: u64,
+    /// Accelerators (GRU chiplets, 16 contexts each).
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(crate) devices: u32,
+    /// Segments (contexts) that the threads hold together; at least one a thread, at most 15 a device.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=960))]
+    pub(crate) segments: u64,
+    /// Fixes the workload and the faults (not the interleaving).
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Plants a bug and looks whether it is found; `list` prints their names.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) plant: Option<String>,
+    /// Prints the report as one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Writes the phases of the newest invalidations as a Chrome / Perfetto trace.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) trace: Option<PathBuf>,
+    /// Logs what happens.
+    #[arg(short, long)]
+    pub(crate) verbose: bool,
+}

@@ -1,0 +1,329 @@
+//! The main job, from the devices to the verdict.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use shootdown::{AddressSpace, Deadlines, Memory};
+use shootdown_gru::{ChipletPorts, Config, Gru};
+use shootdown_hw_model::gru::{ChipletConfig, FaultPlan, Latency, Model};
+use shootdown_hw_model::{Bus, ModelError, ModelMemory};
+use thiserror::Error;
+
+use crate::options::Options;
+use crate::plant::Plant;
+use crate::report::{Escalations, Latencies, Leaked, Report, Unregisters};
+use crate::trace;
+use crate::worker::{CHUNK, Shared, Spaces, Worker};
+
+/// Why there was no run, or no report.
+#[derive(Debug, Error)]
+pub(crate) enum RunError {
+    #[error("the model's memory could not be made: {0}")]
+    Model(#[from] ModelError),
+    #[error(
+        "{segments} segments are more than {devices} devices have room for beside those of short-lived spaces: at most {most}"
+    )]
+    TooManySegments {
+        segments: u64,
+        devices: u32,
+        most: u64,
+    },
+    #[error("the trace could not be written to {path}: {error}")]
+    Trace { path: String, error: std::io::Error },
+}
+
+impl RunError {
+    pub(crate) fn exit_code(&self) -> u8 {
+        match self {
+            Self::TooManySegments { .. } => 2,
+            Self::Model(_) | Self::Trace { .. } => 3,
+        }
+    }
+}
+
+/// 256 MiB.
+const FRAMES: u64 = 1 << 16;
+const ARENA: u64 = 1 << 30;
+
+pub(crate) fn deadlines() -> Deadlines {
+    Deadlines {
+        drain: Duration::from_secs(1),
+        flush: Duration::from_millis(50),
+        full_flush: Duration::from_millis(100),
+        reset: Duration::from_secs(1),
+        room: Duration::from_secs(10),
+    }
+}
+
+fn chiplets(options: &Options, plant: Option<Plant>) -> ChipletConfig {
+    let lost = if plant == Some(Plant::LostCompletion) {
+        0.002
+    } else {
+        0.0
+    };
+    ChipletConfig {
+        tlb_entries: 256,
+        latency: Latency {
+            // "A few microseconds" on hardware.
+            purge: Duration::from_micros(3),
+            handle: plant.map(Plant::handle_latency).unwrap_or_default(),
+            ..Latency::default()
+        },
+        faults: FaultPlan {
+            seed: options.seed,
+            lost,
+            ..FaultPlan::default()
+        },
+        plants: plant.map(Plant::model).unwrap_or_default(),
+        ..ChipletConfig::default()
+    }
+}
+
+fn bar(options: &Options) -> ProgressBar {
+    if options.json {
+        return ProgressBar::hidden();
+    }
+    // Hides itself where standard error is no terminal.
+    let bar = ProgressBar::new(options.seconds * 10);
+    if let Ok(style) = ProgressStyle::with_template("{bar:40} {elapsed}  {msg}") {
+        bar.set_style(style);
+    }
+    bar
+}
+
+pub(crate) fn run(
+    options: &Options,
+    plant: Option<Plant>,
+    interrupted: &AtomicBool,
+) -> Result<Report, RunError> {
+    let most = u64::from(options.devices) * 15;
+    let segments = options.segments.max(options.threads);
+    if segments > most {
+        return Err(RunError::TooManySegments {
+            segments,
+            devices: options.devices,
+            most,
+        });
+    }
+    let bus = Bus::new(FRAMES)?;
+    let model = Model::new(&bus, options.devices, chiplets(options, plant));
+    let ports = model
+        .chiplets()
+        .iter()
+        .enumerate()
+        .map(|(nth, chiplet)| ChipletPorts {
+            name: format!("gru{nth}"),
+            registers: chiplet.clone(),
+            interrupts: chiplet.clone(),
+        });
+    let gru = Gru::attach(
+        ports.collect(),
+        Config {
+            // Few, so that they wrap often.
+            asids: 8..=8 * 24,
+            control_blocks: 4,
+            data_bytes: CHUNK as usize * 8,
+            plants: plant.map(Plant::driver).unwrap_or_default(),
+            ..Config::default()
+        },
+    );
+    let memory = ModelMemory::new(&bus, ARENA)?;
+    let arena = memory.arena();
+    let shared = Shared {
+        bus: bus.clone(),
+        gru: gru.clone(),
+        space: AddressSpace::managed(memory, deadlines()),
+        arena,
+        stop: AtomicBool::new(false),
+        shootdowns: AtomicU64::new(0),
+        bytes_verified: AtomicU64::new(0),
+        data_mismatches: AtomicU64::new(0),
+        segments_torn_down: AtomicU64::new(0),
+        spaces_exited: AtomicU64::new(0),
+        short_lived: Spaces::default(),
+        releases: Arc::default(),
+    };
+    let mut report = Report {
+        seed: options.seed,
+        threads: options.threads,
+        devices: options.devices,
+        segments,
+        plant: plant.map(Plant::name),
+        ..Report::default()
+    };
+
+    let begun = Instant::now();
+    let ends = begun + Duration::from_secs(options.seconds);
+    let stops_at_finding = plant.is_some_and(Plant::must_be_found);
+    let progress = bar(options);
+    let measured: Vec<_> = thread::scope(|scope| {
+        let workers: Vec<_> = (0..options.threads)
+            .map(|nth| {
+                let share =
+                    segments / options.threads + u64::from(nth < segments % options.threads);
+                let worker = Worker::new(
+                    &shared,
+                    options.seed.wrapping_mul(1009) ^ nth,
+                    share as usize,
+                );
+                scope.spawn(move || worker.run())
+            })
+            .collect();
+        while Instant::now() < ends && !interrupted.load(Ordering::Relaxed) {
+            let found =
+                bus.oracle().stale_accesses() + shared.data_mismatches.load(Ordering::Relaxed);
+            if found > 0 && stops_at_finding {
+                break;
+            }
+            thread::sleep(
+                Duration::from_millis(100).min(ends.saturating_duration_since(Instant::now())),
+            );
+            progress.set_position(begun.elapsed().as_millis() as u64 / 100);
+            progress.set_message(format!(
+                "{} shootdowns",
+                shared.shootdowns.load(Ordering::Relaxed)
+            ));
+        }
+        shared.stop.store(true, Ordering::Relaxed);
+        workers
+            .into_iter()
+            .filter_map(|worker| worker.join().ok())
+            .collect()
+    });
+    report.seconds = begun.elapsed().as_secs_f64();
+    report.interrupted = interrupted.load(Ordering::Relaxed);
+    progress.finish_and_clear();
+    if measured.len() < options.threads as usize {
+        report
+            .findings
+            .push("a thread of the workload panicked".to_owned());
+    }
+
+    let mut shootdown = None;
+    let mut unregister = None;
+    let mut fault = None;
+    for one in measured {
+        let add = |sum: &mut Option<hdrhistogram::Histogram<u64>>,
+                   more: hdrhistogram::Histogram<u64>| match sum {
+            // Both are made alike, and grow.
+            Some(sum) => sum.add(&more).is_ok(),
+            None => sum.replace(more).is_none(),
+        };
+        add(&mut shootdown, one.shootdown);
+        add(&mut unregister, one.unregister);
+        add(&mut fault, one.fault);
+        report.findings.extend(one.findings);
+    }
+    let latency = |one: &Option<hdrhistogram::Histogram<u64>>| {
+        one.as_ref().map(Into::into).unwrap_or_default()
+    };
+    report.latency_ns = Latencies {
+        shootdown: latency(&shootdown),
+        unregister: latency(&unregister),
+        fault: latency(&fault),
+    };
+    if let Some(histogram) = &shootdown {
+        report.histogram = histogram
+            .iter_log(1000, 4.0)
+            .map(|step| (step.value_iterated_to(), step.count_since_last_iteration()))
+            .skip_while(|(_, count)| *count == 0)
+            .collect();
+    }
+    finish(&mut report, shared, &gru, &model, options)?;
+    Ok(report)
+}
+
+/// Ends the space, and counts what is left.
+fn finish(
+    report: &mut Report,
+    shared: Shared,
+    gru: &Gru,
+    model: &Model,
+    options: &Options,
+) -> Result<(), RunError> {
+    let Shared {
+        bus,
+        space,
+        short_lived,
+        releases,
+        ..
+    } = &shared;
+    if let Some(path) = &options.trace {
+        trace::write(path, &space.records()).map_err(|error| RunError::Trace {
+            path: path.display().to_string(),
+            error,
+        })?;
+    }
+    report.quarantined = space.quarantined_bytes();
+    if let Err(error) = space.exit() {
+        report.findings.push(format!("exit: {error}"));
+    }
+    let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    let stats = space.stats();
+    report.releases_expected = stats.inserts + get(&short_lived.inserts);
+    report.releases = stats.releases + get(&short_lived.releases);
+    if get(releases) > report.releases {
+        report
+            .findings
+            .push("handlers saw more releases than the framework counted".to_owned());
+    }
+    report.leaked.registrations = space.registrations() as u64 + get(&short_lived.registrations);
+    let [
+        plain,
+        map_lock_held,
+        inside_own_callback,
+        inside_other_callback,
+        during_release,
+    ] = stats.unregisters;
+    report.unregisters = Unregisters {
+        plain,
+        map_lock_held,
+        inside_own_callback,
+        inside_other_callback,
+        during_release,
+    };
+    report.shootdowns = get(&shared.shootdowns);
+    report.bytes_verified = get(&shared.bytes_verified);
+    report.data_mismatches = get(&shared.data_mismatches);
+    report.segments_torn_down = get(&shared.segments_torn_down);
+    report.spaces_exited = get(&shared.spaces_exited);
+    report.device_accesses = bus.oracle().accesses();
+    report.stale_accesses = bus.oracle().stale_accesses();
+    report.findings.extend(
+        bus.oracle()
+            .findings()
+            .iter()
+            .take(4)
+            .map(ToString::to_string),
+    );
+    for device in gru.devices() {
+        let stats = device.stats();
+        report.flush_ops += stats.flush_ops;
+        report.full_flushes += stats.full_flushes;
+        let e = &mut report.escalations;
+        *e = Escalations {
+            timeouts: e.timeouts + stats.timeouts,
+            recovered_by_flush: e.recovered_by_flush + stats.recovered_by_flush,
+            recovered_by_reset: e.recovered_by_reset + stats.recovered_by_reset,
+        };
+    }
+    for chiplet in model.chiplets() {
+        report.device_ops += chiplet.counts().instructions;
+    }
+    let stats = gru.stats();
+    report.faults_resolved = stats.faults_resolved;
+    report.fault_retries = stats.fault_retries;
+    report.leaked = Leaked {
+        contexts: stats.contexts_in_use,
+        asids: stats.asids_in_use,
+        ..report.leaked
+    };
+    let bus = bus.clone();
+    drop(shared);
+    report.leaked.frames = bus.physical().total() - bus.physical().free_frames();
+    report.judge();
+    Ok(())
+}

@@ -1,0 +1,443 @@
+//! One thread of the run: maps memory, has the devices work on it, checks what they did, and takes it away again.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+use shootdown::{
+    Addr, AddressSpace, InvalidateError, Map, MapError, MemoryError, PageSize, Range, Rights,
+};
+use shootdown_gru::{Atomic, Element, Gru, GruError, Instruction, Segment};
+use shootdown_hw_model::{Bus, ModelMemory};
+
+use crate::churn::{self, Releases};
+
+/// What all threads share.
+pub(crate) struct Shared {
+    pub(crate) bus: Bus,
+    pub(crate) gru: Arc<Gru>,
+    pub(crate) space: AddressSpace,
+    pub(crate) arena: Range,
+    pub(crate) stop: AtomicBool,
+    pub(crate) shootdowns: AtomicU64,
+    pub(crate) bytes_verified: AtomicU64,
+    pub(crate) data_mismatches: AtomicU64,
+    pub(crate) segments_torn_down: AtomicU64,
+    pub(crate) spaces_exited: AtomicU64,
+    pub(crate) short_lived: Spaces,
+    pub(crate) releases: Releases,
+}
+
+/// Sums over the spaces that have come and gone.
+#[derive(Default)]
+pub(crate) struct Spaces {
+    pub(crate) inserts: AtomicU64,
+    pub(crate) releases: AtomicU64,
+    pub(crate) registrations: AtomicU64,
+    pub(crate) invalidations: AtomicU64,
+}
+
+/// What one thread has measured.
+pub(crate) struct Measured {
+    pub(crate) shootdown: Histogram<u64>,
+    pub(crate) unregister: Histogram<u64>,
+    pub(crate) fault: Histogram<u64>,
+    pub(crate) findings: Vec<String>,
+}
+
+fn histogram() -> Histogram<u64> {
+    Histogram::new(3).expect("three digits are a valid precision")
+}
+
+/// Any instruction ends sooner, or its device is dead.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Data bytes that a segment must have: what `check` loads at once.
+pub(crate) const CHUNK: u32 = 64;
+
+pub(crate) struct Worker<'s> {
+    shared: &'s Shared,
+    rng: SmallRng,
+    segments: Vec<Segment>,
+    wanted: usize,
+    measured: Measured,
+    rounds: u64,
+}
+
+impl<'s> Worker<'s> {
+    pub(crate) fn new(shared: &'s Shared, seed: u64, segments: usize) -> Self {
+        Self {
+            shared,
+            rng: SmallRng::seed_from_u64(seed),
+            segments: Vec::new(),
+            wanted: segments,
+            measured: Measured {
+                shootdown: histogram(),
+                unregister: histogram(),
+                fault: histogram(),
+                findings: Vec::new(),
+            },
+            rounds: 0,
+        }
+    }
+
+    pub(crate) fn run(mut self) -> Measured {
+        // Relaxed: a flag that carries nothing else.
+        while !self.shared.stop.load(Ordering::Relaxed) {
+            self.round();
+            self.rounds += 1;
+        }
+        self.measured
+    }
+
+    fn find(&mut self, what: String) {
+        if self.measured.findings.len() < 8 {
+            self.measured.findings.push(what);
+        }
+    }
+
+    /// What the workload provokes on purpose, or a dead device brings about, is no finding.
+    fn expect(&mut self, what: &str, result: Result<(), MapError>) -> bool {
+        match result {
+            Ok(()) => true,
+            Err(
+                MapError::Memory(MemoryError::OutOfFrames { .. } | MemoryError::OutOfVmas { .. })
+                | MapError::NoRoom { .. }
+                | MapError::InQuarantine { .. }
+                | MapError::Invalidate(InvalidateError::Quarantined { .. }),
+            ) => false,
+            Err(error) => {
+                self.find(format!("{what}: {error}"));
+                false
+            }
+        }
+    }
+
+    fn shoot(
+        &mut self,
+        what: &str,
+        call: impl FnOnce(&AddressSpace) -> Result<(), MapError>,
+    ) -> bool {
+        let begun = Instant::now();
+        let result = call(&self.shared.space);
+        self.measured.shootdown += begun.elapsed().as_nanos() as u64;
+        self.shared.shootdowns.fetch_add(1, Ordering::Relaxed);
+        self.expect(what, result)
+    }
+
+    fn round(&mut self) {
+        while self.segments.len() < self.wanted {
+            match self.shared.gru.segment(&self.shared.space) {
+                Ok(segment) => self.segments.push(segment),
+                Err(_) if !self.segments.is_empty() => break,
+                Err(error) => {
+                    self.find(format!("no segment: {error}"));
+                    return;
+                }
+            }
+        }
+        let (page, pages) = match self.rng.random_range(0..10) {
+            0 => (PageSize::TwoMiB, 1),
+            1 | 2 => (PageSize::SixtyFourKiB, 2),
+            _ => (PageSize::FourKiB, self.rng.random_range(2..=16)),
+        };
+        let buffer = match self
+            .shared
+            .space
+            .map(Map::anonymous(pages * page.bytes()).page_size(page))
+        {
+            Ok(buffer) => buffer,
+            Err(error) => {
+                self.expect("map", Err(error));
+                return;
+            }
+        };
+        for turn in 0..self.rng.random_range(2..10) {
+            self.work(buffer, turn == 0);
+        }
+        self.change(buffer);
+        self.end(buffer);
+        if self.rounds % 16 == 3 {
+            self.churn();
+        }
+        if self.rounds % 64 == 7 {
+            self.end_a_segment();
+        }
+        if self.rounds % 128 == 9 {
+            self.short_lived_space();
+        }
+    }
+
+    /// A part of the buffer: whole double words.
+    fn part(&mut self, buffer: Range) -> (Addr, u32) {
+        let words = (buffer.len() / 8) as u64;
+        let count = self.rng.random_range(1..=u64::from(CHUNK).min(words));
+        let first = self.rng.random_range(0..=words - count);
+        (Addr::new(buffer.start().get() + first * 8), count as u32)
+    }
+
+    /// Runs an instruction; false if it did not end well.
+    fn device(&mut self, instruction: &Instruction) -> bool {
+        let nth = self.rng.random_range(0..self.segments.len());
+        let segment = &self.segments[nth];
+        let cb = self.rng.random_range(0..segment.control_blocks());
+        match segment.run(cb, instruction, PATIENCE) {
+            Ok(_) => true,
+            // Ends with its segment's device: a new segment is made in the next round.
+            Err(GruError::ContextLost { .. } | GruError::Timeout { .. } | GruError::Fault(_)) => {
+                drop(self.segments.swap_remove(nth));
+                if self.segments.is_empty() {
+                    self.segments
+                        .extend(self.shared.gru.segment(&self.shared.space).ok());
+                }
+                false
+            }
+            Err(GruError::Busy { .. }) => false,
+            Err(error) => {
+                self.find(format!("{instruction:?}: {error}"));
+                false
+            }
+        }
+    }
+
+    fn matches(&mut self, at: Addr, count: u32, want: u64, who: &str) {
+        for nth in 0..u64::from(count) {
+            let word = (at.get() + nth * 8) as *const u64;
+            // SAFETY: the buffer is this thread's own and mapped readable; devices write it through frames, so volatile.
+            let got = unsafe { word.read_volatile() };
+            if got != want {
+                self.shared.data_mismatches.fetch_add(1, Ordering::Relaxed);
+                self.find(format!(
+                    "{:#x} holds {got:#x}, not the {want:#x} that {who} left there",
+                    word as u64
+                ));
+                return;
+            }
+        }
+        self.shared
+            .bytes_verified
+            .fetch_add(u64::from(count) * 8, Ordering::Relaxed);
+    }
+
+    /// The device writes, the CPU checks; or the CPU writes, and the device copies it.
+    fn work(&mut self, buffer: Range, first: bool) {
+        if self.segments.is_empty() {
+            return;
+        }
+        let (at, count) = self.part(buffer);
+        let value: u64 = self.rng.random();
+        let begun = Instant::now();
+        if self.device(&Instruction::vset(at, value, Element::Double, count)) {
+            if first {
+                self.measured.fault += begun.elapsed().as_nanos() as u64;
+            }
+            self.matches(at, count, value, "a vset");
+        }
+        for _ in 0..self.rng.random_range(0..8) {
+            // SAFETY: as in `matches`.
+            let old = unsafe { (at.get() as *const u64).read_volatile() };
+            if self.segments.is_empty()
+                || !self.device(&Instruction::atomic(at, Atomic::Increment, Element::Double))
+            {
+                return;
+            }
+            self.matches(at, 1, old.wrapping_add(1), "an increment");
+        }
+    }
+
+    /// Discard, protect, remap.
+    fn change(&mut self, buffer: Range) {
+        let pages = buffer.pages(PageSize::FourKiB);
+        let first = self.rng.random_range(0..pages);
+        let some = self.rng.random_range(1..=(pages - first).min(16));
+        let page = PageSize::FourKiB.bytes();
+        let part = Range::new(buffer.start().get() + first * page, some * page)
+            .expect("pages of the buffer");
+        match self.rng.random_range(0..3) {
+            0 => {
+                if self.shoot("discard", |space| space.discard(part)) {
+                    self.matches(part.start(), (part.len() / 8) as u32, 0, "a discard");
+                    self.work(part, false);
+                }
+            }
+            1 => {
+                if self.shoot("protect", |space| space.protect(part, Rights::READ)) {
+                    self.shoot("protect", |space| space.protect(part, Rights::READ_WRITE));
+                    self.work(part, false);
+                }
+            }
+            _ => self.remap(),
+        }
+    }
+
+    /// Moves a small buffer to where another one has just been.
+    fn remap(&mut self) {
+        let len = 4 * PageSize::FourKiB.bytes();
+        let Ok(from) = self.shared.space.map(Map::anonymous(len)) else {
+            return;
+        };
+        let hole = self.shared.space.map(Map::anonymous(len));
+        let old: u64 = self.rng.random();
+        // SAFETY: the buffer is this thread's own and mapped for writing.
+        unsafe { (from.start().get() as *mut u64).write_volatile(old) };
+        self.work(
+            Range::inclusive(from.start().get() + len / 2, from.last()).expect("half of it"),
+            false,
+        );
+        let mut now = from;
+        if let Ok(hole) = hole
+            && self.shoot("unmap", |space| space.unmap(hole))
+        {
+            let mut moved = None;
+            self.shoot("remap", |space| match space.remap(from, hole.start()) {
+                Ok(to) => {
+                    moved = Some(to);
+                    Ok(())
+                }
+                // Another thread has mapped there meanwhile.
+                Err(MapError::Occupied { .. }) => Ok(()),
+                Err(error) => Err(error),
+            });
+            if let Some(moved) = moved {
+                now = moved;
+                self.matches(moved.start(), 1, old, "the CPU");
+                self.work(moved, false);
+            }
+        }
+        self.shoot("unmap", |space| space.unmap(now));
+    }
+
+    /// Takes the buffer away, often with an instruction in flight, in one piece or in two, with the lock held or not.
+    fn end(&mut self, buffer: Range) {
+        let nth = self.rng.random_range(0..self.segments.len().max(1));
+        let cb = 0;
+        if let Some(segment) = self.segments.get(nth) {
+            // In flight when the buffer goes: it ends with the data or an exception, whoever is first. It only reads, as another thread
+            // may map the same address before it ends.
+            let stride = (buffer.len() / 8) as i64 / i64::from(CHUNK);
+            let load =
+                Instruction::vload(buffer.start(), 0, Element::Double, CHUNK).stride(stride.max(1));
+            let _ = segment.submit(cb, &load);
+        }
+        let half = buffer.pages(PageSize::FourKiB) / 2 * PageSize::FourKiB.bytes();
+        let whole = match self.rng.random_range(0..4) {
+            0 if half > 0 => {
+                let lower = Range::new(buffer.start(), half).expect("half of a buffer");
+                let upper = Range::inclusive(buffer.start().get() + half, buffer.last())
+                    .expect("half of a buffer");
+                self.shoot("unmap of a half", |space| space.unmap(lower));
+                upper
+            }
+            _ => buffer,
+        };
+        if self.rng.random_bool(0.25) {
+            self.shoot("unmap under the lock", |space| {
+                space.lock_write()?.unmap(whole)
+            });
+        } else {
+            self.shoot("unmap", |space| space.unmap(whole));
+        }
+        if let Some(segment) = self.segments.get(nth)
+            && segment.wait(cb, PATIENCE).is_err_and(|error| {
+                matches!(
+                    error,
+                    GruError::Timeout { .. } | GruError::ContextLost { .. } | GruError::Fault(_)
+                )
+            })
+        {
+            drop(self.segments.swap_remove(nth));
+        }
+    }
+
+    fn churn(&mut self) {
+        let Ok(touch) = self.shared.space.map(Map::anonymous(4096)) else {
+            return;
+        };
+        for nth in 0..5 {
+            let range = if self.rng.random_bool(0.5) {
+                self.shared.arena
+            } else {
+                touch
+            };
+            let releases = &self.shared.releases;
+            let latency = &mut self.measured.unregister;
+            if let Err(error) =
+                churn::turn(&self.shared.space, range, touch, nth, releases, latency)
+                && !matches!(
+                    &error,
+                    churn::ChurnError::Map(MapError::Invalidate(_) | MapError::InQuarantine { .. })
+                )
+            {
+                self.find(format!("registrations: {error}"));
+            }
+        }
+        self.shoot("unmap", |space| space.unmap(touch));
+    }
+
+    /// Unmaps a segment itself, half of the time with the map lock held for write.
+    fn end_a_segment(&mut self) {
+        let Some(segment) = self.segments.pop() else {
+            return;
+        };
+        let result = if self.rng.random_bool(0.5) {
+            match self.shared.space.lock_write() {
+                Ok(guard) => segment.unmap_locked(&guard).map(|_| ()),
+                Err(refused) => Err(refused.into()),
+            }
+        } else {
+            segment.unmap().map(|_| ())
+        };
+        self.shared
+            .segments_torn_down
+            .fetch_add(1, Ordering::Relaxed);
+        match result {
+            Ok(()) | Err(GruError::ContextLost { .. } | GruError::HandleTimeout { .. }) => {}
+            Err(error) => self.find(format!("unmap of a segment: {error}")),
+        }
+    }
+
+    /// A space of its own that exits with its memory mapped and its segment loaded.
+    fn short_lived_space(&mut self) {
+        let Ok(memory) = ModelMemory::new(&self.shared.bus, 16 << 20) else {
+            return;
+        };
+        let space = AddressSpace::managed(memory, crate::run::deadlines());
+        let Ok(segment) = self.shared.gru.segment(&space) else {
+            return;
+        };
+        let Ok(buffer) = space.map(Map::anonymous(8 << 12)) else {
+            return;
+        };
+        let value: u64 = self.rng.random();
+        if segment
+            .run(
+                0,
+                &Instruction::vset(buffer.start(), value, Element::Double, 64),
+                PATIENCE,
+            )
+            .is_ok()
+        {
+            self.matches(buffer.start(), 64, value, "a vset in a space of its own");
+        }
+        // Half of the time it exits with its segment loaded.
+        if self.rng.random_bool(0.5)
+            && let Err(error) = segment.unmap()
+        {
+            self.find(format!("unmap of a segment: {error}"));
+        }
+        if let Err(error) = space.exit() {
+            self.find(format!("exit: {error}"));
+        }
+        let stats = space.stats();
+        let sums = &self.shared.short_lived;
+        sums.inserts.fetch_add(stats.inserts, Ordering::Relaxed);
+        sums.releases.fetch_add(stats.releases, Ordering::Relaxed);
+        sums.invalidations
+            .fetch_add(stats.invalidations, Ordering::Relaxed);
+        sums.registrations
+            .fetch_add(space.registrations() as u64, Ordering::Relaxed);
+        self.shared.spaces_exited.fetch_add(1, Ordering::Relaxed);
+    }
+}

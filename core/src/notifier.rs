@@ -251,8 +251,8 @@ pub trait Notifier: Send + Sync + 'static {
         gather.all()
     }
 
-    /// Takes DMA mappings of the range away. May wait for a system call (a *blocking* stage: the watchdog names it, no
-    /// deadline binds it).
+    /// Takes DMA mappings of the range away. May wait for a system call: a *blocking* stage, which no
+    /// deadline binds.
     ///
     /// # Errors
     /// The device could still reach the pages, which are then quarantined.

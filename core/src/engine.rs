@@ -629,6 +629,8 @@ impl<'s> Invalidation<'s> {
         if std::mem::replace(&mut self.ended, true) {
             return;
         }
+        // Before the uses are given back: while they last, a registration holds each device, and no count here is the last.
+        self.devices.clear();
         let Self {
             space,
             core,
@@ -649,7 +651,6 @@ impl<'s> Invalidation<'s> {
             used.leave();
         });
         self.hits.clear();
-        self.devices.clear();
         self.space.active.end(self.claim);
         self.space.stats.add(Counter::Invalidations, 1);
         if outcome == Outcome::Quarantined {

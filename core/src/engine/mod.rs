@@ -12,87 +12,35 @@
 //! Each phase is over for all devices before the next begins. From start to end nothing is allocated or freed, and no lock is
 //! taken but the short ones of this crate; the lists come from pools.
 
+mod device_op;
+mod error;
+mod external;
+
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::{Duration, Instant};
 
-use thiserror::Error;
-
+pub(crate) use self::device_op::DeviceOp;
+use self::device_op::{Ack, Deadline, sync};
+pub use self::error::InvalidateError;
+pub use self::external::ExternalInvalidation;
 use crate::active::{Claim, SLOTS};
 use crate::addr::{PageSizes, Range};
-use crate::context::{self, InCallback, OpenInvalidation, Refused};
+use crate::context::{self, InCallback, OpenInvalidation};
 use crate::memory::MemoryError;
 use crate::notifier::{Cause, Gather, Op, OpCore, Outcome, WouldBlock};
 use crate::pool::Chain;
-use crate::primitive::{Arc, Backoff, now};
+use crate::primitive::{Arc, Backoff};
 use crate::recorder::Kind;
 use crate::registration::{Inner, Logged, Use};
 use crate::space::Space;
 use crate::stats::Counter;
-use crate::tlb::{
-    BATCH, Completion, Device, FlushCommand, FlushPlan, Health, Issue, Scope, Ticket,
-};
+use crate::tlb::{Device, FlushCommand, FlushPlan, Health};
 
 /// Whether handlers may wait for locks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Mode {
     Blocking,
     Try,
-}
-
-/// Why an invalidation failed. Unless it says otherwise the pages have not changed; everybody who got its start got its end.
-#[derive(Clone, Debug, Error)]
-#[non_exhaustive]
-pub enum InvalidateError {
-    /// Not where it was called.
-    #[error(transparent)]
-    Refused(#[from] Refused),
-    /// A handler of a non-blocking invalidation would have had to wait.
-    #[error(
-        "a handler would have had to wait: the non-blocking invalidation of {range} was refused"
-    )]
-    WouldBlock {
-        /// The range.
-        range: Range,
-    },
-    /// A device did not acknowledge, whatever was tried: it may still reach the pages, which are in quarantine.
-    #[error("device {} may still reach {range}: its pages are in quarantine until it is recovered or reset", device.name())]
-    Quarantined {
-        /// The range.
-        range: Range,
-        /// The first such device.
-        device: Device,
-    },
-    /// A handler without a device that could be flushed or reset did not drain, or could not cut the device off.
-    #[error("work in flight in {range} did not end: its pages are in quarantine")]
-    NotDrained {
-        /// The range.
-        range: Range,
-    },
-    /// A handler panicked. The others ran; its devices are in quarantine. If it did so before the pages changed they are in
-    /// quarantine too; if only in `end`, they have changed.
-    #[error("a handler panicked during the invalidation of {range}: its devices are in quarantine{}", if *changed { "" } else { ", and so are the pages" })]
-    HandlerPanicked {
-        /// The range.
-        range: Range,
-        /// Whether the pages have changed.
-        changed: bool,
-    },
-    /// More invalidations are in progress than there is room for.
-    #[error(
-        "no room for one more invalidation of {range} within {waited:?}: {limit} may be in progress at once"
-    )]
-    NoRoom {
-        /// The range.
-        range: Range,
-        /// How long was waited.
-        waited: Duration,
-        /// The limit.
-        limit: usize,
-    },
-    /// The change itself failed; handlers were told that nothing changed.
-    #[error("the pages could not be changed: {0}")]
-    Change(#[from] MemoryError),
 }
 
 /// One registration in one invalidation.
@@ -102,125 +50,6 @@ pub(crate) struct Hit {
     part: Range,
     quiesced: bool,
     polled: bool,
-}
-
-/// One device in one invalidation.
-pub(crate) struct DeviceOp {
-    device: Device,
-    commands: [FlushCommand; BATCH],
-    len: usize,
-    ticket: Option<Ticket>,
-    state: Ack,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Ack {
-    Waiting,
-    Done,
-    Missed,
-}
-
-impl DeviceOp {
-    fn new(device: Device) -> Self {
-        let nothing = FlushCommand {
-            tag: 0,
-            scope: Scope::Device,
-        };
-        Self {
-            device,
-            commands: [nothing; BATCH],
-            len: 0,
-            ticket: None,
-            state: Ack::Waiting,
-        }
-    }
-
-    /// More commands than a batch holds become one for the whole device.
-    fn add(&mut self, command: FlushCommand) {
-        let most = self.device.limits().commands_per_batch.clamp(1, BATCH);
-        if self.commands[..self.len].contains(&command) || self.is_whole() {
-            return;
-        }
-        if self.len == most {
-            self.set_whole();
-        } else {
-            self.commands[self.len] = command;
-            self.len += 1;
-        }
-    }
-
-    fn is_whole(&self) -> bool {
-        self.len == 1 && self.commands[0].scope == Scope::Device
-    }
-
-    fn set_whole(&mut self) {
-        self.commands[0] = FlushCommand {
-            tag: 0,
-            scope: Scope::Device,
-        };
-        self.len = 1;
-    }
-
-    /// Queues the commands and rings the doorbell, waiting for room where there is none.
-    fn issue(&mut self, deadline: &mut Deadline) {
-        let mut queued = false;
-        self.state = Ack::Waiting;
-        self.ticket = None;
-        for nth in 0..self.len {
-            let mut backoff = Backoff::new();
-            loop {
-                match self.device.issue(self.commands[nth]) {
-                    Issue::Queued => queued = true,
-                    Issue::NothingCached => {}
-                    Issue::Busy => {
-                        if deadline.is_over(&backoff) {
-                            self.state = Ack::Missed;
-                            return;
-                        }
-                        self.device.dispatch();
-                        backoff.wait();
-                        continue;
-                    }
-                }
-                break;
-            }
-        }
-        if queued {
-            self.ticket = Some(self.device.dispatch());
-        } else {
-            self.state = Ack::Done;
-        }
-    }
-
-    fn poll(&mut self) {
-        if let (Ack::Waiting, Some(ticket)) = (self.state, self.ticket) {
-            self.state = match self.device.poll(ticket) {
-                Completion::Done => Ack::Done,
-                Completion::Failed => Ack::Missed,
-                Completion::Pending => Ack::Waiting,
-            };
-        }
-    }
-}
-
-/// A deadline that reads no clock before the quick part of a wait is over.
-struct Deadline {
-    time: Duration,
-    begun: Option<Instant>,
-}
-
-impl Deadline {
-    fn new(time: Duration) -> Self {
-        Self { time, begun: None }
-    }
-
-    fn is_over(&mut self, backoff: &Backoff) -> bool {
-        if !backoff.is_slow() {
-            return false;
-        }
-        let begun = *self.begun.get_or_insert_with(now);
-        begun.elapsed() >= self.time
-    }
 }
 
 /// What stands between the pages and their change.
@@ -713,95 +542,4 @@ fn reset_all(space: &Space, core: &OpCore, inner: &Inner) -> bool {
         }
     }
     all
-}
-
-/// Polls all devices together until each has acknowledged or the deadline is over.
-fn sync(devices: &mut Chain<DeviceOp>, deadline: &mut Deadline) {
-    if cfg!(planted = "sync") {
-        devices.for_each(|one| one.state = Ack::Done);
-        return;
-    }
-    let mut backoff = Backoff::new();
-    loop {
-        let over = deadline.is_over(&backoff);
-        let mut waiting = false;
-        devices.for_each(|one| {
-            one.poll();
-            if one.state == Ack::Waiting {
-                waiting = true;
-                if over {
-                    one.state = Ack::Missed;
-                }
-            }
-        });
-        if !waiting || over {
-            return;
-        }
-        backoff.wait();
-    }
-}
-
-/// An invalidation that somebody outside drives: the pages change between [`begin`](crate::AddressSpace::begin_invalidation)
-/// and [`ExternalInvalidation::end`]. Bound to its thread; on it everything counts as inside a callback meanwhile.
-/// Dropping it counts as [`Outcome::Changed`].
-pub struct ExternalInvalidation<'s> {
-    invalidation: Invalidation<'s>,
-}
-
-impl std::fmt::Debug for ExternalInvalidation<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("ExternalInvalidation")
-            .field(&self.invalidation.core)
-            .finish()
-    }
-}
-
-impl ExternalInvalidation<'_> {
-    /// The pages have changed, or not.
-    ///
-    /// # Errors
-    /// [`InvalidateError::HandlerPanicked`] if an `end` did; everybody else has been told.
-    pub fn end(mut self, outcome: Outcome) -> Result<(), InvalidateError> {
-        self.invalidation.end(outcome);
-        self.invalidation.panic_at_end()
-    }
-}
-
-impl crate::AddressSpace {
-    /// Shoots `range` down because somebody else is about to change its pages: on return no device reaches them, until the
-    /// guard is ended. Also for spaces without process memory. Legal with the map lock held.
-    ///
-    /// # Errors
-    /// The pages must not change then. [`Refused`] inside a callback and with a `NotifierLock` held.
-    pub fn begin_invalidation(
-        &self,
-        range: Range,
-        cause: Cause,
-    ) -> Result<ExternalInvalidation<'_>, InvalidateError> {
-        self.external(range, cause, Mode::Blocking)
-    }
-
-    /// The same, where handlers may not wait for locks.
-    ///
-    /// # Errors
-    /// [`InvalidateError::WouldBlock`] besides.
-    pub fn try_begin_invalidation(
-        &self,
-        range: Range,
-        cause: Cause,
-    ) -> Result<ExternalInvalidation<'_>, InvalidateError> {
-        self.external(range, cause, Mode::Try)
-    }
-
-    fn external(
-        &self,
-        range: Range,
-        cause: Cause,
-        mode: Mode,
-    ) -> Result<ExternalInvalidation<'_>, InvalidateError> {
-        context::wait_refusal("begin_invalidation")?;
-        let sizes = PageSizes::all();
-        let invalidation = Invalidation::begin(&self.space, range, sizes, cause, mode)?;
-        Ok(ExternalInvalidation { invalidation })
-    }
 }

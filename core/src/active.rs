@@ -31,6 +31,11 @@ pub(crate) struct Claim {
 }
 
 impl Claim {
+    /// Nobody else has it until the end.
+    pub(crate) fn slot(self) -> usize {
+        self.slot
+    }
+
     /// A number for the flight recorder.
     pub(crate) fn id(self) -> u64 {
         (self.slot as u64) << 48 | self.turn >> 1

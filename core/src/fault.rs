@@ -105,11 +105,16 @@ impl Fault<'_> {
             });
         }
         let gone = || !matches!(inner.word.load().state(), State::Inserting | State::Live);
-        let mut seen = inner.recent.undisturbed(self.entry, &space.active);
+        // One whose insertion was put off is not in the index yet: no invalidation would find it.
+        let look = || match inner.word.load().state() {
+            State::Inserting => None,
+            _ => inner.recent.undisturbed(self.entry, &space.active),
+        };
+        let mut seen = look();
         if seen.is_none() {
             let deadline = *self.begun.get_or_insert_with(now) + self.time;
             space.events.wait(Some(deadline), || {
-                seen = inner.recent.undisturbed(self.entry, &space.active);
+                seen = look();
                 seen.is_some() || gone()
             });
         }

@@ -58,6 +58,7 @@ mod device;
 mod engine;
 mod events;
 mod fault;
+mod list;
 mod lock;
 mod managed;
 mod memory;
@@ -70,11 +71,13 @@ mod process;
 mod recorder;
 mod registration;
 mod registry;
+mod segment;
 mod share;
 mod space;
 mod srcu;
 mod stats;
 mod tlb;
+mod watch;
 
 pub use addr::{Addr, PageSize, PageSizes, Range, RangeError};
 pub use context::{Place, Refused};
@@ -88,8 +91,9 @@ pub use notifier::{Cause, CutOffFailed, Drain, Gather, Issued, Notifier, Op, Out
 pub use process::ProcessMemory;
 pub use recorder::{Kind, Record};
 pub use registration::{
-    InsertError, Prepared, Registration, Target, UnregisterError, Unregistered,
+    InsertError, Prepared, Registration, Synchronized, Target, UnregisterError, Unregistered,
 };
+pub use segment::{DeviceContext, Segment, UnloadFailed};
 pub use share::Share;
 pub use space::{AddressSpace, Deadlines, MapReadGuard, MapWriteGuard, SpacePin};
 pub use stats::Stats;

@@ -36,7 +36,7 @@ pub enum Kind {
     End,
     /// A non-blocking one was refused by a handler: operation, registration.
     Refused,
-    /// A deadline was missed: operation, 0 drain, 1 flush, 2 full flush, 3 reset.
+    /// A deadline was missed: operation, 0 drain, 1 flush, 2 full flush, 3 reset, 4 unload of a context.
     Deadline,
     /// A device was put into quarantine: operation.
     Quarantine,
@@ -48,10 +48,12 @@ pub enum Kind {
     Unregister,
     /// `release` was run: registration.
     Release,
+    /// The context of a segment was unloaded: operation, first address of the segment.
+    Unload,
 }
 
 impl Kind {
-    const ALL: [Kind; 12] = [
+    const ALL: [Kind; 13] = [
         Self::Start,
         Self::Quiesced,
         Self::Dispatched,
@@ -64,6 +66,7 @@ impl Kind {
         Self::Insert,
         Self::Unregister,
         Self::Release,
+        Self::Unload,
     ];
 }
 

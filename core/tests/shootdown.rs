@@ -326,7 +326,7 @@ fn a_second_unregister_is_an_error_and_one_after_exit_is_not() {
     space.exit().unwrap();
     assert_eq!(late.unregister().unwrap(), Unregistered::AlreadyGone);
     assert!(matches!(
-        prepared.insert(),
+        prepared.unwrap().insert(),
         Err(InsertError::Exiting { .. })
     ));
     assert!(matches!(

@@ -59,6 +59,14 @@ pub enum InvalidateError {
         /// The limit.
         limit: usize,
     },
+    /// The space exits, or has exited, and shoots everything down itself.
+    #[error(
+        "the address space is exiting: call `exit`, which waits until no device reaches {range}"
+    )]
+    Exiting {
+        /// The range.
+        range: Range,
+    },
     /// The change itself failed; handlers were told that nothing changed.
     #[error("the pages could not be changed: {0}")]
     Change(#[from] MemoryError),

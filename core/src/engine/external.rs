@@ -1,6 +1,6 @@
 //! Invalidations that somebody outside drives.
 
-use super::{InvalidateError, Invalidation, Mode};
+use super::{InvalidateError, Invalidation, Mode, What};
 use crate::addr::{PageSizes, Range};
 use crate::context;
 use crate::notifier::{Cause, Outcome};
@@ -36,7 +36,8 @@ impl crate::AddressSpace {
     /// guard is ended. Also for spaces without process memory. Legal with the map lock held.
     ///
     /// # Errors
-    /// The pages must not change then. [`Refused`](crate::Refused) inside a callback and with a `NotifierLock` held.
+    /// The pages must not change then. [`Refused`](crate::Refused) inside a callback and with a `NotifierLock` held;
+    /// [`InvalidateError::Exiting`] once exit has begun.
     pub fn begin_invalidation(
         &self,
         range: Range,
@@ -64,8 +65,16 @@ impl crate::AddressSpace {
         mode: Mode,
     ) -> Result<ExternalInvalidation<'_>, InvalidateError> {
         context::wait_refusal("begin_invalidation")?;
-        let sizes = PageSizes::all();
-        let invalidation = Invalidation::begin(&self.space, range, sizes, cause, mode)?;
+        if self.space.is_exiting() {
+            return Err(InvalidateError::Exiting { range });
+        }
+        let what = What {
+            range,
+            sizes: PageSizes::all(),
+            cause,
+            segments: &[],
+        };
+        let invalidation = Invalidation::begin(&self.space, what, mode)?;
         Ok(ExternalInvalidation { invalidation })
     }
 }

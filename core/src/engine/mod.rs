@@ -6,7 +6,7 @@
 //! 3. **flush**: every TLB named gets its commands; one doorbell each; then all are polled together. What does not acknowledge
 //!    by its deadline is flushed as a whole, then reset, then put into quarantine, each step for all such devices at once
 //!    (the reset excepted, which is the driver's own blocking call).
-//! 4. **cut off**: DMA mappings are taken away.
+//! 4. **cut off**: DMA mappings are taken away, and the contexts of segments whose own addresses go are unloaded.
 //! 5. **change, end**: the pages change, unless a device could still reach them; `end` goes to whoever was started.
 //!
 //! Each phase is over for all devices before the next begins. From start to end nothing is allocated or freed, and no lock is
@@ -32,9 +32,11 @@ use crate::pool::Chain;
 use crate::primitive::{Arc, Backoff};
 use crate::recorder::Kind;
 use crate::registration::{Inner, Logged, Use};
+use crate::segment::{SegmentInner, UnloadFailed};
 use crate::space::Space;
 use crate::stats::Counter;
 use crate::tlb::{Device, FlushCommand, FlushPlan, Health};
+use crate::watch::Stage;
 
 /// Whether handlers may wait for locks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -76,27 +78,25 @@ pub(crate) struct Invalidation<'s> {
     _leave: crate::lock::Leave,
 }
 
+/// What is invalidated.
+#[derive(Clone, Copy)]
+pub(crate) struct What<'a> {
+    pub(crate) range: Range,
+    /// The page sizes of the mappings in the range; all where that is not known.
+    pub(crate) sizes: PageSizes,
+    pub(crate) cause: Cause,
+    /// Segments whose own addresses go: their contexts are unloaded.
+    pub(crate) segments: &'a [Arc<SegmentInner>],
+}
+
 /// Runs all phases, with `change` as the fifth.
 pub(crate) fn run(
     space: &Arc<Space>,
-    range: Range,
-    cause: Cause,
+    what: What<'_>,
     mode: Mode,
     change: impl FnOnce() -> Result<(), MemoryError>,
 ) -> Result<(), InvalidateError> {
-    run_sized(space, range, PageSizes::all(), cause, mode, change)
-}
-
-/// The same, where the page sizes of the mappings in the range are known.
-pub(crate) fn run_sized(
-    space: &Arc<Space>,
-    range: Range,
-    sizes: PageSizes,
-    cause: Cause,
-    mode: Mode,
-    change: impl FnOnce() -> Result<(), MemoryError>,
-) -> Result<(), InvalidateError> {
-    let mut invalidation = Invalidation::begin(space, range, sizes, cause, mode)?;
+    let mut invalidation = Invalidation::begin(space, what, mode)?;
     match change() {
         Ok(()) => {
             invalidation.end(Outcome::Changed);
@@ -113,13 +113,11 @@ impl<'s> Invalidation<'s> {
     /// Phases 1 to 4. On an error `end` has been called.
     pub(crate) fn begin(
         space: &'s Arc<Space>,
-        range: Range,
-        sizes: PageSizes,
-        cause: Cause,
+        what: What<'_>,
         mode: Mode,
     ) -> Result<Self, InvalidateError> {
-        let mut this = Self::start(space, range, sizes, cause, mode)?;
-        if this.hits.is_empty() {
+        let mut this = Self::start(space, what, mode)?;
+        if this.hits.is_empty() && what.segments.is_empty() {
             return Ok(this);
         }
         this.quiesce();
@@ -127,6 +125,7 @@ impl<'s> Invalidation<'s> {
             this.drain();
             this.flush();
             this.cut_off();
+            this.unload(what.segments);
         }
         match this.error() {
             None => Ok(this),
@@ -140,13 +139,13 @@ impl<'s> Invalidation<'s> {
         }
     }
 
-    fn start(
-        space: &'s Arc<Space>,
-        range: Range,
-        sizes: PageSizes,
-        cause: Cause,
-        mode: Mode,
-    ) -> Result<Self, InvalidateError> {
+    fn start(space: &'s Arc<Space>, what: What<'_>, mode: Mode) -> Result<Self, InvalidateError> {
+        let What {
+            range,
+            sizes,
+            cause,
+            ..
+        } = what;
         let limit = space.deadlines.room;
         let mut deadline = Deadline::new(limit);
         let mut backoff = Backoff::new();
@@ -160,6 +159,8 @@ impl<'s> Invalidation<'s> {
                         cause,
                         sizes,
                         may_block: mode == Mode::Blocking,
+                        drain: space.deadlines.drain,
+                        post: space.watch.post(claim.slot()),
                     },
                     claim,
                     hits: Chain::new(space.hits.clone()),
@@ -250,7 +251,7 @@ impl<'s> Invalidation<'s> {
             }
             hit.quiesced = true;
             let op = Op::new(core, hit.part);
-            match call(space, used, core, || {
+            match call(space, used, core, Stage::Quiesce, || {
                 used.notifier.quiesce(&op).map(|drain| drain.is_polled())
             }) {
                 Some(Ok(polled)) => hit.polled = polled,
@@ -284,7 +285,9 @@ impl<'s> Invalidation<'s> {
                     return;
                 }
                 let op = Op::new(core, hit.part);
-                match call(space, used, core, || used.notifier.drained(&op)) {
+                match call(space, used, core, Stage::Drained, || {
+                    used.notifier.drained(&op)
+                }) {
                     Some(true) => hit.polled = false,
                     Some(false) if !over => waiting = true,
                     Some(false) => {
@@ -320,7 +323,7 @@ impl<'s> Invalidation<'s> {
         hits.for_each(|hit| {
             let Some(used) = &hit.used else { return };
             let op = Op::new(core, hit.part);
-            let asked = call(space, used, core, || {
+            let asked = call(space, used, core, Stage::Flush, || {
                 used.notifier.flush(&op, Gather::new(&op)).range()
             });
             let Some(asked) = asked else {
@@ -423,12 +426,68 @@ impl<'s> Invalidation<'s> {
         hits.for_each(|hit| {
             let Some(used) = &hit.used else { return };
             let op = Op::new(core, hit.part);
-            match call(space, used, core, || used.notifier.cut_off(&op)) {
+            match call(space, used, core, Stage::CutOff, || {
+                used.notifier.cut_off(&op)
+            }) {
                 Some(Ok(())) => {}
                 Some(Err(_)) => trouble.not_drained = true,
                 None => trouble.panicked = true,
             }
         });
+    }
+
+    /// The contexts of the segments whose own addresses go. One that stays costs its device a reset; one that stays even then is in
+    /// quarantine, with its device.
+    fn unload(&mut self, segments: &[Arc<SegmentInner>]) {
+        let Self {
+            space,
+            core,
+            trouble,
+            ..
+        } = self;
+        for segment in segments.iter().filter(|one| !one.is_over()) {
+            let Some(part) = segment.range.intersect(core.range) else {
+                continue;
+            };
+            let (inner, op) = (&segment.registration().inner, Op::new(core, part));
+            let device = segment.context.device();
+            let attempt = || {
+                call(space, inner, core, Stage::Unload, || {
+                    segment.context.unload(&op)
+                })
+            };
+            let unloaded = match attempt() {
+                Some(Err(_)) => {
+                    let recorder = &space.recorder;
+                    recorder.record(Kind::Deadline, core.id, 4, 0);
+                    if device.health() == Health::Healthy && reset(space, core, inner, device) {
+                        attempt()
+                    } else {
+                        Some(Err(UnloadFailed {
+                            reason: "its device was not reset",
+                        }))
+                    }
+                }
+                other => other,
+            };
+            match unloaded {
+                Some(Ok(())) => {
+                    segment.set_over();
+                    space.stats.add(Counter::Segments, 1);
+                    let start = segment.range.start().get();
+                    space.recorder.record(Kind::Unload, core.id, start, 0);
+                }
+                Some(Err(_)) => {
+                    device.quarantine();
+                    space.recorder.record(Kind::Quarantine, core.id, 0, 0);
+                    trouble.device = Some(device.clone());
+                }
+                None => {
+                    device.quarantine();
+                    trouble.panicked = true;
+                }
+            }
+        }
     }
 
     fn error(&self) -> Option<InvalidateError> {
@@ -472,7 +531,11 @@ impl<'s> Invalidation<'s> {
             let Some(used) = hit.used.take() else { return };
             if hit.quiesced {
                 let op = Op::new(core, hit.part);
-                if call(space, &used, core, || used.notifier.end(&op, outcome)).is_none() {
+                if call(space, &used, core, Stage::End, || {
+                    used.notifier.end(&op, outcome)
+                })
+                .is_none()
+                {
                     trouble.panicked = true;
                 }
             }
@@ -522,9 +585,16 @@ impl Drop for Invalidation<'_> {
     }
 }
 
-/// Calls a handler; `None` if it panicked, in which case its devices are in quarantine.
-fn call<R>(space: &Space, inner: &Inner, core: &OpCore, handler: impl FnOnce() -> R) -> Option<R> {
+/// Calls a handler, watched; `None` if it panicked, in which case its devices are in quarantine.
+fn call<R>(
+    space: &Space,
+    inner: &Inner,
+    core: &OpCore,
+    stage: Stage,
+    handler: impl FnOnce() -> R,
+) -> Option<R> {
     let result = {
+        let _watched = space.watch.enter(core.post, stage, inner.id, inner.name);
         let _callback = InCallback::handler(inner.key());
         catch_unwind(AssertUnwindSafe(handler))
     };
@@ -535,11 +605,19 @@ fn call<R>(space: &Space, inner: &Inner, core: &OpCore, handler: impl FnOnce() -
 fn reset_all(space: &Space, core: &OpCore, inner: &Inner) -> bool {
     let mut all = !inner.targets.is_empty();
     for target in &inner.targets {
-        if target.device.reset(space.deadlines.reset).is_err() {
+        if !reset(space, core, inner, &target.device) {
             space.recorder.record(Kind::Quarantine, core.id, 0, 0);
             target.device.quarantine();
             all = false;
         }
     }
     all
+}
+
+/// Resets a device, watched, for the sake of `inner`.
+fn reset(space: &Space, core: &OpCore, inner: &Inner, device: &Device) -> bool {
+    let _watched = space
+        .watch
+        .enter(core.post, Stage::Reset, inner.id, inner.name);
+    device.reset(space.deadlines.reset).is_ok()
 }

@@ -1,19 +1,20 @@
 //! The operations: a span is claimed, the engine runs, the table follows the pages.
 
-use super::table::{Mappings, Sick, State, Then, Vma};
+use super::table::{Found, Mappings, Sick, State, Then, Vma};
 use super::{Map, MapError};
 use crate::addr::{Addr, PageSize, Range};
 use crate::context;
-use crate::engine::{self, InvalidateError, Mode};
+use crate::engine::{self, InvalidateError, Mode, What};
 use crate::memory::{Memory, MemoryError, Rights};
 use crate::notifier::Cause;
 use crate::primitive::Arc;
+use crate::segment::SegmentInner;
 use crate::space::Space;
 use crate::tlb::{Device, Health};
 
 /// How the caller holds the map lock.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Lock {
+pub(crate) enum Lock {
     /// Not: it is taken to claim the span.
     Plain(Mode),
     /// For write, throughout.
@@ -21,22 +22,29 @@ pub(super) enum Lock {
 }
 
 /// An operation on mapped pages.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Change {
     Unmap,
     Discard,
     Protect(Rights),
     Remap(Range),
+    /// What became of pages in quarantine, once more: the unmap that failed, or nothing.
+    Recover,
 }
 
 impl Change {
     fn cause(self) -> Cause {
         match self {
-            Self::Unmap => Cause::Unmap,
+            Self::Unmap | Self::Recover => Cause::Unmap,
             Self::Discard => Cause::Discard,
             Self::Protect(_) => Cause::Protect,
             Self::Remap(_) => Cause::Remap,
         }
+    }
+
+    /// Whether the addresses go: what segments allow.
+    pub(super) fn unmaps(self) -> bool {
+        matches!(self, Self::Unmap | Self::Recover)
     }
 }
 
@@ -47,19 +55,23 @@ fn memory(space: &Space) -> Result<(&dyn Memory, Range), MapError> {
     }
 }
 
+/// What an attempt to claim spans comes to.
+enum Claim<T> {
+    Claimed(T),
+    /// Others have claimed something of this.
+    Busy(Range),
+}
+
 /// Runs `claim` with the table locked until it claims spans; waits while they are claimed by others.
 fn claim<T>(
     space: &Space,
     lock: Lock,
     call: &'static str,
     range: Range,
-    mut claim: impl FnMut(&mut Mappings) -> Result<Option<T>, MapError>,
+    mut claim: impl FnMut(&mut Mappings) -> Result<Claim<T>, MapError>,
 ) -> Result<T, MapError> {
     let busy = || MapError::WouldBlock { range };
     loop {
-        if space.is_exiting() {
-            return Err(MapError::Exiting);
-        }
         let held = match lock {
             Lock::Plain(Mode::Blocking) => Some(space.map_lock.write(call)?),
             Lock::Plain(Mode::Try) => Some(space.map_lock.try_write(call)?.ok_or_else(busy)?),
@@ -68,16 +80,24 @@ fn claim<T>(
                 None
             }
         };
-        if let Some(claimed) = claim(&mut space.table.mappings.lock())? {
-            return Ok(claimed);
-        }
+        let attempt = {
+            let mut mappings = space.table.mappings.lock();
+            if mappings.closed {
+                return Err(MapError::Exiting);
+            }
+            claim(&mut mappings)?
+        };
+        let others = match attempt {
+            Claim::Claimed(claimed) => return Ok(claimed),
+            Claim::Busy(others) => others,
+        };
         drop(held);
         if lock == Lock::Plain(Mode::Try) {
             return Err(busy());
         }
         space
             .events
-            .wait(None, || !space.table.mappings.lock().is_claimed(range));
+            .wait(None, || !space.table.mappings.lock().is_claimed(others));
     }
 }
 
@@ -93,12 +113,38 @@ fn unclaim(space: &Space, spans: &[Range], edit: impl FnOnce(&mut Mappings)) {
     space.events.ended();
 }
 
-pub(super) fn map(space: &Space, what: Map, lock: Lock) -> Result<Range, MapError> {
-    let (memory, arena) = memory(space)?;
-    let asked = Range::new(what.at.unwrap_or(arena.start()), what.len)?;
-    if !memory.page_sizes().contains(what.page.into()) {
-        return Err(MemoryError::PageSize { page: what.page }.into());
+/// Where to map: `Busy` if others are at work there.
+fn place(
+    mappings: &Mappings,
+    what: &Map,
+    asked: Range,
+    arena: Range,
+) -> Result<Claim<Range>, MapError> {
+    let range = match what.at {
+        None => mappings
+            .find(what.len, what.page, arena)
+            .ok_or(MapError::NoRoom {
+                len: what.len,
+                arena,
+            })?,
+        Some(_) if mappings.is_claimed(asked) => return Ok(Claim::Busy(asked)),
+        Some(_) => asked,
+    };
+    match mappings.overlapping(range).next() {
+        None => Ok(Claim::Claimed(range)),
+        Some((by, vma)) => Err(match vma.state {
+            State::Mapped => MapError::Occupied { range, by },
+            State::Quarantined { .. } => MapError::InQuarantine {
+                range,
+                quarantined: by,
+            },
+        }),
     }
+}
+
+/// Checks what was asked for, as far as that does not depend on the table: the range if it were at the given address.
+fn check_map(what: &Map, arena: Range) -> Result<Range, MapError> {
+    let asked = Range::new(what.at.unwrap_or(arena.start()), what.len)?;
     if !what.len.is_multiple_of(what.page.bytes())
         || !asked.start().is_aligned(what.page) && what.at.is_some()
     {
@@ -113,28 +159,21 @@ pub(super) fn map(space: &Space, what: Map, lock: Lock) -> Result<Range, MapErro
             arena,
         });
     }
+    Ok(asked)
+}
+
+pub(super) fn map(space: &Space, what: Map, lock: Lock) -> Result<Range, MapError> {
+    let (memory, arena) = memory(space)?;
+    if !memory.page_sizes().contains(what.page.into()) {
+        return Err(MemoryError::PageSize { page: what.page }.into());
+    }
+    let asked = check_map(&what, arena)?;
     let range = claim(space, lock, "map", asked, |mappings| {
-        let range = match what.at {
-            None => mappings
-                .find(what.len, what.page, arena)
-                .ok_or(MapError::NoRoom {
-                    len: what.len,
-                    arena,
-                })?,
-            Some(_) if mappings.is_claimed(asked) => return Ok(None),
-            Some(_) => asked,
-        };
-        if let Some((by, vma)) = mappings.overlapping(range).next() {
-            return Err(match vma.state {
-                State::Mapped => MapError::Occupied { range, by },
-                State::Quarantined { .. } => MapError::InQuarantine {
-                    range,
-                    quarantined: by,
-                },
-            });
+        let place = place(mappings, &what, asked, arena)?;
+        if let Claim::Claimed(range) = place {
+            mappings.spans.push(range);
         }
-        mappings.spans.push(range);
-        Ok(Some(range))
+        Ok(place)
     })?;
     let result = memory.map(range, what.page, what.rights);
     unclaim(space, &[range], |mappings| {
@@ -147,6 +186,7 @@ pub(super) fn map(space: &Space, what: Map, lock: Lock) -> Result<Range, MapErro
                 page: what.page,
                 rights: what.rights,
                 state: State::Mapped,
+                segment: None,
             };
             mappings.by_start.insert(range.start(), vma);
         }
@@ -155,11 +195,72 @@ pub(super) fn map(space: &Space, what: Map, lock: Lock) -> Result<Range, MapErro
     Ok(range)
 }
 
+/// Takes addresses for a segment, which `make` makes for them. No page changes, so no span is needed.
+pub(crate) fn map_segment(
+    space: &Space,
+    len: u64,
+    at: Option<Addr>,
+    lock: Lock,
+    make: impl FnOnce(Range) -> Arc<SegmentInner>,
+) -> Result<Arc<SegmentInner>, MapError> {
+    let (_, arena) = memory(space)?;
+    let what = Map {
+        at,
+        ..Map::anonymous(len)
+    };
+    let asked = check_map(&what, arena)?;
+    let mut make = Some(make);
+    claim(space, lock, "map_segment", asked, |mappings| {
+        Ok(match place(mappings, &what, asked, arena)? {
+            Claim::Busy(others) => Claim::Busy(others),
+            Claim::Claimed(range) => {
+                let make = make.take().expect("a claim is made once");
+                let segment = make(range);
+                let vma = Vma {
+                    last: range.last(),
+                    page: PageSize::FourKiB,
+                    rights: Rights::empty(),
+                    state: State::Mapped,
+                    segment: Some(segment.clone()),
+                };
+                mappings.by_start.insert(range.start(), vma);
+                Claim::Claimed(segment)
+            }
+        })
+    })
+}
+
+/// Changes pages, and puts the shares of the segments that went with them.
 pub(super) fn change(
+    space: &Arc<Space>,
+    range: Range,
+    what: Change,
+    lock: Lock,
+) -> Result<(), MapError> {
+    let mut ended = Vec::new();
+    let result = run(space, range, what, lock, &mut ended);
+    // Not before the span was given back: a release may want to map there.
+    for segment in ended {
+        segment.put();
+    }
+    result
+}
+
+/// Unmaps a range, and leaves the shares of segments in it to the caller.
+pub(crate) fn unmap_keeping_shares(
+    space: &Arc<Space>,
+    range: Range,
+    lock: Lock,
+) -> Result<(), MapError> {
+    run(space, range, Change::Unmap, lock, &mut Vec::new())
+}
+
+fn run(
     space: &Arc<Space>,
     range: Range,
     change: Change,
     lock: Lock,
+    ended: &mut Vec<Arc<SegmentInner>>,
 ) -> Result<(), MapError> {
     let (memory, arena) = memory(space)?;
     let page = PageSize::FourKiB;
@@ -175,13 +276,15 @@ pub(super) fn change(
             return Err(MapError::OutsideArena { range: one, arena });
         }
     }
-    let spans: Vec<Range> = [Some(range), target].into_iter().flatten().collect();
-    let hull = target.map_or(range, |to| range.hull(to));
-    let sizes = claim(space, lock, "change a mapping", hull, |mappings| {
-        if spans.iter().any(|one| mappings.is_claimed(*one)) {
-            return Ok(None);
+    let (found, spans) = claim(space, lock, "change a mapping", range, |mappings| {
+        let found = mappings.check(range, change)?;
+        // A segment goes as a whole, whatever part of it is unmapped.
+        let whole = found.segments.iter().map(|segment| segment.range);
+        let hull = whole.fold(range, Range::hull);
+        let spans: Vec<Range> = [Some(hull), target].into_iter().flatten().collect();
+        if let Some(busy) = spans.iter().find(|one| mappings.is_claimed(**one)) {
+            return Ok(Claim::Busy(*busy));
         }
-        let sizes = mappings.check(range)?;
         if let Some(to) = target {
             let by = mappings.overlapping(to).map(|(whole, _)| whole).next();
             if let Some(by) = by.or_else(|| to.overlaps(range).then_some(range)) {
@@ -189,21 +292,34 @@ pub(super) fn change(
             }
         }
         mappings.spans.extend(&spans);
-        Ok(Some(sizes))
+        Ok(Claim::Claimed((found, spans)))
     })?;
+    let Found {
+        sizes,
+        segments,
+        memory: has_memory,
+    } = found;
     let mode = match lock {
         Lock::Plain(mode) => mode,
         Lock::Guard => Mode::Blocking,
     };
-    let result = engine::run_sized(space, range, sizes, change.cause(), mode, || match change {
-        Change::Unmap => memory.unmap(range),
+    let what = What {
+        range,
+        sizes,
+        cause: change.cause(),
+        segments: &segments,
+    };
+    let result = engine::run(space, what, mode, || match change {
+        _ if !has_memory => Ok(()),
+        Change::Unmap | Change::Recover => memory.unmap(range),
         Change::Discard => memory.discard(range),
         Change::Protect(rights) => memory.protect(range, rights),
         Change::Remap(to) => memory.remap(range, to),
     });
     unclaim(space, &spans, |mappings| {
-        finish(mappings, range, change, &result, space)
+        finish(mappings, range, change, &result, (space, &segments))
     });
+    ended.extend(segments.into_iter().filter(|one| one.is_over()));
     result.map_err(Into::into)
 }
 
@@ -213,12 +329,12 @@ fn finish(
     range: Range,
     change: Change,
     result: &Result<(), InvalidateError>,
-    space: &Space,
+    (space, segments): (&Space, &[Arc<SegmentInner>]),
 ) {
     mappings.split(range);
     match result {
         Ok(()) | Err(InvalidateError::HandlerPanicked { changed: true, .. }) => match change {
-            Change::Unmap => mappings.remove(range),
+            Change::Unmap | Change::Recover => mappings.remove(range),
             Change::Discard => {}
             Change::Protect(rights) => mappings.each(range, |(_, vma)| vma.rights = rights),
             Change::Remap(to) => {
@@ -244,25 +360,56 @@ fn finish(
             | InvalidateError::NotDrained { .. }
             | InvalidateError::HandlerPanicked { .. },
         ) => {
-            let then = match change {
-                Change::Unmap => Then::Unmap,
-                _ => Then::Keep,
+            let then = if change.unmaps() {
+                Then::Unmap
+            } else {
+                Then::Keep
             };
             mappings.each(range, |(_, vma)| vma.state = State::Quarantined { then });
+            let sick = |device: &Device| device.health() == Health::Quarantined;
             let mut devices: Vec<Device> = Vec::new();
             if let Err(InvalidateError::Quarantined { device, .. }) = result {
                 devices.push(device.clone());
             }
+            let contexts = segments.iter().map(|segment| segment.context.device());
+            devices.extend(contexts.filter(|device| sick(device)).cloned());
             space.registry.walk(range, |_, inner| {
-                for target in &inner.targets {
-                    if target.device.health() == Health::Quarantined {
-                        devices.push(target.device.clone());
-                    }
-                }
+                let targets = inner.targets.iter().map(|target| &target.device);
+                devices.extend(targets.filter(|device| sick(device)).cloned());
                 std::ops::ControlFlow::Continue(())
             });
             mappings.sick.push(Sick { range, devices });
         }
         Err(_) => {}
+    }
+}
+
+/// Gives back what was in quarantine for devices that are healthy again: an unmap that had failed is done once more, all of
+/// it; anything else leaves the pages as they are.
+pub(crate) fn recover(space: &Arc<Space>) {
+    for sick in space.table.recovered() {
+        let range = sick.range;
+        let unmap = {
+            let mut mappings = space.table.mappings.lock();
+            let unmap = mappings
+                .overlapping(range)
+                .any(|(_, vma)| vma.state == State::Quarantined { then: Then::Unmap });
+            if !unmap {
+                mappings.each(range, |(_, vma)| vma.state = State::Mapped);
+            }
+            unmap
+        };
+        if !unmap {
+            continue;
+        }
+        let lock = Lock::Plain(Mode::Blocking);
+        if let Err(error) = change(space, range, Change::Recover, lock) {
+            tracing::warn!(space = space.id, %range, %error, "not given back from quarantine");
+            let mut mappings = space.table.mappings.lock();
+            // Unless it has gone into quarantine anew.
+            if !mappings.sick.iter().any(|one| one.range == range) {
+                mappings.sick.push(sick);
+            }
+        }
     }
 }

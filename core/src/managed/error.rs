@@ -67,6 +67,24 @@ pub enum MapError {
         /// What is in quarantine.
         quarantined: Range,
     },
+    /// It is a segment, which can only be unmapped.
+    #[error(
+        "{range} holds the segment {segment}, which can be unmapped, but not discarded, protected or moved"
+    )]
+    Segment {
+        /// What was given.
+        range: Range,
+        /// The segment.
+        segment: Range,
+    },
+    /// The guard is of another space than the segment.
+    #[error("the segment belongs to address space {segment:#x}, the guard to {guard:#x}")]
+    OtherSpace {
+        /// The guard's space.
+        guard: u64,
+        /// The segment's space.
+        segment: u64,
+    },
     /// A `try_` form met a lock or a span that is held.
     #[error("{range} is being changed by another thread, or the map lock is held")]
     WouldBlock {

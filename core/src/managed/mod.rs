@@ -6,6 +6,8 @@
 //! [`MapWriteGuard`] keep it throughout. Waiting for a span with the map lock held is safe: nobody takes that lock
 //! between start and end.
 //!
+//! Segments have addresses in the same table, with no memory behind them: unmapping them ends them, see [`Segment`](crate::Segment).
+//!
 //! An operation that a device did not acknowledge changes nothing: its pages stay where they are, marked as quarantined, and
 //! are given to nobody until every device that could reach them is healthy again ([`AddressSpace::drain`]).
 
@@ -13,7 +15,8 @@ mod change;
 mod error;
 mod table;
 
-use self::change::{Change, Lock, change, map};
+use self::change::{Change, change, map};
+pub(crate) use self::change::{Lock, map_segment, recover, unmap_keeping_shares};
 pub use self::error::MapError;
 pub(crate) use self::table::Table;
 use crate::addr::{Addr, PageSize, Range, RangeError};
@@ -70,7 +73,8 @@ impl AddressSpace {
     }
 
     /// Takes the pages of `range` away, once no device can reach them. All of it must be mapped; cutting a mapping, and a
-    /// large page, is fine. Waits for handlers and hardware, within the deadlines.
+    /// large page, is fine. Segments that it overlaps end, all of them, and their shares are put; if the change of memory beside
+    /// them then fails they have ended all the same. Waits for handlers and hardware, within the deadlines.
     ///
     /// # Errors
     /// [`MapError`]; [`InvalidateError::Quarantined`](crate::InvalidateError::Quarantined) in it says that the pages are still there, and stay.

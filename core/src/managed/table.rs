@@ -3,9 +3,12 @@
 use std::collections::BTreeMap;
 
 use super::MapError;
+use super::change::Change;
 use crate::addr::{Addr, PageSize, PageSizes, Range};
+use crate::events::Events;
 use crate::memory::{Memory, Rights};
-use crate::primitive::Mutex;
+use crate::primitive::{Arc, Mutex};
+use crate::segment::SegmentInner;
 use crate::tlb::{Device, Health};
 
 /// What becomes of quarantined pages once no device can reach them.
@@ -27,6 +30,8 @@ pub(super) struct Vma {
     pub(super) page: PageSize,
     pub(super) rights: Rights,
     pub(super) state: State,
+    /// These are addresses of a segment, with no memory behind them.
+    pub(super) segment: Option<Arc<SegmentInner>>,
 }
 
 /// A range that is waited for by quarantine, with the devices that did not acknowledge.
@@ -36,6 +41,26 @@ pub(super) struct Sick {
     pub(super) devices: Vec<Device>,
 }
 
+/// What an operation finds in its range.
+#[derive(Debug)]
+pub(super) struct Found {
+    pub(super) sizes: PageSizes,
+    /// Those that are not over.
+    pub(super) segments: Vec<Arc<SegmentInner>>,
+    /// There is memory, not only segments.
+    pub(super) memory: bool,
+}
+
+impl Default for Found {
+    fn default() -> Self {
+        Self {
+            sizes: PageSizes::empty(),
+            segments: Vec::new(),
+            memory: false,
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Mappings {
     pub(super) by_start: BTreeMap<Addr, Vma>,
@@ -43,6 +68,8 @@ pub(super) struct Mappings {
     pub(super) sick: Vec<Sick>,
     /// No free address lies below.
     pub(super) hint: u64,
+    /// Exit has begun: no span is claimed any more.
+    pub(super) closed: bool,
 }
 
 #[derive(Debug)]
@@ -67,29 +94,40 @@ impl Mappings {
         self.spans.iter().any(|span| span.overlaps(range))
     }
 
-    /// Refuses what is not mapped as a whole, or in quarantine.
-    pub(super) fn check(&self, range: Range) -> Result<PageSizes, MapError> {
+    /// What is in `range`; refuses what is not mapped as a whole, or not as `change` needs it.
+    pub(super) fn check(&self, range: Range, change: Change) -> Result<Found, MapError> {
         let mut next = range.start();
-        let mut sizes = PageSizes::empty();
+        let mut found = Found::default();
         for (whole, vma) in self.overlapping(range) {
             if whole.start() > next {
                 return Err(MapError::NotMapped { range, hole: next });
             }
-            if vma.state != State::Mapped {
+            if vma.state != State::Mapped && change != Change::Recover {
                 return Err(MapError::InQuarantine {
                     range,
                     quarantined: whole,
                 });
             }
+            match &vma.segment {
+                Some(_) if !change.unmaps() => {
+                    return Err(MapError::Segment {
+                        range,
+                        segment: whole,
+                    });
+                }
+                Some(segment) if !segment.is_over() => found.segments.push(segment.clone()),
+                Some(_) => {}
+                None => found.memory = true,
+            }
             // Entries may be as small as the device likes, and a page that was cut has become small ones.
-            sizes |= PageSize::ALL
+            found.sizes |= PageSize::ALL
                 .into_iter()
                 .filter(|size| *size <= vma.page)
                 .map(PageSizes::from)
                 .collect();
             match whole.last().checked_add(1) {
                 Some(after) if whole.last() < range.last() => next = after,
-                _ => return Ok(sizes),
+                _ => return Ok(found),
             }
         }
         Err(MapError::NotMapped { range, hole: next })
@@ -121,7 +159,7 @@ impl Mappings {
     }
 
     /// The first free range from the hint on.
-    pub(super) fn find(&mut self, len: u64, page: PageSize, arena: Range) -> Option<Range> {
+    pub(super) fn find(&self, len: u64, page: PageSize, arena: Range) -> Option<Range> {
         let mut from = self.hint.max(arena.start().get());
         loop {
             let start = from.checked_next_multiple_of(page.bytes())?;
@@ -151,22 +189,39 @@ impl Table {
         }
     }
 
+    /// At exit: nothing is claimed from here on; waits until what was claimed is over. The segments that are left.
+    pub(crate) fn close(&self, events: &Events) -> Vec<Arc<SegmentInner>> {
+        self.mappings.lock().closed = true;
+        events.wait(None, || self.mappings.lock().spans.is_empty());
+        let mappings = self.mappings.lock();
+        let segments = mappings
+            .by_start
+            .values()
+            .filter_map(|vma| vma.segment.as_ref());
+        segments.filter(|one| !one.is_over()).cloned().collect()
+    }
+
     /// At exit: everything goes that no device can reach; false if something stays.
     pub(crate) fn clear(&self, memory: &dyn Memory) -> bool {
         let mut mappings = self.mappings.lock();
         mappings.by_start.retain(|start, vma| {
             let whole = Range::inclusive(*start, vma.last);
-            let gone =
-                vma.state == State::Mapped && whole.is_ok_and(|whole| memory.unmap(whole).is_ok());
+            let gone = match &vma.segment {
+                Some(segment) => segment.is_over(),
+                None => {
+                    vma.state == State::Mapped
+                        && whole.is_ok_and(|whole| memory.unmap(whole).is_ok())
+                }
+            };
             !gone
         });
         mappings.by_start.is_empty()
     }
 
-    /// Gives back what was in quarantine for devices that are healthy again.
-    pub(crate) fn recover(&self, memory: &dyn Memory) {
+    /// Takes out what was in quarantine for devices that are healthy again.
+    pub(super) fn recovered(&self) -> Vec<Sick> {
         let mut mappings = self.mappings.lock();
-        let (well, sick) = std::mem::take(&mut mappings.sick)
+        let (well, sick): (Vec<_>, Vec<_>) = std::mem::take(&mut mappings.sick)
             .into_iter()
             .partition(|one| {
                 // Without a device to recover nothing can tell that the pages are out of reach.
@@ -177,19 +232,25 @@ impl Table {
                         .all(|device| device.health() == Health::Healthy)
             });
         mappings.sick = sick;
-        let well: Vec<Sick> = well;
-        for Sick { range, devices } in well {
-            let unmap = mappings
-                .overlapping(range)
-                .any(|(_, vma)| vma.state == State::Quarantined { then: Then::Unmap });
-            if !unmap {
-                mappings.each(range, |(_, vma)| vma.state = State::Mapped);
-            } else if memory.unmap(range).is_ok() {
-                mappings.remove(range);
-            } else {
-                mappings.sick.push(Sick { range, devices });
-            }
-        }
+        well
+    }
+
+    fn parts(mappings: &Mappings, segment: &Arc<SegmentInner>) -> impl Iterator<Item = Range> {
+        let own = |vma: &Vma| matches!(&vma.segment, Some(one) if Arc::ptr_eq(one, segment));
+        mappings
+            .overlapping(segment.range)
+            .filter(move |(_, vma)| own(vma))
+            .map(|(whole, _)| whole)
+    }
+
+    /// The mappings that are left of a segment.
+    pub(crate) fn parts_of(&self, segment: &Arc<SegmentInner>) -> Vec<Range> {
+        Self::parts(&self.mappings.lock(), segment).collect()
+    }
+
+    /// Whether any are.
+    pub(crate) fn has_parts_of(&self, segment: &Arc<SegmentInner>) -> bool {
+        Self::parts(&self.mappings.lock(), segment).next().is_some()
     }
 
     pub(super) fn quarantined(&self) -> u64 {

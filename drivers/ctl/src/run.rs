@@ -54,7 +54,7 @@ pub(crate) fn deadlines() -> Deadlines {
         flush: Duration::from_millis(50),
         full_flush: Duration::from_millis(100),
         reset: Duration::from_secs(1),
-        room: Duration::from_secs(10),
+        ..Deadlines::default()
     }
 }
 

@@ -12,13 +12,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use shootdown::{
-    Addr, AddressSpace, FaultError, Interrupts, PageSize, Range, Registration, Rights, Translation,
+    Addr, AddressSpace, Fault, FaultError, Interrupts, PageSize, Range, Rights, Translation,
 };
 
 use crate::chiplet::Chiplet;
 use crate::config::Plant;
 use crate::context::Context;
-use crate::error::GruError;
+use crate::error::{Ended, GruError};
 use crate::handle;
 use crate::layout::{FAULT_MAP, fault, fault_map, page_code, status, tfh};
 
@@ -87,10 +87,9 @@ pub(crate) fn call_os(context: &Arc<Context>, slot: usize) -> Result<(), GruErro
 
 /// Ends the fault in another way than by an entry, if its context is not being unloaded, which then does so itself.
 fn end(context: &Context, slot: usize, opcode: u64) -> Result<(), GruError> {
-    let Some((_inside, share)) = context.enter() else {
+    let Some(_inside) = context.enter() else {
         return Ok(());
     };
-    drop(share);
     answer(context, slot, opcode)
 }
 
@@ -121,15 +120,16 @@ fn resolve(
     space: &AddressSpace,
     state: u64,
 ) -> Result<(), GruError> {
-    let Some((_inside, share)) = context.enter() else {
+    let Some(_inside) = context.enter() else {
         return Ok(());
     };
     context.check_epoch()?;
     let Some((address, modify)) = pending(context, slot, state)? else {
         return Ok(());
     };
-    match fill(context, slot, space, &share, (address, modify, state)) {
-        Ok(true) => Ok(()),
+    match fill(context, slot, space, (address, modify, state)) {
+        // One that is being unloaded has its fault forced by that.
+        Ok(true) | Err(GruError::SegmentEnded { .. }) => Ok(()),
         Ok(false) => answer(context, slot, tfh::EXCEPTION),
         Err(GruError::Fault(error @ FaultError::Deadline { .. })) => Err(error.into()),
         Err(GruError::Fault(error)) => {
@@ -140,12 +140,32 @@ fn resolve(
     }
 }
 
+/// How long a wait for an invalidation goes on before it is looked whether the context is being unloaded.
+const SLICE: Duration = Duration::from_millis(1);
+
+/// Begins to install `entry`. What it waits for may be the shootdown that unloads this very context, and waits for whoever is
+/// inside its gate: so it gives up once that closes.
+fn begin(context: &Context, entry: Range, time: Duration) -> Result<Fault<'_>, GruError> {
+    let begun = Instant::now();
+    loop {
+        let left = time.saturating_sub(begun.elapsed());
+        match context.share.begin(entry, left.min(SLICE)) {
+            Err(FaultError::Deadline { .. }) if context.is_closing() => {
+                return Err(GruError::SegmentEnded {
+                    why: Ended::Unmapped,
+                });
+            }
+            Err(FaultError::Deadline { .. }) if left > SLICE => {}
+            result => return Ok(result?),
+        }
+    }
+}
+
 /// Installs the entry for a miss: whether there is one.
 fn fill(
     context: &Context,
     slot: usize,
     space: &AddressSpace,
-    registration: &Registration,
     miss: (Addr, bool, u64),
 ) -> Result<bool, GruError> {
     let (address, modify, state) = miss;
@@ -159,7 +179,7 @@ fn fill(
         _ => small,
     };
     let mut entry = whole(space.translate(address));
-    let mut sequence = registration.begin(entry, time)?;
+    let mut sequence = begin(context, entry, time)?;
     loop {
         let waited = begun.elapsed();
         if waited >= time {
@@ -169,7 +189,7 @@ fn fill(
         if whole(found) != entry {
             // A large page was split, or mapped, meanwhile: the sequence has to cover what is installed.
             entry = whole(found);
-            sequence = registration.begin(entry, time - waited)?;
+            sequence = begin(context, entry, time - waited)?;
             continue;
         }
         let checked = !chiplet.planted(Plant::RETRY_NOT_CHECKED);
@@ -191,7 +211,7 @@ fn fill(
         }
         drop(guard);
         chiplet.counters.fault_retries.hit();
-        sequence.again()?;
+        sequence = begin(context, entry, time.saturating_sub(begun.elapsed()))?;
     }
 }
 

@@ -85,18 +85,20 @@ impl Gru {
         &self.devices
     }
 
-    /// Makes a segment for `space`: a context of the chiplet that has most room. Waits for hardware, and takes no map lock.
+    /// Makes a segment for `space`: a context of the chiplet that has most room, mapped anywhere in the space. Waits for
+    /// hardware, then for the map lock.
     ///
     /// # Errors
-    /// [`GruError::NoContext`], [`GruError::NoTag`], [`GruError::NoAsid`]; the space exits; the hardware does not answer.
+    /// [`GruError::NoContext`], [`GruError::NoTag`], [`GruError::NoAsid`]; the space exits or has no room; the hardware does
+    /// not answer.
     pub fn segment(self: &Arc<Self>, space: &AddressSpace) -> Result<Segment, GruError> {
-        let (binding, mut share) = self.join(space)?;
-        let mut order: Vec<_> = self.fabric.chiplets.iter().collect();
-        order.sort_by_key(|chiplet| chiplet.taken());
-        for chiplet in order {
-            match Context::load(chiplet, &binding, share)? {
-                Ok(context) => return Ok(Segment::new(context, Arc::clone(self))),
-                Err(back) => share = back,
+        let (binding, share) = self.join(space)?;
+        let share = Arc::new(share);
+        let mut order: Vec<_> = self.fabric.chiplets.iter().zip(&self.devices).collect();
+        order.sort_by_key(|(chiplet, _)| chiplet.taken());
+        for (chiplet, device) in order {
+            if let Some(context) = Context::load(chiplet, device, &binding, &share)? {
+                return Segment::map(space, context, Arc::clone(self));
             }
         }
         Err(GruError::NoContext {

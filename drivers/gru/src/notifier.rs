@@ -1,15 +1,15 @@
 //! What the driver has for one address space: a tag, a lock, and the one handler for all of its segments.
 //!
 //! `quiesce` only takes the driver lock: a fault that holds it has installed its entry before the flush, one that takes it
-//! later sees the invalidation in its retry. Everything that can be cached is flushed. `release`, which ends the
-//! registration also when the space exits, unloads the contexts that are left.
+//! later sees the invalidation in its retry. Everything that can be cached is flushed. `release` retires the ASIDs: by then the
+//! segments are over, by unmap or by the exit of the space.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use shootdown::{Drain, Notifier, NotifierLock, Op, SpacePin, WouldBlock};
 
 use crate::chiplet::Chiplet;
-use crate::error::{Ended, GruError};
+use crate::error::GruError;
 
 /// Address spaces that can have segments at a time.
 pub(crate) const TAGS: usize = 1024;
@@ -81,24 +81,8 @@ impl Notifier for Handler {
     }
 
     fn release(&self) {
+        // The segments are over: the ASIDs go where no context is left. One that was leaked keeps its own.
         for chiplet in &self.0.fabric.chiplets {
-            let contexts: Vec<_> = {
-                let state = chiplet.lock();
-                let taken = state.slots.iter().flatten().map(|slot| &slot.context);
-                taken
-                    .filter(|context| Arc::ptr_eq(&context.binding, &self.0))
-                    .cloned()
-                    .collect()
-            };
-            for context in contexts {
-                let (share, unloaded) = context.end(Ended::SpaceExited);
-                // The registration is over: its shares are worth nothing any more.
-                drop(share);
-                if let Err(error) = unloaded {
-                    tracing::error!(chiplet = %chiplet.name, %error, "context not unloaded");
-                }
-            }
-            // Nobody can load a context for this registration any more. One that was leaked keeps the ASID.
             chiplet.words.retire(self.0.tag);
         }
     }

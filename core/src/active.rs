@@ -72,8 +72,9 @@ impl Active {
             slot.start.store(range.start().get(), Ordering::Relaxed);
             slot.last.store(range.last().get(), Ordering::Relaxed);
             // With the fence in `overlapping`: the walk that follows sees the newcomer, or the newcomer all three stores.
-            #[cfg(not(planted = "r8"))]
-            fence(Ordering::SeqCst);
+            if !planted!("r8") {
+                fence(Ordering::SeqCst);
+            }
             Some(Claim {
                 slot: index,
                 turn: turn + 1,

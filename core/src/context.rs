@@ -161,7 +161,7 @@ pub(crate) fn wait_refusal(call: &'static str) -> Result<(), Refused> {
     CONTEXT.with(|context| {
         if in_callback(context) {
             Err(Refused::InCallback { call })
-        } else if context.notifier_locks.get() > 0 && !cfg!(planted = "r32") {
+        } else if context.notifier_locks.get() > 0 && !planted!("r32") {
             Err(Refused::NotifierLockHeld { call })
         } else {
             Ok(())

@@ -51,6 +51,9 @@
 //! `registration::state` has the state word on which every race of unregister, release, exit and put is decided; `engine` the
 //! phases; `recent` and `fault` begin and retry; `registry` and `srcu` the lock-free walk; `managed` the spans.
 
+#[macro_use]
+mod planted;
+
 mod active;
 mod addr;
 mod context;

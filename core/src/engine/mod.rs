@@ -409,7 +409,7 @@ impl<'s> Invalidation<'s> {
         });
         let missed = devices.iter().find(|one| one.state == Ack::Missed);
         if let Some(missed) = missed
-            && !cfg!(planted = "r20")
+            && !planted!("r20")
         {
             trouble.device = Some(missed.device.clone());
         }

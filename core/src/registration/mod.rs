@@ -157,7 +157,7 @@ impl Inner {
         this.recent.arrive(&space.active, this.range);
         this.word.go_live();
         // Exit sets its mark before it walks the index: either it finds this registration, or this finds the mark.
-        if space.is_exiting() && !cfg!(planted = "r7-late") {
+        if space.is_exiting() && !planted!("r7-late") {
             this.word.detach(false);
         }
         // Those who wait for it to be live.
@@ -345,8 +345,8 @@ pub(crate) fn give_up(
     let place = context::place(inner.key());
     // Whoever waits inside a callback may wait for itself (R11), or for one that waits for it (R12).
     let defers = context::inside_callback()
-        && !(cfg!(planted = "r11") && place == Place::InsideOwnCallback)
-        && !(cfg!(planted = "r12") && place == Place::InsideOtherCallback);
+        && !(planted!("r11") && place == Place::InsideOwnCallback)
+        && !(planted!("r12") && place == Place::InsideOtherCallback);
     if !context::inside_callback() {
         context::wait_refusal("unregister")?;
     }

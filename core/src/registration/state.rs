@@ -116,7 +116,7 @@ impl StateWord {
             let Some(next) = step(seen) else {
                 return Err(seen);
             };
-            if cfg!(planted = "r1") {
+            if planted!("r1") {
                 self.0.store(next.0, Ordering::Release);
                 return Ok(seen);
             }
@@ -156,7 +156,7 @@ impl StateWord {
     pub(crate) fn leave(&self) -> bool {
         let before = Snapshot(self.0.fetch_sub(USE, Ordering::AcqRel));
         debug_assert!(before.uses() > 0, "a use is given back once");
-        before.uses() == 1 && before.state() == State::Detached && !cfg!(planted = "r5")
+        before.uses() == 1 && before.state() == State::Detached && !planted!("r5")
     }
 
     /// To Detached. `explicit`: by an unregister of this registration, not by exit or a drop.
@@ -172,11 +172,11 @@ impl StateWord {
         match step {
             Ok(before)
                 if matches!(before.state(), State::Detached | State::Released)
-                    && !cfg!(planted = "r2") =>
+                    && !planted!("r2") =>
             {
                 Detach::Already
             }
-            Ok(before) if before.uses() == 0 || cfg!(planted = "r5") => Detach::Complete,
+            Ok(before) if before.uses() == 0 || planted!("r5") => Detach::Complete,
             Ok(_) => Detach::InUse,
             Err(found) if found.state() == State::Prepared => Detach::NotInserted,
             Err(_) if explicit => Detach::AlreadyUnregistered,
@@ -196,8 +196,7 @@ impl StateWord {
                 word.state(),
                 State::Prepared | State::Inserting | State::Live
             );
-            (joinable && word.shares() > 0 || cfg!(planted = "r31"))
-                .then_some(Snapshot(word.0 + SHARE))
+            (joinable && word.shares() > 0 || planted!("r31")).then_some(Snapshot(word.0 + SHARE))
         })
         .is_ok()
     }

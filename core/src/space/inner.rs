@@ -137,7 +137,7 @@ impl Space {
     /// and insertion exclude each other by; nothing is allocated under it, as callbacks take it too.
     pub(crate) fn admit(&self, inner: &Inner) -> bool {
         let mut lifecycle = self.lifecycle.lock();
-        if lifecycle.exiting && !cfg!(planted = "r7") {
+        if lifecycle.exiting && !planted!("r7") {
             return false;
         }
         inner.word.begin_insert();
@@ -261,7 +261,7 @@ impl Space {
             }
             reached |= !Self::shoot_down(this, Range::ALL, &[]);
             this.registry.walk(Range::ALL, |_, inner| {
-                if cfg!(planted = "r3") {
+                if planted!("r3") {
                     inner.word.detach(false);
                     Space::complete(inner.count());
                 } else {
@@ -273,7 +273,7 @@ impl Space {
         loop {
             context::leave();
             Self::run_completed(this);
-            let released = || cfg!(planted = "r4") || this.lifecycle.lock().registered == 0;
+            let released = || planted!("r4") || this.lifecycle.lock().registered == 0;
             if released() {
                 break;
             }

@@ -104,7 +104,7 @@ impl SpacePin {
     /// Becomes an owner, unless the space is exiting or has no owner left.
     pub fn upgrade(&self) -> Option<AddressSpace> {
         let mut owners = self.space.owners.load(Ordering::Relaxed);
-        while cfg!(planted = "r6") || owners > 0 && !self.space.is_exiting() {
+        while planted!("r6") || owners > 0 && !self.space.is_exiting() {
             match self.space.owners.compare_exchange_weak(
                 owners,
                 owners + 1,

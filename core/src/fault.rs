@@ -140,11 +140,13 @@ impl Fault<'_> {
     }
 
     /// Whether an invalidation that may overlap the entry has started since begin: then nothing may be installed. Checked with
-    /// the lock held that `quiesce` takes; its guard is the proof. False stays true until that lock is dropped.
+    /// the lock held that `quiesce` takes; its guard is the proof. False stays true until that lock is dropped. Inside a callback, and
+    /// once the registration is over, it is true, and [`Fault::again`] says why.
     pub fn retry<T>(&self, guard: &NotifierGuard<'_, T>) -> bool {
         let _ = guard;
         let inner = &self.registration.inner;
-        let retry = inner.recent.disturbed(self.entry, self.seen)
+        let retry = context::inside_callback()
+            || inner.recent.disturbed(self.entry, self.seen)
             || inner.word.load().is_quiet()
             || inner.word.load().state() == State::Detached;
         if retry {

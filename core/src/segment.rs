@@ -199,9 +199,7 @@ impl Segment {
 
 impl Drop for Segment {
     fn drop(&mut self) {
-        if self.space.table.has_parts_of(&self.inner) {
-            Space::drop_segment(&self.space, &self.inner);
-        }
+        Space::drop_segment(&self.space, &self.inner);
     }
 }
 

@@ -7,8 +7,8 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use shootdown::{
-    Addr, AddressSpace, Cause, Health, InsertError, InvalidateError, Kind, Map, MapError, Notifier,
-    Outcome, PageSize, Range, Rights, Scope, UnregisterError, Unregistered,
+    Addr, AddressSpace, Cause, FaultError, Health, InsertError, InvalidateError, Kind, Map,
+    MapError, Notifier, Outcome, PageSize, Range, Rights, Scope, UnregisterError, Unregistered,
 };
 use support::{Counting, fake, on, short, space};
 
@@ -356,6 +356,22 @@ fn segments_share_one_registration_and_the_last_put_retires_it() {
     assert_eq!(counting.releases.load(SeqCst), 1);
     let _again = space.share(1, make).unwrap();
     assert_eq!(space.registrations(), 1, "a newcomer makes a new one");
+}
+
+#[test]
+fn inside_a_callback_a_fault_is_told_to_install_nothing_whatever_its_range() {
+    let space = AddressSpace::without_memory(short());
+    let page = |nth: u64| Range::new(nth << 12, 1 << 12).unwrap();
+    let lock = shootdown::NotifierLock::new(());
+    let registration = space
+        .register(page(1), Arc::new(Counting::default()), &[])
+        .unwrap();
+    let mut fault = registration.begin(page(1), Duration::from_secs(1)).unwrap();
+    let open = space.begin_invalidation(page(9), Cause::External).unwrap();
+    assert!(fault.retry(&lock.lock()));
+    assert!(matches!(fault.again(), Err(FaultError::Refused(_))));
+    open.end(Outcome::Changed).unwrap();
+    assert!(!fault.retry(&lock.lock()));
 }
 
 #[test]

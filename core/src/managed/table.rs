@@ -235,22 +235,15 @@ impl Table {
         well
     }
 
-    fn parts(mappings: &Mappings, segment: &Arc<SegmentInner>) -> impl Iterator<Item = Range> {
-        let own = |vma: &Vma| matches!(&vma.segment, Some(one) if Arc::ptr_eq(one, segment));
-        mappings
-            .overlapping(segment.range)
-            .filter(move |(_, vma)| own(vma))
-            .map(|(whole, _)| whole)
-    }
-
     /// The mappings that are left of a segment.
     pub(crate) fn parts_of(&self, segment: &Arc<SegmentInner>) -> Vec<Range> {
-        Self::parts(&self.mappings.lock(), segment).collect()
-    }
-
-    /// Whether any are.
-    pub(crate) fn has_parts_of(&self, segment: &Arc<SegmentInner>) -> bool {
-        Self::parts(&self.mappings.lock(), segment).next().is_some()
+        let own = |vma: &Vma| matches!(&vma.segment, Some(one) if Arc::ptr_eq(one, segment));
+        let mappings = self.mappings.lock();
+        let overlapping = mappings.overlapping(segment.range);
+        overlapping
+            .filter(|(_, vma)| own(vma))
+            .map(|(whole, _)| whole)
+            .collect()
     }
 
     pub(super) fn quarantined(&self) -> u64 {

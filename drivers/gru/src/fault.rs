@@ -1,14 +1,15 @@
 //! TLB misses: by the thread that serves a chiplet's fault map, or by the user's own thread after CALL_OS.
 //!
 //! Both do the same: map lock for read, begin over the *whole* entry (R34), translate, retry under the driver lock, write
-//! the entry under it and wait until it is in (R9). The service thread only tries the map lock: if it is not to be had, or
+//! the entry under it and wait until it is in (R9; what else keeps a late entry out, and why the miss is looked at before the
+//! sequence, says [`LateDropIns`](crate::LateDropIns)). The service thread only tries the map lock: if it is not to be had, or
 //! invalidations go on for too long, the miss is left to its user (R33). Nothing mapped, or a store that is not
 //! allowed, ends the instruction with an exception.
 //!
 //! Order of holding, the first longest: owner of the space → map lock → gate of the context → driver lock.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::time::{Duration, Instant};
 
 use shootdown::{
@@ -128,7 +129,8 @@ fn resolve(
     let Some((address, modify)) = pending(context, slot, state)? else {
         return Ok(());
     };
-    match fill(context, slot, space, &share, (address, modify, state)) {
+    let begun = Instant::now();
+    let answered = match fill(context, slot, space, &share, (address, modify, state)) {
         Ok(true) => Ok(()),
         Ok(false) => answer(context, slot, tfh::EXCEPTION),
         Err(GruError::Fault(error @ FaultError::Deadline { .. })) => Err(error.into()),
@@ -137,7 +139,11 @@ fn resolve(
             answer(context, slot, tfh::EXCEPTION)
         }
         Err(error) => Err(error),
+    };
+    if answered.is_ok() {
+        context.chiplet.fault_latency.record(begun.elapsed());
     }
+    answered
 }
 
 /// Installs the entry for a miss: whether there is one.
@@ -158,8 +164,12 @@ fn fill(
         Some(found) if !narrow => found.page,
         _ => small,
     };
+    let begin = |entry, time| {
+        let begun = !chiplet.planted(Plant::NOT_BEGUN);
+        begun.then(|| registration.begin(entry, time)).transpose()
+    };
     let mut entry = whole(space.translate(address));
-    let mut sequence = registration.begin(entry, time)?;
+    let mut sequence = begin(entry, time)?;
     loop {
         let waited = begun.elapsed();
         if waited >= time {
@@ -169,29 +179,40 @@ fn fill(
         if whole(found) != entry {
             // A large page was split, or mapped, meanwhile: the sequence has to cover what is installed.
             entry = whole(found);
-            sequence = registration.begin(entry, time - waited)?;
+            sequence = begin(entry, time - waited)?;
             continue;
         }
         let checked = !chiplet.planted(Plant::RETRY_NOT_CHECKED);
         let guard = checked.then(|| context.binding.lock.lock());
-        if guard.as_ref().is_none_or(|guard| !sequence.retry(guard)) {
-            let needed = if modify {
-                Rights::READ_WRITE
-            } else {
-                Rights::READ
-            };
-            let Some(found) = found.filter(|found| found.rights.contains(needed)) else {
-                return Ok(false);
-            };
-            if pending(context, slot, state)? == Some((address, modify)) {
-                install(context, slot, &found)?;
-                chiplet.counters.faults_resolved.hit();
-            }
+        if pending(context, slot, state)? != Some((address, modify)) {
             return Ok(true);
         }
-        drop(guard);
-        chiplet.counters.fault_retries.hit();
-        sequence.again()?;
+        // With the fence in `quiesce`.
+        fence(Ordering::SeqCst);
+        let disturbed = match (&sequence, &guard) {
+            (Some(sequence), Some(guard)) => sequence.retry(guard),
+            // One of them is planted away.
+            _ => false,
+        };
+        if disturbed {
+            drop(guard);
+            chiplet.counters.fault_retries.hit();
+            if let Some(sequence) = &mut sequence {
+                sequence.again()?;
+            }
+            continue;
+        }
+        let needed = if modify {
+            Rights::READ_WRITE
+        } else {
+            Rights::READ
+        };
+        let Some(found) = found.filter(|found| found.rights.contains(needed)) else {
+            return Ok(false);
+        };
+        install(context, slot, &found)?;
+        chiplet.counters.faults_resolved.hit();
+        return Ok(true);
     }
 }
 

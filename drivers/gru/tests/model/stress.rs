@@ -1,13 +1,14 @@
 //! Unmaps beside instructions: without plants the oracle finds nothing, with each of them it does.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::{LONG, Rig, at};
 use shootdown::{AddressSpace, Map, PageSize, Range};
-use shootdown_gru::{Config, Element, GruError, Instruction, Plant, Segment};
-use shootdown_hw_model::gru::{ChipletConfig, Latency, Plant as ModelPlant};
+use shootdown_gru::{Config, Element, GruError, Instruction, LateDropIns, Plant, Segment};
+use shootdown_hw_model::gru::{Chiplet, ChipletConfig, FaultPlan, Latency, Plant as ModelPlant};
 
 const PAGES: u64 = 8;
 
@@ -29,6 +30,29 @@ fn rig(plants: Plant, model: ModelPlant) -> Rig {
     Rig::new(2, hardware, config)
 }
 
+/// The driver relies on the chiplet to ignore late drop-ins. Handles are slow, so that there are some; purges end at different
+/// times, so that one chiplet misses while the pages still wait for another.
+fn relying(plants: Plant, model: ModelPlant) -> Rig {
+    let hardware = ChipletConfig {
+        latency: Latency {
+            handle: Duration::from_micros(300),
+            ..Latency::default()
+        },
+        faults: FaultPlan {
+            jitter: Duration::from_micros(300),
+            ..FaultPlan::default()
+        },
+        plants: model,
+        ..ChipletConfig::default()
+    };
+    let config = Config {
+        late_drop_ins: LateDropIns::IgnoredByHardware,
+        plants,
+        ..Config::default()
+    };
+    Rig::new(2, hardware, config)
+}
+
 /// Sets one word in each page of `buffer` until told to stop, and does not mind exceptions.
 fn work(segment: &Segment, buffer: Range, page: u64, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
@@ -42,12 +66,13 @@ fn work(segment: &Segment, buffer: Range, page: u64, stop: &AtomicBool) {
     }
 }
 
-/// One thread works, this one discards a page after the other, until something is found or the time is over.
+/// Two threads work, this one discards a page after the other, each several times, so that later ones meet the misses that
+/// earlier ones have caused, until something is found or the time is over.
 fn churn(rig: &Rig, time: Duration) -> u64 {
     let space = rig.space();
     let buffer = space.map(Map::anonymous(PAGES << 12)).unwrap();
     beside(rig, &space, buffer, 4096, time, |nth| {
-        let page = Range::new(at(buffer.start(), nth % PAGES * 4096), 4096).unwrap();
+        let page = Range::new(at(buffer.start(), nth / 4 % PAGES * 4096), 4096).unwrap();
         space.discard(page).unwrap();
     })
 }
@@ -107,6 +132,28 @@ fn a_flush_not_waited_for_is_found() {
 #[test]
 fn a_retry_not_checked_is_found_where_the_hardware_does_not_hide_it() {
     let rig = rig(Plant::RETRY_NOT_CHECKED, ModelPlant::DROP_IN_NOT_CANCELLED);
+    assert!(churn(&rig, LONG) > 0);
+}
+
+#[test]
+fn hardware_that_ignores_late_drop_ins_protects_without_the_driver_lock() {
+    let rig = relying(Plant::empty(), ModelPlant::empty());
+    churn(&rig, Duration::from_secs(1));
+    split(&rig, Duration::from_secs(1));
+    let cancelled = |chiplet: &Arc<Chiplet>| chiplet.counts().drop_ins_cancelled;
+    assert!(rig.model.chiplets().iter().map(cancelled).sum::<u64>() > 0);
+    rig.clean();
+}
+
+#[test]
+fn a_late_drop_in_that_nobody_excludes_is_found() {
+    let rig = relying(Plant::empty(), ModelPlant::DROP_IN_NOT_CANCELLED);
+    assert!(churn(&rig, LONG) > 0);
+}
+
+#[test]
+fn an_invalidation_in_progress_has_to_be_waited_for_on_any_hardware() {
+    let rig = relying(Plant::NOT_BEGUN, ModelPlant::empty());
     assert!(churn(&rig, LONG) > 0);
 }
 

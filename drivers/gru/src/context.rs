@@ -124,6 +124,10 @@ impl Context {
         if let Err(error) = context.start() {
             let freed = context.stop();
             context.leave(&mut state, freed.is_ok());
+            let share = lock(&context.share).take();
+            // First the lock: the share may be the last, and the registration that ends with it takes the lock.
+            drop(state);
+            drop(share);
             return Err(error);
         }
         chiplet.counters.contexts_loaded.hit();

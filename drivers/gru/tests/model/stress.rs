@@ -1,7 +1,7 @@
 //! Unmaps beside instructions: without plants the oracle finds nothing, with each of them it does.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -239,4 +239,21 @@ fn leave(plants: Plant) -> Rig {
 fn a_context_that_goes_on_after_its_segment_is_found() {
     leave(Plant::empty()).clean();
     assert!(leave(Plant::CONTEXT_NOT_UNLOADED).stale() > 0);
+}
+
+#[test]
+fn a_context_that_the_hardware_refuses_is_an_error_and_hangs_nobody() {
+    let rig = rig(Plant::CONTEXT_NOT_UNLOADED, ModelPlant::empty());
+    let (done, refused) = mpsc::channel();
+    thread::spawn(move || {
+        let space = rig.space();
+        rig.gru.segment(&space).unwrap().unmap().unwrap();
+        // The context is still at work for the segment that is gone.
+        let error = rig.gru.segment(&space).unwrap_err();
+        assert_eq!(space.registrations(), 0, "the last share is given back");
+        rig.gru.segment(&space).unwrap().unmap().unwrap();
+        done.send(error).unwrap();
+    });
+    let error = refused.recv_timeout(LONG).unwrap();
+    assert!(matches!(error, GruError::HandleException { .. }), "{error}");
 }

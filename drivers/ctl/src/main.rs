@@ -6,6 +6,7 @@
 mod churn;
 mod options;
 mod plant;
+mod races;
 mod report;
 mod run;
 mod trace;

@@ -30,7 +30,7 @@ pub(crate) struct Latencies {
     /// From the call of unmap, discard, protect or remap to its return.
     pub(crate) shootdown: Latency,
     pub(crate) unregister: Latency,
-    /// Of an instruction that is the first on its pages: submission, misses resolved, completion.
+    /// Of one TLB miss, from when the driver takes it up until its answer has been written.
     pub(crate) fault: Latency,
 }
 
@@ -167,7 +167,7 @@ impl fmt::Display for Report {
         for (name, one) in [
             ("shootdown", self.latency_ns.shootdown),
             ("unregister", self.latency_ns.unregister),
-            ("faulting instruction", self.latency_ns.fault),
+            ("fault", self.latency_ns.fault),
         ] {
             let [p50, p99, p999, max] = [one.p50, one.p99, one.p999, one.max].map(micros);
             writeln!(

@@ -16,7 +16,7 @@ use crate::options::Options;
 use crate::plant::Plant;
 use crate::report::{Escalations, Latencies, Leaked, Report, Unregisters};
 use crate::trace;
-use crate::worker::{CHUNK, Shared, Spaces, Worker};
+use crate::worker::{BLOCKS, CHUNK, Shared, Spaces, Worker};
 
 /// Why there was no run, or no report.
 #[derive(Debug, Error)]
@@ -59,27 +59,37 @@ pub(crate) fn deadlines() -> Deadlines {
 }
 
 fn chiplets(options: &Options, plant: Option<Plant>) -> ChipletConfig {
-    let lost = if plant == Some(Plant::LostCompletion) {
-        0.002
-    } else {
-        0.0
-    };
-    ChipletConfig {
+    let mut config = ChipletConfig {
         tlb_entries: 256,
         latency: Latency {
             // "A few microseconds" on hardware.
             purge: Duration::from_micros(3),
-            handle: plant.map(Plant::handle_latency).unwrap_or_default(),
             ..Latency::default()
         },
         faults: FaultPlan {
             seed: options.seed,
-            lost,
             ..FaultPlan::default()
         },
-        plants: plant.map(Plant::model).unwrap_or_default(),
         ..ChipletConfig::default()
+    };
+    if let Some(plant) = plant {
+        plant.hardware(&mut config);
     }
+    config
+}
+
+fn driver(plant: Option<Plant>) -> Config {
+    let mut config = Config {
+        // One more than there are contexts, so that they wrap often and are enough.
+        asids: 8..=8 * 17,
+        control_blocks: BLOCKS,
+        data_bytes: CHUNK as usize * 8,
+        ..Config::default()
+    };
+    if let Some(plant) = plant {
+        plant.driver(&mut config);
+    }
+    config
 }
 
 fn bar(options: &Options) -> ProgressBar {
@@ -119,17 +129,7 @@ pub(crate) fn run(
             registers: chiplet.clone(),
             interrupts: chiplet.clone(),
         });
-    let gru = Gru::attach(
-        ports.collect(),
-        Config {
-            // Few, so that they wrap often.
-            asids: 8..=8 * 24,
-            control_blocks: 4,
-            data_bytes: CHUNK as usize * 8,
-            plants: plant.map(Plant::driver).unwrap_or_default(),
-            ..Config::default()
-        },
-    );
+    let gru = Gru::attach(ports.collect(), driver(plant));
     let memory = ModelMemory::new(&bus, ARENA)?;
     let arena = memory.arena();
     let shared = Shared {
@@ -204,7 +204,6 @@ pub(crate) fn run(
 
     let mut shootdown = None;
     let mut unregister = None;
-    let mut fault = None;
     for one in measured {
         let add = |sum: &mut Option<hdrhistogram::Histogram<u64>>,
                    more: hdrhistogram::Histogram<u64>| match sum {
@@ -214,16 +213,19 @@ pub(crate) fn run(
         };
         add(&mut shootdown, one.shootdown);
         add(&mut unregister, one.unregister);
-        add(&mut fault, one.fault);
         report.findings.extend(one.findings);
     }
     let latency = |one: &Option<hdrhistogram::Histogram<u64>>| {
         one.as_ref().map(Into::into).unwrap_or_default()
     };
+    let faults = gru.fault_latencies().into_iter().reduce(|mut sum, more| {
+        sum += more;
+        sum
+    });
     report.latency_ns = Latencies {
         shootdown: latency(&shootdown),
         unregister: latency(&unregister),
-        fault: latency(&fault),
+        fault: latency(&faults),
     };
     if let Some(histogram) = &shootdown {
         report.histogram = histogram

@@ -216,19 +216,15 @@ fn an_asid_handed_out_again_is_flushed_first_or_found() {
     assert!(reuse(Plant::ASID_REUSED).stale() > 0);
 }
 
-/// Memory goes right after the segment that is at work in it.
+/// Memory goes right after the segment that is at work in it, on one word for much longer than that takes.
 fn leave(plants: Plant) -> Rig {
     let rig = rig(plants, ModelPlant::empty());
     let space = rig.space();
-    let buffer = space.map(Map::anonymous(4 << 20)).unwrap();
+    let buffer = space.map(Map::anonymous(4096)).unwrap();
     let segment = rig.gru.segment(&space).unwrap();
-    for _ in 0..2 {
-        let set = Instruction::vset(buffer.start(), 1, Element::Double, 1 << 19);
-        segment.submit(0, &set).unwrap();
-        if rig.gru.stats().faults_resolved == 0 {
-            segment.wait(0, LONG).unwrap();
-        }
-    }
+    let set = |count| Instruction::vset(buffer.start(), 1, Element::Double, count).stride(0);
+    segment.run(0, &set(1), LONG).unwrap();
+    segment.submit(0, &set(1 << 26)).unwrap();
     segment.unmap().unwrap();
     space.discard(buffer).unwrap();
     thread::sleep(Duration::from_millis(50));

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use serde::Serialize;
 use shootdown_gru::{Config, LateDropIns, Plant as Driver};
 use shootdown_hw_model::gru::{ChipletConfig, Plant as Hardware};
 use thiserror::Error;
@@ -17,6 +18,17 @@ pub(crate) enum Plant {
     AsidReused,
     ContextNotUnloaded,
     LostCompletion,
+}
+
+/// A planted bug in a report.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Planted {
+    pub(crate) name: &'static str,
+    pub(crate) race: &'static str,
+    pub(crate) meaning: &'static str,
+    pub(crate) must_be_found: bool,
+    /// When the first stale access or data mismatch was seen.
+    pub(crate) found_after_seconds: Option<f64>,
 }
 
 #[derive(Debug, Error)]
@@ -81,6 +93,17 @@ impl Plant {
             Self::AsidReused => "an ASID is handed out again without a flush",
             Self::ContextNotUnloaded => "the context of an unmapped segment goes on",
             Self::LostCompletion => "the chiplet loses completions; the run must pass",
+        }
+    }
+
+    /// For a report.
+    pub(crate) fn planted(self) -> Planted {
+        Planted {
+            name: self.name(),
+            race: self.race(),
+            meaning: self.meaning(),
+            must_be_found: self.must_be_found(),
+            found_after_seconds: None,
         }
     }
 

@@ -5,6 +5,8 @@ use std::fmt;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
+use crate::plant::Planted;
+
 /// Latencies of one kind of call, in nanoseconds.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(crate) struct Latency {
@@ -72,7 +74,7 @@ pub(crate) struct Report {
     pub(crate) threads: u64,
     pub(crate) devices: u32,
     pub(crate) segments: u64,
-    pub(crate) plant: Option<&'static str>,
+    pub(crate) plant: Option<Planted>,
     pub(crate) interrupted: bool,
     pub(crate) device_ops: u64,
     pub(crate) device_accesses: u64,
@@ -139,8 +141,14 @@ impl fmt::Display for Report {
                 ""
             },
         )?;
-        if let Some(plant) = self.plant {
-            writeln!(f, "planted: {plant}")?;
+        if let Some(Planted {
+            name,
+            race,
+            meaning,
+            ..
+        }) = &self.plant
+        {
+            writeln!(f, "planted: {name} ({race}): {meaning}")?;
         }
         writeln!(f)?;
         let row = |f: &mut fmt::Formatter<'_>, name: &str, count: u64| {
@@ -217,6 +225,20 @@ impl fmt::Display for Report {
         )?;
         for finding in &self.findings {
             writeln!(f, "\nfound: {finding}")?;
+        }
+        if let Some(plant) = &self.plant
+            && plant.must_be_found
+            && plant.found_after_seconds.is_none()
+        {
+            writeln!(
+                f,
+                "\nthe planted bug was not found{}",
+                if self.interrupted {
+                    ": the run was interrupted before"
+                } else {
+                    ""
+                }
+            )?;
         }
         writeln!(
             f,

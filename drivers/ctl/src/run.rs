@@ -151,13 +151,12 @@ pub(crate) fn run(
         threads: options.threads,
         devices: options.devices,
         segments,
-        plant: plant.map(Plant::name),
+        plant: plant.map(Plant::planted),
         ..Report::default()
     };
 
     let begun = Instant::now();
     let ends = begun + Duration::from_secs(options.seconds);
-    let stops_at_finding = plant.is_some_and(Plant::must_be_found);
     let progress = bar(options);
     let measured: Vec<_> = thread::scope(|scope| {
         let workers: Vec<_> = (0..options.threads)
@@ -175,11 +174,14 @@ pub(crate) fn run(
         while Instant::now() < ends && !interrupted.load(Ordering::Relaxed) {
             let found =
                 bus.oracle().stale_accesses() + shared.data_mismatches.load(Ordering::Relaxed);
-            if found > 0 && stops_at_finding {
+            if found > 0
+                && let Some(plant) = report.plant.as_mut().filter(|plant| plant.must_be_found)
+            {
+                plant.found_after_seconds = Some(begun.elapsed().as_secs_f64());
                 break;
             }
             thread::sleep(
-                Duration::from_millis(100).min(ends.saturating_duration_since(Instant::now())),
+                Duration::from_millis(20).min(ends.saturating_duration_since(Instant::now())),
             );
             progress.set_position(begun.elapsed().as_millis() as u64 / 100);
             progress.set_message(format!(
@@ -301,6 +303,12 @@ fn finish(
             .take(4)
             .map(ToString::to_string),
     );
+    // A finding in a run with a planted bug is that bug's.
+    if let Some(plant) = report.plant.as_ref().filter(|plant| plant.must_be_found) {
+        for finding in &mut report.findings {
+            *finding = format!("{} ({}): {finding}", plant.race, plant.name);
+        }
+    }
     for device in gru.devices() {
         let stats = device.stats();
         report.flush_ops += stats.flush_ops;

@@ -60,7 +60,13 @@ fn run(options: &Options) -> ExitCode {
         Err(code) => return code,
     };
     match run::run(options, plant, &interrupted) {
-        Ok(report) => output(&report, options.json, report.passed()),
+        Ok((report, trace)) => {
+            let code = output(&report, options.json, report.passed());
+            match trace {
+                Ok(()) => code,
+                Err(error) => fail(&error, error.exit_code()),
+            }
+        }
         Err(error) => fail(&error, error.exit_code()),
     }
 }

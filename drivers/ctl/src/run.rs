@@ -1,5 +1,6 @@
 //! The main job, from the devices to the verdict.
 
+use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -31,6 +32,8 @@ pub(crate) enum RunError {
         devices: u32,
         most: u64,
     },
+    #[error("no trace can be written to {path}: {error}")]
+    NoTrace { path: String, error: std::io::Error },
     #[error("the trace could not be written to {path}: {error}")]
     Trace { path: String, error: std::io::Error },
 }
@@ -38,7 +41,7 @@ pub(crate) enum RunError {
 impl RunError {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
-            Self::TooManySegments { .. } => 2,
+            Self::TooManySegments { .. } | Self::NoTrace { .. } => 2,
             Self::Model(_) | Self::Trace { .. } => 3,
         }
     }
@@ -104,11 +107,12 @@ fn bar(options: &Options) -> ProgressBar {
     bar
 }
 
+/// The report, and whether the trace was written.
 pub(crate) fn run(
     options: &Options,
     plant: Option<Plant>,
     interrupted: &AtomicBool,
-) -> Result<Report, RunError> {
+) -> Result<(Report, Result<(), RunError>), RunError> {
     let most = u64::from(options.devices) * 15;
     let segments = options.segments.max(options.threads);
     if segments > most {
@@ -118,6 +122,14 @@ pub(crate) fn run(
             most,
         });
     }
+    // Before the run, which would be for nothing otherwise.
+    let trace = match &options.trace {
+        None => None,
+        Some(path) => Some(File::create(path).map_err(|error| RunError::NoTrace {
+            path: path.display().to_string(),
+            error,
+        })?),
+    };
     let bus = Bus::new(FRAMES)?;
     let model = Model::new(&bus, options.devices, chiplets(options, plant));
     let ports = model
@@ -236,18 +248,21 @@ pub(crate) fn run(
             .skip_while(|(_, count)| *count == 0)
             .collect();
     }
-    finish(&mut report, shared, &gru, &model, options)?;
-    Ok(report)
+    let trace = match (&options.trace, trace) {
+        (Some(path), Some(file)) => {
+            trace::write(file, &shared.space.records()).map_err(|error| RunError::Trace {
+                path: path.display().to_string(),
+                error,
+            })
+        }
+        _ => Ok(()),
+    };
+    finish(&mut report, shared, &gru, &model);
+    Ok((report, trace))
 }
 
 /// Ends the space, and counts what is left.
-fn finish(
-    report: &mut Report,
-    shared: Shared,
-    gru: &Gru,
-    model: &Model,
-    options: &Options,
-) -> Result<(), RunError> {
+fn finish(report: &mut Report, shared: Shared, gru: &Gru, model: &Model) {
     let Shared {
         bus,
         space,
@@ -255,12 +270,6 @@ fn finish(
         releases,
         ..
     } = &shared;
-    if let Some(path) = &options.trace {
-        trace::write(path, &space.records()).map_err(|error| RunError::Trace {
-            path: path.display().to_string(),
-            error,
-        })?;
-    }
     report.quarantined = space.quarantined_bytes();
     if let Err(error) = space.exit() {
         report.findings.push(format!("exit: {error}"));
@@ -335,5 +344,4 @@ fn finish(
     drop(shared);
     report.leaked.frames = bus.physical().total() - bus.physical().free_frames();
     report.judge();
-    Ok(())
 }

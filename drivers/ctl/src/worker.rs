@@ -55,7 +55,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 /// Words that a segment must have room for: what one instruction moves.
 pub(crate) const CHUNK: u32 = 64;
 /// Control blocks that a segment must have: what is at work at the same time.
-pub(crate) const BLOCKS: usize = 4;
+pub(crate) const BLOCKS: usize = 8;
 
 /// Whether an error comes of a device that was lost, which is no finding.
 pub(crate) fn is_lost(error: &GruError) -> bool {
@@ -217,7 +217,7 @@ impl<'s> Worker<'s> {
         if self.rounds % 32 == 7 {
             self.end_a_segment();
         }
-        if self.rounds % 32 == 9 {
+        if self.rounds % 16 == 9 {
             self.short_lived_space();
         }
     }
@@ -297,7 +297,7 @@ impl<'s> Worker<'s> {
         for (to, count) in copies {
             self.matches(to, count, value, "a copy");
         }
-        for turn in 0..self.rng.random_range(0..4u64) {
+        for turn in 0..self.rng.random_range(0..6u64) {
             let increment = Instruction::atomic(at, Atomic::Increment, Element::Double);
             if !self.device(nth, &[increment; BLOCKS]) {
                 return;

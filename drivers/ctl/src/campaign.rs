@@ -18,8 +18,8 @@ use crate::plant::Plant;
 
 /// Of the runs with a planted bug, per cent that have to find it.
 const ENOUGH: u64 = 95;
-/// What a run may take beyond its seconds: to start, and to end with work in flight.
-const GRACE: Duration = Duration::from_secs(20);
+/// What a run may take beyond its seconds. It gives itself up before.
+const GRACE: Duration = Duration::from_secs(45);
 /// How often a run is looked at.
 const LOOK: Duration = Duration::from_millis(10);
 

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -45,6 +46,23 @@ impl RunError {
             Self::Model(_) | Self::Trace { .. } => 3,
         }
     }
+}
+
+/// What the threads have in their hands when the time is over is done by then, each of its waits within its deadline, or never.
+const GIVE_UP: Duration = Duration::from_secs(30);
+
+/// Ends the process unless what it gives is dropped in time. Threads that wait for each other cannot be ended otherwise.
+fn watchdog() -> Sender<()> {
+    let (watched, ended) = mpsc::channel();
+    thread::spawn(move || {
+        if ended.recv_timeout(GIVE_UP) == Err(RecvTimeoutError::Timeout) {
+            eprintln!(
+                "error: the run did not end within {GIVE_UP:?} after its time was over: a thread hangs"
+            );
+            std::process::exit(1);
+        }
+    });
+    watched
 }
 
 /// 256 MiB.
@@ -170,7 +188,7 @@ pub(crate) fn run(
     let begun = Instant::now();
     let ends = begun + Duration::from_secs(options.seconds);
     let progress = bar(options);
-    let measured: Vec<_> = thread::scope(|scope| {
+    let (measured, watched) = thread::scope(|scope| {
         let workers: Vec<_> = (0..options.threads)
             .map(|nth| {
                 let share =
@@ -202,10 +220,12 @@ pub(crate) fn run(
             ));
         }
         shared.stop.store(true, Ordering::Relaxed);
-        workers
+        let watched = watchdog();
+        let measured: Vec<_> = workers
             .into_iter()
             .filter_map(|worker| worker.join().ok())
-            .collect()
+            .collect();
+        (measured, watched)
     });
     report.seconds = begun.elapsed().as_secs_f64();
     report.interrupted = interrupted.load(Ordering::Relaxed);
@@ -258,6 +278,7 @@ pub(crate) fn run(
         _ => Ok(()),
     };
     finish(&mut report, shared, &gru, &model);
+    drop(watched);
     Ok((report, trace))
 }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
@@ -183,6 +184,8 @@ impl<'s> Worker<'s> {
                 Err(_) if !self.segments.is_empty() => break,
                 Err(error) => {
                     self.find(format!("no segment: {error}"));
+                    // It may be over soon; the next round tries again.
+                    thread::sleep(Duration::from_millis(1));
                     return;
                 }
             }

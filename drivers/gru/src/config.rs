@@ -56,8 +56,9 @@ pub enum LateDropIns {
     /// - *ASIDs* are retired only without a loaded context, and a context is not unloaded while a fault of it is being resolved.
     /// - *A reset* forgets the misses, and drop-ins without one are ignored.
     ///
-    /// With such hardware a sequence that is not checked *again* before the write would be hidden as well; one that never
-    /// waited for an invalidation whose purge came before the miss, and whose pages have not changed yet, is not.
+    /// What is left to the sequence: an invalidation whose purge came before the miss and whose pages have not changed yet has
+    /// to be waited for, and one whose flush has not seen the context has to be noticed before the write. Whatever else a check
+    /// that is left out lets through, such hardware drops.
     IgnoredByHardware,
 }
 

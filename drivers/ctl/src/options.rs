@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 #[command(
     name = "shootdown",
     version,
-    about,
+    after_help = "Exit status: 0 passed, 1 a violation was found, 2 wrong usage, 3 this machine lacks something.",
     args_conflicts_with_subcommands = true
 )]
 pub(crate) struct Cli {

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 
+use hdrhistogram::Histogram;
 use shootdown::{AddressSpace, Device, Range, Share, Target};
 
 use crate::chiplet::{Chiplet, ChipletTlb};
@@ -70,7 +71,7 @@ impl Gru {
             chiplets.push(chiplet);
         }
         Arc::new(Self {
-            fabric: Arc::new(Fabric::new(chiplets)),
+            fabric: Arc::new(Fabric::new(chiplets, config.late_drop_ins)),
             devices,
             key: KEY.fetch_add(1, Ordering::Relaxed),
             bindings: Mutex::new(HashMap::new()),
@@ -127,6 +128,15 @@ impl Gru {
         }
         bindings.insert(space.id(), Arc::downgrade(&new));
         Ok((new, share))
+    }
+
+    /// How long TLB misses took, in nanoseconds, one histogram a chiplet: from when one was taken up until its answer, an entry or
+    /// an exception, was written. Waiting for the thread that serves them, and for the map lock, comes before that.
+    pub fn fault_latencies(&self) -> Vec<Histogram<u64>> {
+        let chiplets = self.fabric.chiplets.iter();
+        chiplets
+            .map(|chiplet| chiplet.fault_latency.read())
+            .collect()
     }
 
     /// What has been counted.

@@ -1,7 +1,7 @@
 //! What guest and host say to each other: one line each, on the guest's debug port.
 //!
-//! The guest announces its checks (`PLAN`), then for each prints `MARK begin`, what it does, `TEST`, `MARK end`. Names hold
-//! no spaces. Numbers are hexadecimal with `0x`.
+//! The guest announces its checks (`PLAN`), then for each prints `MARK begin`, what it does, `TEST`, `MARK end`. Names of
+//! checks hold no spaces. Numbers are hexadecimal with `0x`.
 
 use std::fmt;
 
@@ -84,7 +84,7 @@ impl fmt::Display for Line {
             Self::Faults(requester, range) => write!(f, "FAULTS {requester} {range}"),
             Self::Ok(name) => write!(f, "TEST {name} ok"),
             Self::Fail(name, why) => write!(f, "TEST {name} FAIL {}", one_line(why)),
-            Self::Figure(name, text) => write!(f, "FIGURE {name} {}", one_line(text)),
+            Self::Figure(name, text) => write!(f, "FIGURE {name}: {}", one_line(text)),
             Self::Note(text) => write!(f, "NOTE {}", one_line(text)),
         }
     }
@@ -121,7 +121,7 @@ impl Line {
                 }
             }
             "FIGURE" => {
-                let (name, text) = rest.split_once(' ')?;
+                let (name, text) = rest.split_once(": ")?;
                 Some(Self::Figure(name.into(), text.into()))
             }
             "NOTE" => Some(Self::Note(rest.into())),
@@ -162,7 +162,7 @@ mod tests {
             Line::Faults(Requester(0x20), range),
             Line::Ok(name()),
             Line::Fail(name(), "because of this".into()),
-            Line::Figure(name(), "1.5 us".into()),
+            Line::Figure("time of a map".into(), "1.5 us".into()),
             Line::Note("some text".into()),
         ] {
             assert_eq!(Line::parse(&line.to_string()), Some(line));

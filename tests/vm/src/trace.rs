@@ -97,20 +97,27 @@ pub enum Item {
 
 /// Cuts the pipe into items.
 ///
-/// The guest's bytes come one by one, a trace line comes in one write: a trace line can stand in the middle of a line of the
-/// guest, never the other way round. The guest ends its lines with CR LF, QEMU with LF alone.
+/// The guest's bytes come one by one, a line of QEMU comes in one write: QEMU's can stand in the middle of a line of the guest,
+/// never the other way round. The guest ends its lines with CR LF, QEMU with LF alone.
 #[derive(Debug, Default)]
 pub struct Splitter {
-    /// The beginning of a guest line that a trace line interrupted.
+    /// The beginning of a guest line that QEMU interrupted.
     guest: String,
 }
+
+/// How QEMU's lines begin: those of the trace, and its messages.
+const QEMU: [&str; 3] = ["vtd_inv_desc", "vtd_dmar_fault", "qemu-system-"];
 
 impl Splitter {
     /// What `line`, which ended with a line feed (not included), says.
     pub fn line(&mut self, line: &str) -> Option<Item> {
-        if let Some(at) = line.find("vtd_") {
+        if let Some(at) = QEMU.iter().filter_map(|begin| line.find(begin)).min() {
             self.guest.push_str(&line[..at]);
-            return Event::parse(&line[at..]).map(Item::Iommu);
+            let text = &line[at..];
+            if text.starts_with("vtd_") {
+                return Event::parse(text).map(Item::Iommu);
+            }
+            return Some(Item::Other(text.to_owned()));
         }
         let Some(end) = line.strip_suffix('\r') else {
             return Some(Item::Other(line.to_owned()));
@@ -191,19 +198,24 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_line_that_a_trace_line_cuts_is_put_together() {
+    fn a_guest_line_that_qemu_cuts_is_put_together() {
         let mut splitter = Splitter::default();
-        let wait = "vtd_inv_desc_wait_sw wait invalidate status write addr 0x1 data 0x2";
+        let wait = "vtd_inv_desc_wait_sw wait invalidate status write addr 0x11b523c data 0x2";
+        let message = "qemu-system-x86_64: vtd_iommu_translate: detected translation failure (dev=00:01:00, iova=0x30000000)";
         assert_eq!(
             splitter.line(&format!("UNMAP 0x10{wait}")),
             Some(Item::Iommu(Event::Wait))
         );
         assert_eq!(
-            splitter.line("qemu: warning"),
-            Some(Item::Other("qemu: warning".into()))
+            splitter.line(&format!("0{message}")),
+            Some(Item::Other(message.into()))
         );
         assert_eq!(
-            splitter.line("00 0x1000\r"),
+            splitter.line("a library: warning"),
+            Some(Item::Other("a library: warning".into()))
+        );
+        assert_eq!(
+            splitter.line("0 0x1000\r"),
             Some(Item::Guest(Line::Unmap(range(0x1000, 0x1000))))
         );
     }

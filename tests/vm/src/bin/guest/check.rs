@@ -50,6 +50,19 @@ macro_rules! demand {
 }
 pub(crate) use demand;
 
+/// Fails the check unless both are equal.
+macro_rules! demand_eq {
+    ($found:expr, $wanted:expr, $what:expr) => {{
+        let (found, wanted) = (&$found, &$wanted);
+        $crate::check::demand!(
+            found == wanted,
+            "{}: {found:x?} instead of {wanted:x?}",
+            $what
+        );
+    }};
+}
+pub(crate) use demand_eq;
+
 /// Runs all, each between its marks.
 pub(crate) fn run(groups: &[&[Check]]) {
     let all = || groups.iter().copied().flatten();

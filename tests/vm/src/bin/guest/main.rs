@@ -5,8 +5,11 @@
 mod battery;
 mod boot;
 mod check;
+mod edu;
+mod memory;
 mod pci;
 mod port;
+mod raw;
 
 use std::process::ExitCode;
 

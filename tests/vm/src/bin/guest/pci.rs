@@ -6,6 +6,13 @@ use std::path::{Path, PathBuf};
 
 use shootdown_vm::protocol::Requester;
 
+/// QEMU's edu: vendor and device.
+pub(crate) const EDU: (u16, u16) = (0x1234, 0x11e8);
+/// QEMU's NVMe controller.
+pub(crate) const NVME: (u16, u16) = (0x1b36, 0x0010);
+/// QEMU's virtio entropy device, which has an ATS cache here.
+pub(crate) const RNG: (u16, u16) = (0x1af4, 0x1044);
+
 /// A PCI function.
 #[derive(Clone, Debug)]
 pub(crate) struct Function {
@@ -16,7 +23,7 @@ pub(crate) struct Function {
 
 impl Function {
     /// The function with this vendor and device identifier.
-    pub(crate) fn find(vendor: u16, device: u16) -> io::Result<Self> {
+    pub(crate) fn find((vendor, device): (u16, u16)) -> io::Result<Self> {
         for entry in fs::read_dir("/sys/bus/pci/devices")? {
             let entry = entry?;
             let is = |file: &str, value: u16| -> io::Result<bool> {

@@ -1,11 +1,14 @@
 //! What has to be there before anything else can be proven.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::io::Read;
+use std::os::fd::FromRawFd;
 use std::path::Path;
 
-use crate::check::{Check, Outcome, demand};
-use crate::pci::Function;
+use crate::check::{Check, Outcome, demand, demand_eq};
+use crate::edu::{Edu, os};
+use crate::pci::{EDU, Function, NVME, RNG};
+use crate::raw::{self, Container};
 
 pub(crate) const CHECKS: &[Check] = &[
     Check {
@@ -16,18 +19,23 @@ pub(crate) const CHECKS: &[Check] = &[
         name: "vfio-speaks-api-0-and-type1-v2",
         run: version,
     },
+    Check {
+        name: "a-group-in-use-is-refused-with-ebusy",
+        run: busy,
+    },
+    Check {
+        name: "edu-registers-are-alive",
+        run: liveness,
+    },
+    Check {
+        name: "edu-msi-arrives-at-an-eventfd",
+        run: interrupt,
+    },
 ];
 
-/// QEMU's edu.
-pub(crate) const EDU: (u16, u16) = (0x1234, 0x11e8);
-/// QEMU's NVMe controller.
-pub(crate) const NVME: (u16, u16) = (0x1b36, 0x0010);
-/// QEMU's virtio entropy device, which has an ATS cache here.
-pub(crate) const RNG: (u16, u16) = (0x1af4, 0x1044);
-
 fn groups() -> Outcome {
-    for (vendor, device) in [EDU, NVME, RNG] {
-        let function = Function::find(vendor, device)?;
+    for which in [EDU, NVME, RNG] {
+        let function = Function::find(which)?;
         function.bind_to_vfio()?;
         let driver = function.driver()?;
         demand!(
@@ -46,19 +54,73 @@ fn groups() -> Outcome {
 }
 
 fn version() -> Outcome {
-    const API_VERSION: u64 = 0x3b64;
-    const CHECK_EXTENSION: u64 = 0x3b65;
-    const TYPE1_V2: u64 = 3;
-    let vfio = File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/vfio/vfio")?;
-    let ask = |request, argument: u64| {
-        // SAFETY: both requests take a number, not a pointer.
-        unsafe { libc::ioctl(vfio.as_raw_fd(), request, argument) }
-    };
-    let (version, v2) = (ask(API_VERSION, 0), ask(CHECK_EXTENSION, TYPE1_V2));
-    demand!(version == 0, "API version {version}");
-    demand!(v2 == 1, "type1 v2: {v2}");
+    demand_eq!(raw::version()?, (0, 1), "API version and type1 v2");
     Ok(())
+}
+
+fn busy() -> Outcome {
+    let function = Function::find(EDU)?;
+    let _holder = Container::of(&function)?;
+    let second = Container::of(&function)
+        .map(drop)
+        .map_err(|error| error.raw_os_error());
+    demand_eq!(second, Err(Some(libc::EBUSY)), "a second container");
+    Ok(())
+}
+
+fn liveness() -> Outcome {
+    let edu = Edu::open()?;
+    for value in [0, 0x1234_5678, u32::MAX] {
+        demand_eq!(edu.liveness(value), !value, "liveness");
+    }
+    Ok(())
+}
+
+fn interrupt() -> Outcome {
+    const BITS: u32 = 0x10;
+    let edu = Edu::open()?;
+    let mut eventfd = eventfd()?;
+    edu.device.msi(&eventfd)?;
+    let mut count = [0; 8];
+    let early = eventfd.read(&mut count).map_err(|error| error.kind());
+    demand_eq!(
+        early,
+        Err(std::io::ErrorKind::WouldBlock),
+        "the eventfd before the interrupt"
+    );
+    edu.raise(BITS);
+    demand!(readable(&eventfd, 2000)?, "no interrupt within 2 s");
+    eventfd.read_exact(&mut count)?;
+    demand_eq!(u64::from_ne_bytes(count), 1, "interrupts");
+    demand_eq!(edu.pending(), BITS, "pending");
+    edu.acknowledge(BITS);
+    demand_eq!(edu.pending(), 0, "pending after the acknowledgement");
+    Ok(())
+}
+
+fn eventfd() -> std::io::Result<File> {
+    // SAFETY: takes a number and flags.
+    let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+    if fd < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    // SAFETY: made just now, and nobody else knows it.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+fn readable(file: &File, milliseconds: i32) -> std::io::Result<bool> {
+    use std::os::fd::AsRawFd;
+    let mut poll = libc::pollfd {
+        fd: file.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: one entry, which lives through the call.
+    match unsafe { libc::poll(&raw mut poll, 1, milliseconds) } {
+        0 => Ok(false),
+        1 => Ok(true),
+        _ => Err(os(std::io::Error::last_os_error()
+            .raw_os_error()
+            .unwrap_or(0))),
+    }
 }

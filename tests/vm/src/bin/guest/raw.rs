@@ -121,6 +121,104 @@ impl Container {
         let fd = unsafe { File::from_raw_fd(fd) };
         Ok(Device { fd })
     }
+
+    /// Maps memory of this process. It stays pinned until it is unmapped, whatever becomes of the address range.
+    pub(crate) fn map(&self, iova: u64, memory: &Memory, rights: Rights) -> Result<(), Errno> {
+        self.map_at(iova, memory.address(), memory.len() as u64, rights)
+    }
+
+    /// Maps any addresses: the kernel is to refuse those that are wrong.
+    pub(crate) fn map_at(
+        &self,
+        iova: u64,
+        address: u64,
+        size: u64,
+        rights: Rights,
+    ) -> Result<(), Errno> {
+        let map = abi::vfio_iommu_type1_dma_map {
+            argsz: size_of::<abi::vfio_iommu_type1_dma_map>() as u32,
+            flags: rights as u32,
+            vaddr: address,
+            iova,
+            size,
+        };
+        // SAFETY: the structure lives through the call and says its own size. The memory it names is touched by devices only,
+        // and by this process through volatile accesses (see `Memory`); an address that is not mapped is refused.
+        result(unsafe { libc::ioctl(self.fd.as_raw_fd(), IOMMU_MAP_DMA, &raw const map) }).map(drop)
+    }
+
+    /// Unmaps whatever lies in the range; gives how much that was.
+    pub(crate) fn unmap(&self, iova: u64, size: u64) -> Result<u64, Refused> {
+        self.unmap_with(iova, size, 0)
+    }
+
+    /// Unmaps everything.
+    pub(crate) fn unmap_all(&self) -> Result<u64, Refused> {
+        self.unmap_with(0, 0, abi::VFIO_DMA_UNMAP_FLAG_ALL)
+    }
+
+    fn unmap_with(&self, iova: u64, size: u64, flags: u32) -> Result<u64, Refused> {
+        let mut unmap = abi::vfio_iommu_type1_dma_unmap {
+            argsz: size_of::<abi::vfio_iommu_type1_dma_unmap>() as u32,
+            flags,
+            iova,
+            size,
+            ..Default::default()
+        };
+        // SAFETY: the structure lives through the call, is writable and says its own size.
+        match result(unsafe { libc::ioctl(self.fd.as_raw_fd(), IOMMU_UNMAP_DMA, &raw mut unmap) }) {
+            Ok(_) => Ok(unmap.size),
+            Err(errno) => Err(Refused {
+                errno,
+                size: unmap.size,
+            }),
+        }
+    }
+
+    /// What can be mapped, and how much still.
+    pub(crate) fn info(&self) -> io::Result<Info> {
+        // Words, so that it is aligned; far more than the kernel has to say.
+        let mut answer = [0_u64; 512];
+        let bytes = size_of_val(&answer);
+        let head = answer.as_mut_ptr().cast::<u32>();
+        // SAFETY: the buffer is writable for the size that its first word gives.
+        unsafe {
+            head.write(bytes as u32);
+            result(libc::ioctl(self.fd.as_raw_fd(), IOMMU_GET_INFO, head)).map_err(os)?;
+        }
+        let bytes: Vec<u8> = answer.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let u16_at = |at: usize| {
+            bytes
+                .get(at..at + 2)
+                .map(|part| u16::from_ne_bytes([part[0], part[1]]))
+        };
+        let u32_at = |at: usize| Some(u32::from(u16_at(at)?) | u32::from(u16_at(at + 2)?) << 16);
+        let u64_at = |at: usize| Some(u64::from(u32_at(at)?) | u64::from(u32_at(at + 4)?) << 32);
+        let read = || {
+            let mut info = Info {
+                page_sizes: u64_at(8)?,
+                ..Info::default()
+            };
+            let mut at = u32_at(16)? as usize;
+            while at != 0 {
+                let id = u16_at(at)?;
+                info.capabilities.push(id);
+                match u32::from(id) {
+                    abi::VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE => {
+                        for range in 0..u32_at(at + 8)? as usize {
+                            let range = at + 16 + 16 * range;
+                            info.ranges.push((u64_at(range)?, u64_at(range + 8)?));
+                        }
+                    }
+                    abi::VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL => info.dma_avail = u32_at(at + 8),
+                    _ => {}
+                }
+                at = u32_at(at + 4)? as usize;
+            }
+            Some(info)
+        };
+        read().ok_or_else(|| io::Error::other("a capability lies outside of the answer"))
+    }
 }
 
 /// An open device.

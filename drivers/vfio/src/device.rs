@@ -389,6 +389,19 @@ impl Device {
         Ok(())
     }
 
+    /// Stops all DMA by whatever the device has for it: its reset, else the loss of its bus mastering. Allocates nothing.
+    pub(crate) fn stop_for_good(&self) -> bool {
+        if check_owner(self.handle.owner).is_err() {
+            return false;
+        }
+        let file = self.handle.file.as_fd();
+        if self.has_reset() && sys::ioctl_number(file, Call::DeviceReset, 0).is_ok() {
+            self.handle.failed.store(false, Ordering::Relaxed);
+            return true;
+        }
+        self.set_bus_master(false).is_ok() && self.is_bus_master() == Ok(false)
+    }
+
     /// What a hot reset of the device's bus or slot would hit, the device itself included.
     ///
     /// # Errors

@@ -24,7 +24,8 @@ mod sealed {
     pub trait Sealed: Sized {
         fn load(bytes: [u8; 8]) -> Self;
         fn store(self) -> [u8; 8];
-        fn from_bus(self) -> Self;
+        /// Between the bus and the CPU, in either direction.
+        fn swapped(self) -> Self;
     }
 }
 
@@ -44,8 +45,8 @@ macro_rules! width {
                 bytes[..$bytes].copy_from_slice(&self.to_le_bytes());
                 bytes
             }
-            fn from_bus(self) -> Self {
-                Self::from_le(self)
+            fn swapped(self) -> Self {
+                self.to_le()
             }
         }
     )*};
@@ -181,7 +182,7 @@ impl Region {
         let value = match self.place::<T>(offset, self.readable)? {
             // SAFETY: the place lies in a live mapping, readable, with room for the register, aligned as the mapping is to pages and
             // the offset to the width. The process is the one that mapped it. It is device memory: no reference to it exists.
-            Some(place) => unsafe { place.read_volatile() }.from_bus(),
+            Some(place) => unsafe { place.read_volatile() }.swapped(),
             None => {
                 let mut bytes = [0; 8];
                 let bytes_of = &mut bytes[..T::BYTES.into()];
@@ -206,7 +207,7 @@ impl Region {
         match place {
             Some(place) => {
                 // SAFETY: as in `get`; the mapping is writable, as the region is.
-                unsafe { place.write_volatile(value.from_bus()) };
+                unsafe { place.write_volatile(value.swapped()) };
                 Ok(())
             }
             None => {

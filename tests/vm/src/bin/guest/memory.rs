@@ -2,17 +2,38 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Deref;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
+
+use shootdown::{DeviceError, Range, Registers};
 
 /// Bytes of a page.
 pub(crate) const PAGE: usize = 4096;
 
-/// A mapping of this process, gone when this is dropped.
+/// Some memory of this process.
 #[derive(Debug)]
-pub(crate) struct Memory {
+pub(crate) struct View {
     start: NonNull<u8>,
     len: usize,
+}
+
+// SAFETY: it is an address and a length; all accesses are volatile, by raw pointers, and a race with another thread or a device
+// is what the checks are about.
+unsafe impl Send for View {}
+// SAFETY: as above.
+unsafe impl Sync for View {}
+
+/// A mapping of this process, gone when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Memory(View);
+
+impl Deref for Memory {
+    type Target = View;
+
+    fn deref(&self) -> &View {
+        &self.0
+    }
 }
 
 impl Memory {
@@ -54,17 +75,47 @@ impl Memory {
         }
         let start =
             NonNull::new(start.cast()).ok_or_else(|| io::Error::other("a mapping at zero"))?;
-        Ok(Self { start, len })
+        Ok(Self(View { start, len }))
+    }
+
+    /// Moves it to another address.
+    pub(crate) fn remap(&mut self) -> io::Result<()> {
+        let target = Self::anonymous(self.len)?;
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        let to = target.start.as_ptr();
+        // SAFETY: both are our own mappings, of which no references exist; what was at the target is gone, and so is its owner.
+        let moved =
+            unsafe { libc::mremap(self.start.as_ptr().cast(), self.len, self.len, flags, to) };
+        if moved == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        self.0.start = target.start;
+        std::mem::forget(target);
+        Ok(())
+    }
+}
+
+impl View {
+    /// Memory that somebody else mapped.
+    ///
+    /// # Safety
+    /// It stays mapped for as long as the value is used, with the rights for what is done, and no reference to it exists.
+    pub(crate) unsafe fn of(range: Range) -> Self {
+        let start = std::ptr::with_exposed_provenance_mut(range.start().get() as usize);
+        Self {
+            start: NonNull::new(start).expect("nothing is mapped at zero"),
+            len: range.len() as usize,
+        }
+    }
+
+    /// Its addresses.
+    pub(crate) fn range(&self) -> Range {
+        Range::new(self.address(), self.len as u64).expect("a mapping is not empty")
     }
 
     /// Its address.
     pub(crate) fn address(&self) -> u64 {
-        self.start.as_ptr().addr() as u64
-    }
-
-    /// Its length in bytes.
-    pub(crate) fn len(&self) -> usize {
-        self.len
+        self.start.as_ptr().expose_provenance() as u64
     }
 
     /// Writes one byte everywhere.
@@ -85,39 +136,6 @@ impl Memory {
         })
     }
 
-    /// Reads a register of four bytes.
-    pub(crate) fn read_u32(&self, offset: usize) -> u32 {
-        // SAFETY: `register` gives an aligned address inside the mapping.
-        unsafe { self.register(offset, 4).cast::<u32>().read_volatile() }
-    }
-
-    /// Writes a register of four bytes.
-    pub(crate) fn write_u32(&self, offset: usize, value: u32) {
-        // SAFETY: `register` gives an aligned address inside the mapping.
-        unsafe { self.register(offset, 4).cast::<u32>().write_volatile(value) }
-    }
-
-    /// Reads a register of eight bytes.
-    pub(crate) fn read_u64(&self, offset: usize) -> u64 {
-        // SAFETY: `register` gives an aligned address inside the mapping.
-        unsafe { self.register(offset, 8).cast::<u64>().read_volatile() }
-    }
-
-    /// Writes a register of eight bytes.
-    pub(crate) fn write_u64(&self, offset: usize, value: u64) {
-        // SAFETY: `register` gives an aligned address inside the mapping.
-        unsafe { self.register(offset, 8).cast::<u64>().write_volatile(value) }
-    }
-
-    fn register(&self, offset: usize, len: usize) -> *mut u8 {
-        assert!(
-            offset.is_multiple_of(len) && offset + len <= self.len,
-            "no register at {offset:#x}"
-        );
-        // SAFETY: inside the mapping, which begins at a page.
-        unsafe { self.start.add(offset).as_ptr() }
-    }
-
     /// madvise over all of it.
     pub(crate) fn advise(&self, advice: libc::c_int) -> io::Result<()> {
         // SAFETY: our own mapping, of which no reference exists.
@@ -129,20 +147,47 @@ impl Memory {
         // SAFETY: our own mapping, of which no reference exists.
         done(unsafe { libc::mprotect(self.start.as_ptr().cast(), self.len, rights) })
     }
+}
 
-    /// Moves it to another address.
-    pub(crate) fn remap(&mut self) -> io::Result<()> {
-        let target = Self::anonymous(self.len)?;
-        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-        let to = target.start.as_ptr();
-        // SAFETY: both are our own mappings, of which no references exist; what was at the target is gone, and so is its owner.
-        let moved =
-            unsafe { libc::mremap(self.start.as_ptr().cast(), self.len, self.len, flags, to) };
-        if moved == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        self.start = target.start;
-        std::mem::forget(target);
+/// A register that is there and aligned.
+fn register(bar: &View, offset: u64, width: u8) -> Result<*mut u8, DeviceError> {
+    let end = offset.checked_add(width.into());
+    let inside = end.is_some_and(|end| end <= bar.len as u64);
+    if !inside || !offset.is_multiple_of(width.into()) {
+        return Err(DeviceError::NoRegister { offset, width });
+    }
+    Ok(bar.start.as_ptr().wrapping_add(offset as usize))
+}
+
+/// A BAR that was mapped by hand.
+impl Registers for Memory {
+    fn len(&self) -> u64 {
+        self.0.len as u64
+    }
+
+    fn read(&self, offset: u64) -> Result<u64, DeviceError> {
+        let place = register(self, offset, 8)?.cast::<u64>();
+        // SAFETY: aligned and inside the mapping.
+        Ok(unsafe { place.read_volatile() })
+    }
+
+    fn write(&self, offset: u64, value: u64) -> Result<(), DeviceError> {
+        let place = register(self, offset, 8)?.cast::<u64>();
+        // SAFETY: aligned and inside the mapping.
+        unsafe { place.write_volatile(value) };
+        Ok(())
+    }
+
+    fn read32(&self, offset: u64) -> Result<u32, DeviceError> {
+        let place = register(self, offset, 4)?.cast::<u32>();
+        // SAFETY: aligned and inside the mapping.
+        Ok(unsafe { place.read_volatile() })
+    }
+
+    fn write32(&self, offset: u64, value: u32) -> Result<(), DeviceError> {
+        let place = register(self, offset, 4)?.cast::<u32>();
+        // SAFETY: aligned and inside the mapping.
+        unsafe { place.write_volatile(value) };
         Ok(())
     }
 }

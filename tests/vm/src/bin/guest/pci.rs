@@ -50,9 +50,14 @@ impl Function {
         }
         fs::write(self.path.join("driver_override"), "vfio-pci")?;
         if self.driver()?.is_some() {
-            fs::write(self.path.join("driver/unbind"), &self.address)?;
+            self.unbind()?;
         }
         fs::write("/sys/bus/pci/drivers_probe", &self.address)
+    }
+
+    /// Takes it from its driver. The kernel waits for that driver's user to give it up.
+    pub(crate) fn unbind(&self) -> io::Result<()> {
+        fs::write(self.path.join("driver/unbind"), &self.address)
     }
 
     /// The driver that has it.

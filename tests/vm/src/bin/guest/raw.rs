@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, RawFd};
 
 use vfio_bindings::bindings::vfio as abi;
 
@@ -94,6 +94,49 @@ pub(crate) fn version() -> io::Result<(i32, i32)> {
     ))
 }
 
+/// Maps in any container, whoever opened it.
+pub(crate) fn map(
+    fd: BorrowedFd<'_>,
+    iova: u64,
+    address: u64,
+    size: u64,
+    rights: Rights,
+) -> Result<(), Errno> {
+    let map = abi::vfio_iommu_type1_dma_map {
+        argsz: size_of::<abi::vfio_iommu_type1_dma_map>() as u32,
+        flags: rights as u32,
+        vaddr: address,
+        iova,
+        size,
+    };
+    // SAFETY: the structure lives through the call and says its own size. The memory it names is touched by devices only, and by
+    // this process through volatile accesses (see `View`); an address that is not mapped is refused.
+    result(unsafe { libc::ioctl(fd.as_raw_fd(), IOMMU_MAP_DMA, &raw const map) }).map(drop)
+}
+
+/// Unmaps in any container, whoever opened it.
+pub(crate) fn unmap(fd: BorrowedFd<'_>, iova: u64, size: u64) -> Result<u64, Refused> {
+    unmap_with(fd, iova, size, 0)
+}
+
+fn unmap_with(fd: BorrowedFd<'_>, iova: u64, size: u64, flags: u32) -> Result<u64, Refused> {
+    let mut unmap = abi::vfio_iommu_type1_dma_unmap {
+        argsz: size_of::<abi::vfio_iommu_type1_dma_unmap>() as u32,
+        flags,
+        iova,
+        size,
+        ..Default::default()
+    };
+    // SAFETY: the structure lives through the call, is writable and says its own size.
+    match result(unsafe { libc::ioctl(fd.as_raw_fd(), IOMMU_UNMAP_DMA, &raw mut unmap) }) {
+        Ok(_) => Ok(unmap.size),
+        Err(errno) => Err(Refused {
+            errno,
+            size: unmap.size,
+        }),
+    }
+}
+
 impl Container {
     /// Of the function's group.
     pub(crate) fn of(function: &Function) -> io::Result<Self> {
@@ -124,7 +167,7 @@ impl Container {
 
     /// Maps memory of this process. It stays pinned until it is unmapped, whatever becomes of the address range.
     pub(crate) fn map(&self, iova: u64, memory: &Memory, rights: Rights) -> Result<(), Errno> {
-        self.map_at(iova, memory.address(), memory.len() as u64, rights)
+        self.map_at(iova, memory.address(), memory.range().len() as u64, rights)
     }
 
     /// Maps any addresses: the kernel is to refuse those that are wrong.
@@ -135,44 +178,17 @@ impl Container {
         size: u64,
         rights: Rights,
     ) -> Result<(), Errno> {
-        let map = abi::vfio_iommu_type1_dma_map {
-            argsz: size_of::<abi::vfio_iommu_type1_dma_map>() as u32,
-            flags: rights as u32,
-            vaddr: address,
-            iova,
-            size,
-        };
-        // SAFETY: the structure lives through the call and says its own size. The memory it names is touched by devices only,
-        // and by this process through volatile accesses (see `Memory`); an address that is not mapped is refused.
-        result(unsafe { libc::ioctl(self.fd.as_raw_fd(), IOMMU_MAP_DMA, &raw const map) }).map(drop)
+        map(self.fd.as_fd(), iova, address, size, rights)
     }
 
     /// Unmaps whatever lies in the range; gives how much that was.
     pub(crate) fn unmap(&self, iova: u64, size: u64) -> Result<u64, Refused> {
-        self.unmap_with(iova, size, 0)
+        unmap(self.fd.as_fd(), iova, size)
     }
 
     /// Unmaps everything.
     pub(crate) fn unmap_all(&self) -> Result<u64, Refused> {
-        self.unmap_with(0, 0, abi::VFIO_DMA_UNMAP_FLAG_ALL)
-    }
-
-    fn unmap_with(&self, iova: u64, size: u64, flags: u32) -> Result<u64, Refused> {
-        let mut unmap = abi::vfio_iommu_type1_dma_unmap {
-            argsz: size_of::<abi::vfio_iommu_type1_dma_unmap>() as u32,
-            flags,
-            iova,
-            size,
-            ..Default::default()
-        };
-        // SAFETY: the structure lives through the call, is writable and says its own size.
-        match result(unsafe { libc::ioctl(self.fd.as_raw_fd(), IOMMU_UNMAP_DMA, &raw mut unmap) }) {
-            Ok(_) => Ok(unmap.size),
-            Err(errno) => Err(Refused {
-                errno,
-                size: unmap.size,
-            }),
-        }
+        unmap_with(self.fd.as_fd(), 0, 0, abi::VFIO_DMA_UNMAP_FLAG_ALL)
     }
 
     /// What can be mapped, and how much still.

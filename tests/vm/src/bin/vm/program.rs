@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::error::{Error, at};
+use crate::process::shown;
 
 /// A target named explicitly keeps the flags from build scripts and procedural macros, which cannot be static.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -40,7 +41,7 @@ pub(crate) fn build() -> Result<PathBuf, Error> {
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .env_remove("CARGO_BUILD_TARGET");
-    let shown = format!("{command:?}");
+    let shown = shown(&command);
     let output = command.output().map_err(|source| Error::NotStarted {
         command: shown.clone(),
         source,

@@ -35,6 +35,7 @@ pub(crate) fn run(boot: &Boot<'_>, log: &Path, limits: Limits) -> Result<Report,
         drop(qemu);
         // The pipe has ended with QEMU.
         let _ = reader.join();
+        reading.close();
         return Ok(reading.report);
     }
     let status = at(log, qemu.0.wait())?;
@@ -201,6 +202,10 @@ impl Reading {
 
     fn close(&mut self) {
         self.report.run_ms = millis(self.begun, Instant::now());
+        if !self.report.has_control() {
+            let text = "no negative control was planned: a run without one proves nothing";
+            self.report.broken.push(text.into());
+        }
         let stray = self.witness.stray().iter().map(ToString::to_string);
         self.report.broken.extend(stray);
     }

@@ -44,6 +44,23 @@ impl Child {
     }
 }
 
+/// Takes the right to lock any amount of memory from this process, which is to be a child.
+pub(crate) fn become_unprivileged(lockable: u64) -> Outcome {
+    let limit = libc::rlimit {
+        rlim_cur: lockable,
+        rlim_max: lockable,
+    };
+    // SAFETY: the structure lives through the call.
+    let limited = unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) };
+    // SAFETY: takes numbers; another user has no CAP_IPC_LOCK.
+    let dropped = unsafe { libc::setresuid(1, 1, 1) };
+    demand!(
+        (limited, dropped) == (0, 0),
+        "setrlimit {limited}, setresuid {dropped}"
+    );
+    Ok(())
+}
+
 /// Does `work` in a child and gives what came of it.
 pub(crate) fn run(work: impl FnOnce() -> Outcome) -> Outcome {
     let (mut reader, writer) = io::pipe()?;

@@ -1,8 +1,9 @@
 //! The hole that shootdown closes: the process changes its memory, and the device goes on with what was there. No fault, no
 //! word from the kernel. The witness sees no fault either: none is announced here.
 
+use crate::bare::Bare;
 use crate::check::{Check, Failure, Outcome, demand, demand_eq};
-use crate::edu::{CHUNK, Edu};
+use crate::edu::CHUNK;
 use crate::memory::{Memory, PAGE};
 use crate::raw::Rights;
 
@@ -30,68 +31,63 @@ pub(crate) const CHECKS: &[Check] = &[
 const IOVA: u64 = 0x2000_0000;
 const SIZE: u64 = PAGE as u64;
 
-fn mapped(byte: u8) -> Result<(Edu, Memory), Failure> {
-    let edu = Edu::open()?;
+fn mapped(byte: u8) -> Result<(Bare, Memory), Failure> {
+    let bare = Bare::open()?;
     let memory = Memory::anonymous(PAGE)?;
     memory.fill(byte);
     demand_eq!(
-        edu.container.map(IOVA, &memory, Rights::ReadWrite),
+        bare.container.map(IOVA, &memory, Rights::ReadWrite),
         Ok(()),
         "map"
     );
-    Ok((edu, memory))
+    Ok((bare, memory))
 }
 
 fn unmapped() -> Outcome {
-    let (edu, memory) = mapped(0x11)?;
-    edu.load(0xee)?;
+    let (bare, memory) = mapped(0x11)?;
+    bare.load(0xee)?;
     drop(memory);
-    edu.arm_read(IOVA);
-    edu.finish()?;
-    demand_eq!(edu.differs(0x11)?, None, "what the device read");
-    unmap(&edu.container, IOVA, SIZE)
+    bare.edu.read(IOVA, CHUNK)?;
+    demand_eq!(bare.differs(0x11)?, None, "what the device read");
+    unmap(&bare.container, IOVA, SIZE)
 }
 
 fn discarded() -> Outcome {
-    let (edu, memory) = mapped(0x22)?;
+    let (bare, memory) = mapped(0x22)?;
     memory.advise(libc::MADV_DONTNEED)?;
     demand_eq!(memory.differs(0, PAGE, 0), None, "what the CPU reads");
-    edu.load(0xee)?;
-    edu.arm_read(IOVA);
-    edu.finish()?;
-    demand_eq!(edu.differs(0x22)?, None, "what the device reads");
-    edu.arm_write(IOVA);
-    edu.finish()?;
+    bare.load(0xee)?;
+    bare.edu.read(IOVA, CHUNK)?;
+    demand_eq!(bare.differs(0x22)?, None, "what the device reads");
+    bare.edu.write(IOVA, CHUNK)?;
     demand_eq!(
         memory.differs(0, PAGE, 0),
         None,
         "what the CPU reads after the device wrote"
     );
-    unmap(&edu.container, IOVA, SIZE)
+    unmap(&bare.container, IOVA, SIZE)
 }
 
 fn protected() -> Outcome {
-    let (edu, memory) = mapped(0x33)?;
-    edu.load(0x44)?;
+    let (bare, memory) = mapped(0x33)?;
+    bare.load(0x44)?;
     memory.protect(libc::PROT_READ)?;
-    edu.arm_write(IOVA);
-    edu.finish()?;
+    bare.edu.write(IOVA, CHUNK)?;
     demand_eq!(memory.differs(0, CHUNK, 0x44), None, "read-only memory");
-    unmap(&edu.container, IOVA, SIZE)
+    unmap(&bare.container, IOVA, SIZE)
 }
 
 fn remapped() -> Outcome {
-    let (edu, mut memory) = mapped(0x55)?;
-    edu.load(0x66)?;
+    let (bare, mut memory) = mapped(0x55)?;
+    bare.load(0x66)?;
     let before = memory.address();
     memory.remap()?;
     demand!(memory.address() != before, "the memory did not move");
-    edu.arm_write(IOVA);
-    edu.finish()?;
+    bare.edu.write(IOVA, CHUNK)?;
     demand_eq!(
         memory.differs(0, CHUNK, 0x66),
         None,
         "the page at its new address"
     );
-    unmap(&edu.container, IOVA, SIZE)
+    unmap(&bare.container, IOVA, SIZE)
 }

@@ -405,15 +405,7 @@ fn memlock() -> Outcome {
         const LIMIT: u64 = 16 * SIZE;
         let container = container()?;
         let memory = Memory::anonymous(32 * PAGE)?;
-        let limit = libc::rlimit {
-            rlim_cur: LIMIT,
-            rlim_max: LIMIT,
-        };
-        // SAFETY: the structure lives through the call.
-        let limited = unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) };
-        // SAFETY: takes numbers; another user has no CAP_IPC_LOCK.
-        let dropped = unsafe { libc::setresuid(1, 1, 1) };
-        demand_eq!((limited, dropped), (0, 0), "setrlimit and setresuid");
+        super::child::become_unprivileged(LIMIT)?;
         demand_eq!(
             container.map(IOVA, &memory, Rights::ReadWrite),
             Err(libc::ENOMEM),

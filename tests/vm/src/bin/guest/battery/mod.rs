@@ -5,6 +5,9 @@ mod devices;
 mod flight;
 mod hole;
 mod kernel;
+mod rig;
+mod transport;
+mod windows;
 
 use crate::check::Check;
 
@@ -14,5 +17,8 @@ pub(crate) const CHECKS: &[&[Check]] = &[
     kernel::CHECKS,
     hole::CHECKS,
     flight::CHECKS,
+    transport::CHECKS,
+    windows::CHECKS,
     flight::CONTROL,
+    windows::CONTROL,
 ];

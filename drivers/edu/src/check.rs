@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shootdown::{AddressSpace, Interrupts, Map, MapError, Range, Registers, Rights};
-use shootdown_vfio::{Iommu, Window, WindowOptions};
+use shootdown_vfio::{Iommu, Report, Window, WindowOptions};
 use thiserror::Error;
 
 use crate::bytes::Words;
@@ -111,37 +111,6 @@ pub enum CheckError {
     },
 }
 
-/// One check that was made.
-#[derive(Clone, Debug)]
-pub struct Step {
-    /// What was checked.
-    pub check: Check,
-    /// How long it took, all in all.
-    pub took: Duration,
-    /// How long the shootdown in it took, where there is one: from the call to its return.
-    pub shootdown: Option<Duration>,
-    /// Why it failed, if it did.
-    pub result: Result<(), CheckError>,
-}
-
-/// What came of a self check: its steps up to the first that failed.
-#[derive(Clone, Debug)]
-pub struct Report {
-    /// In their order.
-    pub steps: Vec<Step>,
-}
-
-impl Report {
-    /// Whether every check was made, and none failed.
-    pub fn passed(&self) -> bool {
-        self.steps.iter().all(|step| step.result.is_ok())
-            && self
-                .steps
-                .last()
-                .is_some_and(|step| step.check == Check::Touched)
-    }
-}
-
 /// What the check needs of the device's surroundings.
 pub struct CheckPorts<'p> {
     /// BAR 0.
@@ -169,50 +138,16 @@ fn pattern(seed: u64) -> impl Fn(u64) -> u64 + Copy {
 
 /// Makes all checks, in order, until one fails. The device must be allowed to master the bus. Takes about a second, most of it
 /// the device's own. What it maps it unmaps.
-pub fn self_check(ports: &CheckPorts<'_>) -> Report {
-    let mut run = Run { steps: Vec::new() };
-    // The error is in the steps.
-    let _ = run.all(ports);
-    Report { steps: run.steps }
-}
-
-struct Run {
-    steps: Vec<Step>,
-}
-
-/// A check failed, and its step says how.
-struct Failed;
-
-impl Run {
-    fn step<T>(
-        &mut self,
-        check: Check,
-        work: impl FnOnce(&mut Option<Duration>) -> Result<T, CheckError>,
-    ) -> Result<T, Failed> {
-        let begun = Instant::now();
-        let mut shootdown = None;
-        let (result, value) = match work(&mut shootdown) {
-            Ok(value) => (Ok(()), Ok(value)),
-            Err(error) => (Err(error), Err(Failed)),
-        };
-        self.steps.push(Step {
-            check,
-            took: begun.elapsed(),
-            shootdown,
-            result,
-        });
-        value
-    }
-
-    fn all(&mut self, ports: &CheckPorts<'_>) -> Result<(), Failed> {
-        let edu = self.step(Check::Registers, |_| {
+pub fn self_check(ports: &CheckPorts<'_>) -> Report<Check, CheckError> {
+    Report::of(|report| {
+        let edu = report.step(Check::Registers, |_| {
             let (registers, interrupts) = (ports.registers.clone(), ports.interrupts.clone());
             let edu = Edu::probe(registers, interrupts, ports.config)?;
             edu.check_liveness(0x0123_4567)?;
             edu.check_liveness(!0)?;
             Ok(edu)
         })?;
-        self.step(Check::Factorial, |_| {
+        report.step(Check::Factorial, |_| {
             let (n, expected) = (10, 3_628_800);
             let found = edu.factorial(n)?;
             if found == expected {
@@ -221,13 +156,13 @@ impl Run {
                 Err(CheckError::Factorial { n, found, expected })
             }
         })?;
-        self.step(Check::Interrupt, |_| Ok(edu.check_interrupt()?))?;
-        let rig = self.step(Check::Window, |_| Rig::new(ports, &edu))?;
-        self.step(Check::RoundTrip, |_| rig.round_trip(1))?;
-        self.step(Check::WriteCutOff, |took| rig.write_cut_off(took))?;
-        self.step(Check::ReadCutOff, |took| rig.read_cut_off(took))?;
-        self.step(Check::Touched, |_| rig.round_trip(6))
-    }
+        report.step(Check::Interrupt, |_| Ok(edu.check_interrupt()?))?;
+        let rig = report.step(Check::Window, |_| Rig::new(ports, &edu))?;
+        report.step(Check::RoundTrip, |_| rig.round_trip(1))?;
+        report.step(Check::WriteCutOff, |took| rig.write_cut_off(took))?;
+        report.step(Check::ReadCutOff, |took| rig.read_cut_off(took))?;
+        report.step(Check::Touched, |_| rig.round_trip(6))
+    })
 }
 
 /// A page with a window.

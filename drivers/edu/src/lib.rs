@@ -13,6 +13,6 @@ mod check;
 mod edu;
 mod error;
 
-pub use check::{Check, CheckError, CheckPorts, Report, Step, self_check};
+pub use check::{Check, CheckError, CheckPorts, self_check};
 pub use edu::{Direction, Edu, EduConfig, Transfer};
 pub use error::EduError;

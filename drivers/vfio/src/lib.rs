@@ -38,6 +38,7 @@
 
 mod book;
 mod caps;
+mod check;
 mod container;
 mod device;
 mod error;
@@ -45,6 +46,7 @@ mod history;
 mod iommu;
 mod iova;
 mod irq;
+mod options;
 pub mod pci;
 mod region;
 mod reset;
@@ -53,6 +55,7 @@ mod window;
 mod work;
 
 pub use caps::ChainError;
+pub use check::{Failed, Report, Step};
 pub use container::{Container, Group, IommuInfo};
 pub use device::{Departure, Device, HotReset, Sibling, open};
 pub use error::VfioError;
@@ -60,7 +63,8 @@ pub use history::{Attribution, Operation};
 pub use iommu::{Iommu, IommuError};
 pub use iova::Reuse;
 pub use irq::{Irqs, Kind};
+pub use options::{WindowError, WindowOptions};
 pub use region::{Region, Width};
 pub use reset::FunctionReset;
-pub use window::{Window, WindowError, WindowOptions};
+pub use window::Window;
 pub use work::{DeviceWork, InFlight};

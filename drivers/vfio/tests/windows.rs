@@ -416,3 +416,35 @@ fn no_page_changes_while_a_device_reaches_it() {
     assert_eq!(rig.work.stops.load(SeqCst), rig.work.resumes.load(SeqCst));
     assert!(rig.memory.log.take().len() > 400);
 }
+
+/// Users queue for the window's lock: a shootdown overtakes one that has begun, and takes the granule away. Whoever gets the lock
+/// then has to see that it was overtaken (R9); and nothing is taken away under whoever has it.
+#[test]
+fn a_use_that_a_shootdown_has_overtaken_begins_anew() {
+    let rig = rig(1);
+    let memory = pages(&rig, 1);
+    let window = open(&rig, memory, 4096);
+    rig.memory.slowness.store(100, SeqCst);
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let lost = std::sync::atomic::AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..6 {
+            scope.spawn(|| {
+                while !done.load(SeqCst) {
+                    let ring = |_| {
+                        std::thread::sleep(Duration::from_micros(20));
+                        rig.endpoints[0].reaches(memory)
+                    };
+                    let reached = window.with_mapped(memory, SECOND, ring).unwrap();
+                    lost.fetch_add(u64::from(!reached), SeqCst);
+                }
+            });
+        }
+        for _ in 0..1500 {
+            rig.space.discard(memory).unwrap();
+        }
+        done.store(true, SeqCst);
+    });
+    assert_eq!(lost.load(SeqCst), 0, "taken away under a user");
+    assert_eq!(rig.memory.violations.load(SeqCst), 0);
+}

@@ -189,6 +189,8 @@ pub(crate) struct Watched {
     pub(crate) violations: AtomicU64,
     /// The next change fails.
     pub(crate) fails: AtomicBool,
+    /// How long a change takes, in microseconds.
+    pub(crate) slowness: AtomicU64,
 }
 
 impl Watched {
@@ -199,6 +201,7 @@ impl Watched {
             log: log.clone(),
             violations: AtomicU64::new(0),
             fails: AtomicBool::new(false),
+            slowness: AtomicU64::new(0),
         })
     }
 
@@ -209,6 +212,10 @@ impl Watched {
                 range,
                 errno: std::io::ErrorKind::Other,
             });
+        }
+        let slowness = self.slowness.load(SeqCst);
+        if slowness > 0 {
+            std::thread::sleep(Duration::from_micros(slowness));
         }
         if self.endpoints.iter().any(|one| one.reaches(range)) {
             self.violations.fetch_add(1, SeqCst);

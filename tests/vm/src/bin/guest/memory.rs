@@ -47,6 +47,16 @@ impl Memory {
         Self::map(len, libc::MAP_SHARED | libc::MAP_ANONYMOUS, -1, 0)
     }
 
+    /// Pages of 2 MiB from the kernel's pool.
+    pub(crate) fn hugetlb(len: usize) -> io::Result<Self> {
+        Self::map(
+            len,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB,
+            -1,
+            0,
+        )
+    }
+
     /// A part of a file.
     pub(crate) fn file(
         file: &File,

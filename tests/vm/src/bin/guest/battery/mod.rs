@@ -1,11 +1,14 @@
 //! The checks.
 
+mod between;
 mod child;
 mod devices;
 mod flight;
 mod hole;
 mod kernel;
+mod kinds;
 mod rig;
+mod together;
 mod transport;
 mod windows;
 
@@ -19,6 +22,9 @@ pub(crate) const CHECKS: &[&[Check]] = &[
     flight::CHECKS,
     transport::CHECKS,
     windows::CHECKS,
+    kinds::CHECKS,
+    together::CHECKS,
     flight::CONTROL,
     windows::CONTROL,
+    together::CONTROL,
 ];

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use shootdown::{AddressSpace, Deadlines, DmaWindow, Map, ProcessMemory, Range};
+use shootdown::{AddressSpace, Deadlines, DmaWindow, Map, Memory, ProcessMemory, Range};
 use shootdown_vfio::{Container, Device, DeviceWork, Iommu, Reuse, Window, WindowOptions};
 use shootdown_vm::protocol::{Iova, Line};
 
@@ -43,13 +43,21 @@ impl Rig {
         reuse: Reuse,
         endpoint: impl FnOnce(Arc<Container>) -> Arc<E>,
     ) -> Result<Self, Failure> {
+        Self::over(Arc::new(ProcessMemory::reserve(1 << 30)?), reuse, endpoint)
+    }
+
+    /// With memory of any kind behind the space.
+    pub(crate) fn over<E: DmaWindow + 'static>(
+        memory: Arc<dyn Memory>,
+        reuse: Reuse,
+        endpoint: impl FnOnce(Arc<Container>) -> Arc<E>,
+    ) -> Result<Self, Failure> {
         let function = Function::find(EDU)?;
         let device = shootdown_vfio::open(&function.address)?;
         device.set_bus_master(true)?;
         let edu = Arc::new(Edu::new(device.region(0)?)?);
         let container = device.container().expect("it was opened with one").clone();
         let iommu = Iommu::new(vec![endpoint(container.clone())], reuse)?;
-        let memory = Arc::new(ProcessMemory::reserve(1 << 30)?);
         let space = AddressSpace::managed(memory, Deadlines::default());
         let page = space.map(Map::anonymous(SIZE))?;
         let scratch = Window::open(&iommu, &space, page, Arc::new(()), options(SIZE))?;

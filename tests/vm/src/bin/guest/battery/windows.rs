@@ -2,14 +2,13 @@
 //! changes under it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 
 use shootdown::{
-    AddressSpace, Cause, DeviceError, DmaWindow, Map, MapError, Range, Rights, Unregistered,
-    WouldBlock,
+    AddressSpace, Cause, DeviceError, Map, MapError, Range, Rights, Unregistered, WouldBlock,
 };
-use shootdown_vfio::{Container, DeviceWork, InFlight, Operation, Reuse, Window, WindowError};
+use shootdown_vfio::{DeviceWork, InFlight, Operation, Reuse, Window, WindowError};
 
+use super::between::Between;
 use super::rig::{BEFORE, DMA, Rig, SECOND, SIZE, page, race, unmapping};
 use crate::check::{Check, Failure, Outcome, demand, demand_eq};
 use crate::edu::{CHUNK, Edu};
@@ -393,61 +392,13 @@ fn all_or_nothing() -> Outcome {
     Ok(())
 }
 
-/// Counts the calls that reach the container, and may lie.
-struct Between {
-    container: Arc<Container>,
-    maps: AtomicU64,
-    unmaps: AtomicU64,
-    lies: AtomicBool,
-}
-
-impl Between {
-    fn new(container: Arc<Container>) -> Arc<Self> {
-        Arc::new(Self {
-            container,
-            maps: AtomicU64::new(0),
-            unmaps: AtomicU64::new(0),
-            lies: AtomicBool::new(false),
-        })
-    }
-}
-
-impl DmaWindow for Between {
-    fn iova_ranges(&self) -> Vec<Range> {
-        self.container.iova_ranges()
-    }
-
-    fn map(&self, iova: Range, memory: Range, rights: Rights) -> Result<(), DeviceError> {
-        self.maps.fetch_add(1, SeqCst);
-        self.container.map(iova, memory, rights)
-    }
-
-    fn unmap(&self, iova: Range) -> Result<(), DeviceError> {
-        self.unmaps.fetch_add(1, SeqCst);
-        if self.lies.load(SeqCst) {
-            return Ok(());
-        }
-        self.container.unmap(iova)
-    }
-}
-
-/// A rig, and what stands between its windows and the kernel.
-fn between() -> Result<(Rig, Arc<Between>), Failure> {
-    let mut between = None;
-    let rig = Rig::with(Reuse::Late, |container| {
-        between.insert(Between::new(container)).clone()
-    })?;
-    Ok((rig, between.expect("the rig has asked for it")))
-}
-
 fn one_call() -> Outcome {
     const PAGES: u64 = (64 << 20) / SIZE;
-    let (rig, between) = between()?;
+    let (rig, between) = Between::rig()?;
     let memory = rig.space.map(Map::anonymous(PAGES * SIZE))?;
     let window = rig.window(memory, SIZE)?;
-    let calls = || (between.maps.swap(0, SeqCst), between.unmaps.swap(0, SeqCst));
     demand_eq!(
-        calls(),
+        between.calls(),
         (PAGES + 1, 0),
         "calls to open it, and the scratch page"
     );
@@ -455,25 +406,25 @@ fn one_call() -> Outcome {
     unmapping(&[window.iova_of(page(memory, 7))?], || {
         rig.space.discard(page(memory, 7))
     })?;
-    demand_eq!(calls(), (0, 1), "calls to discard a page");
+    demand_eq!(between.calls(), (0, 1), "calls to discard a page");
     window.touch(memory, SECOND)?;
-    demand_eq!(calls(), (1, 0), "calls to touch it all");
+    demand_eq!(between.calls(), (1, 0), "calls to touch it all");
     unmapping(&[window.iova()], || rig.space.unmap(memory))?;
-    demand_eq!(calls(), (0, 1), "calls to unmap it all");
+    demand_eq!(between.calls(), (0, 1), "calls to unmap it all");
     demand_eq!(rig.container.granules(), 1, "granules that are left");
     Ok(())
 }
 
 fn liar() -> Outcome {
-    let (rig, between) = between()?;
+    let (rig, between) = Between::rig()?;
     let memory = rig.pages(4)?;
     let window = rig.window(memory, SIZE)?;
     rig.load(DMA)?;
     let changed = page(memory, 2);
     let at = rig.arm(&window, changed)?;
-    between.lies.store(true, SeqCst);
+    between.lie(true);
     let done = unmapping(&[at], || rig.space.protect(changed, Rights::READ));
-    between.lies.store(false, SeqCst);
+    between.lie(false);
     done?;
     rig.edu.finish()?;
     demand_eq!(

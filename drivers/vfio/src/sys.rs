@@ -319,6 +319,39 @@ mod tests {
         assert!(begun.elapsed() >= Duration::from_millis(20));
     }
 
+    /// R21: a signal ends the system call, and not the wait.
+    #[test]
+    fn a_wait_goes_on_after_a_signal() {
+        extern "C" fn nothing(_: libc::c_int) {}
+        // SAFETY: a handler that does nothing, without SA_RESTART; no other test uses this signal.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = nothing as extern "C" fn(libc::c_int) as libc::sighandler_t;
+            assert_eq!(
+                libc::sigaction(libc::SIGUSR2, &raw const action, std::ptr::null_mut()),
+                0
+            );
+        }
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let waiting = std::thread::spawn(move || {
+            // SAFETY: names the calling thread.
+            sender.send(unsafe { libc::pthread_self() }).unwrap();
+            let quiet = eventfd().unwrap();
+            let begun = Instant::now();
+            let ready = wait_readable([Some(&quiet)], Duration::from_millis(200));
+            (ready, begun.elapsed())
+        });
+        let thread = receiver.recv().unwrap();
+        for _ in 0..5 {
+            std::thread::sleep(Duration::from_millis(10));
+            // SAFETY: the thread waits for longer than this loop takes, and is joined afterwards.
+            assert_eq!(unsafe { libc::pthread_kill(thread, libc::SIGUSR2) }, 0);
+        }
+        let (ready, waited) = waiting.join().unwrap();
+        assert_eq!(ready, Ok([false]));
+        assert!(waited >= Duration::from_millis(200));
+    }
+
     #[test]
     fn a_child_knows_that_it_is_not_its_parent() {
         let parent = process();

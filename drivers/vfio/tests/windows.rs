@@ -6,7 +6,9 @@ mod support;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
-use shootdown::{Cause, DeviceError, InvalidateError, Map, MapError, Range, Rights, Unregistered};
+use shootdown::{
+    Cause, DeviceError, DmaWindow, InvalidateError, Map, MapError, Range, Rights, Unregistered,
+};
 use shootdown_vfio::{Operation, Window, WindowError, WindowOptions};
 use support::{Event, REFUSED, Rig, rig};
 
@@ -167,14 +169,45 @@ fn a_window_that_cannot_be_unmapped_keeps_its_memory_registered_when_it_is_dropp
     assert_eq!(rig.space.registrations(), 1);
     assert!(rig.space.unmap(memory).is_err());
     assert!(rig.endpoints[0].reaches(memory));
-    // Its IOVA is nobody's.
-    let other = pages(&rig, 2);
+    // Its IOVA is nobody's, not even when the space has ended.
+    rig.space.exit().unwrap();
+    let memory = std::sync::Arc::new(shootdown::ProcessMemory::reserve(1 << 20).unwrap());
+    let other = shootdown::AddressSpace::managed(memory, shootdown::Deadlines::default());
     let wanted = WindowOptions {
         at: Some(iova.start()),
         ..options(4096)
     };
-    let refused = Window::open(&rig.iommu, &rig.space, other, rig.work.clone(), wanted);
+    let memory = other.map(Map::anonymous(4096)).unwrap();
+    let refused = Window::open(&rig.iommu, &other, memory, rig.work.clone(), wanted);
     assert!(matches!(refused, Err(WindowError::NoIova { .. })));
+}
+
+#[test]
+fn a_window_whose_closing_failed_maps_nothing_any_more() {
+    let rig = rig(1);
+    let memory = pages(&rig, 2);
+    let window = open(&rig, memory, 4096);
+    rig.space.discard(page(memory, 0)).unwrap();
+    rig.endpoints[0].stuck.store(true, SeqCst);
+    assert!(window.close().is_err());
+    rig.endpoints[0].stuck.store(false, SeqCst);
+    assert!(matches!(
+        window.touch(memory, SECOND),
+        Err(WindowError::Closed { .. })
+    ));
+    assert!(!rig.endpoints[0].reaches(page(memory, 0)));
+}
+
+#[test]
+fn a_map_that_one_endpoint_refuses_is_taken_back_from_the_others() {
+    let rig = rig(3);
+    let memory = pages(&rig, 1);
+    let iova = Range::new(0x10000, 4096).unwrap();
+    rig.endpoints[2].maps_left.store(0, SeqCst);
+    let mapped = rig.iommu.map(iova, memory, Rights::READ);
+    assert_eq!(mapped, Err(REFUSED));
+    assert!(rig.endpoints.iter().all(|one| !one.reaches(memory)));
+    assert_eq!(rig.iommu.unmap(iova), Err(DeviceError::NotMapped { iova }));
 }
 
 #[test]

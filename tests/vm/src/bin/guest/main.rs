@@ -2,6 +2,7 @@
 //!
 //! It runs as PID 1 of the guest that `vm` boots, and refuses to run anywhere else.
 
+mod alloc;
 mod bare;
 mod battery;
 mod boot;

@@ -25,6 +25,8 @@ pub(crate) struct Check {
     waits: u64,
     fault_pages: u64,
     ms: u64,
+    /// Why the check did not do what it must; `None` if it did. Set when the run is over.
+    failed: Option<String>,
 }
 
 impl Check {
@@ -40,6 +42,7 @@ impl Check {
             waits: 0,
             fault_pages: 0,
             ms: 0,
+            failed: None,
         }
     }
 
@@ -56,8 +59,7 @@ impl Check {
         self.ms = ms;
     }
 
-    /// Why the check did not do what it must; `None` if it did.
-    fn wrong(&self) -> Option<String> {
+    fn judge(&self) -> Option<String> {
         let (Some(guest), Some(witness)) = (&self.guest, &self.witness) else {
             return Some("did not run to its end".into());
         };
@@ -95,6 +97,8 @@ pub(crate) struct Report {
     /// From QEMU's start to its end.
     pub(crate) run_ms: u64,
     log: PathBuf,
+    /// All checks held, and the negative controls failed in guest and witness. Set when the run is over.
+    passed: bool,
 }
 
 impl Report {
@@ -106,6 +110,7 @@ impl Report {
             boot_ms: 0,
             run_ms: 0,
             log: log.to_owned(),
+            passed: false,
         }
     }
 
@@ -113,13 +118,21 @@ impl Report {
         self.checks.iter().position(|check| check.name == name)
     }
 
-    pub(crate) fn has_control(&self) -> bool {
-        self.checks.iter().any(|check| check.control)
+    /// Judges the run, which is over.
+    pub(crate) fn judge(&mut self) {
+        if !self.checks.iter().any(|check| check.control) {
+            let text = "no negative control was planned: a run without one proves nothing";
+            self.broken.push(text.into());
+        }
+        for check in &mut self.checks {
+            check.failed = check.judge();
+        }
+        self.passed =
+            self.broken.is_empty() && self.checks.iter().all(|check| check.failed.is_none());
     }
 
-    /// Whether all checks held, and the negative controls failed in guest and witness.
     pub(crate) fn passed(&self) -> bool {
-        self.broken.is_empty() && self.checks.iter().all(|check| check.wrong().is_none())
+        self.passed
     }
 }
 
@@ -137,7 +150,7 @@ impl fmt::Display for Report {
             "check", "ms", "unmapped", "descr.", "waits", "faulted"
         )?;
         for check in &self.checks {
-            let verdict = match check.wrong() {
+            let verdict = match &check.failed {
                 None if check.control => "ok (guest and witness failed, as they must)".into(),
                 None => "ok".into(),
                 Some(why) => format!("FAIL {why}"),
@@ -161,20 +174,16 @@ impl fmt::Display for Report {
             writeln!(f, "FAIL {broken}")?;
         }
         writeln!(f, "boot {} ms, whole run {} ms", self.boot_ms, self.run_ms)?;
-        if !self.passed() {
+        if !self.passed {
             writeln!(f, "console and trace: {}", self.log.display())?;
         }
-        let failed = self
+        let wrong = self
             .checks
             .iter()
-            .filter(|check| check.wrong().is_some())
-            .count()
-            + self.broken.len();
-        let passed = self
-            .checks
-            .iter()
-            .filter(|check| check.wrong().is_none())
+            .filter(|check| check.failed.is_some())
             .count();
+        let passed = self.checks.len() - wrong;
+        let failed = wrong + self.broken.len();
         writeln!(f, "{passed} passed, {failed} failed")
     }
 }

@@ -15,7 +15,7 @@ use crate::raw::Rights;
 
 use super::child::Child;
 use super::kernel::unmap;
-use super::rig::race;
+use super::rig::{Rig, race};
 
 pub(crate) const CHECKS: &[Check] = &[
     Check {
@@ -136,9 +136,9 @@ fn killed() -> Outcome {
             None,
             "memory after the DMA's time"
         );
-        let bare = Bare::open()?;
-        bare.load(0x77)?;
-        demand_eq!(bare.differs(0x77)?, None, "a DMA of the next driver");
+        let rig = Rig::new()?;
+        let next = rig.pages(1)?;
+        rig.lands(&rig.window(next, SIZE)?, next)?;
         Ok(Some(()))
     })
 }

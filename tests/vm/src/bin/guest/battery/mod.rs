@@ -7,6 +7,7 @@ mod flight;
 mod hole;
 mod kernel;
 mod kinds;
+mod path;
 mod rig;
 mod together;
 mod transport;
@@ -22,6 +23,7 @@ pub(crate) const CHECKS: &[&[Check]] = &[
     flight::CHECKS,
     transport::CHECKS,
     windows::CHECKS,
+    path::CHECKS,
     kinds::CHECKS,
     together::CHECKS,
     flight::CONTROL,

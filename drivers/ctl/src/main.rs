@@ -3,7 +3,10 @@
 //!
 //! Exit status: 0 passed, 1 a violation was found, 2 wrong usage, 3 this machine lacks something.
 
+mod attach;
 mod churn;
+mod devices;
+mod hardware;
 mod options;
 mod plant;
 mod report;
@@ -24,6 +27,8 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let options = match cli.command {
         Some(Command::Run(options)) => options,
+        Some(Command::Devices(options)) => return hardware::devices(&options),
+        Some(Command::Attach(options)) => return hardware::attach(&options),
         None => cli.run,
     };
     if options.plant.as_deref() == Some("list") {

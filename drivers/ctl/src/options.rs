@@ -4,6 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::attach::AttachOptions;
+use crate::devices::DevicesOptions;
+
 /// Shootdown of user-space accelerators' TLBs, run against model hardware.
 #[derive(Debug, Parser)]
 #[command(
@@ -23,6 +26,10 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Accelerators work on real process memory while threads map, unmap, discard, protect and remap it (the default).
     Run(Options),
+    /// Lists the PCI functions of this machine, and what stands between each and VFIO.
+    Devices(DevicesOptions),
+    /// Attaches a real device through VFIO, checks it, and proves the shootdown on it.
+    Attach(AttachOptions),
 }
 
 /// What a run does.

@@ -36,6 +36,98 @@ pub enum DeviceError {
         /// How many there are.
         vectors: u32,
     },
+    /// This process was forked off the one that the device belongs to.
+    #[error(
+        "the device belongs to process {owner}: process {child} was forked off it and has to open its own"
+    )]
+    Forked {
+        /// Who opened it.
+        owner: u32,
+        /// Who asked.
+        child: u32,
+    },
+    /// Something is mapped at that IOVA already.
+    #[error("IOVA {iova} is not free: unmap what is mapped there first, or take another")]
+    Overlap {
+        /// What was to be mapped.
+        iova: Range,
+    },
+    /// The IOMMU takes no such range.
+    #[error(
+        "IOVA {iova} cannot be mapped to {memory}: both have to be whole pages of {page:#x} bytes, as long as each other, and inside what the IOMMU translates"
+    )]
+    Misaligned {
+        /// What was to be mapped.
+        iova: Range,
+        /// What it was to be mapped to.
+        memory: Range,
+        /// The IOMMU's smallest page in bytes.
+        page: u64,
+    },
+    /// The IOMMU has as many mappings as it may have.
+    #[error(
+        "no room to map IOVA {iova}: {limit} mappings are in use; unmap some, or map in larger granules"
+    )]
+    OutOfMappings {
+        /// What was to be mapped.
+        iova: Range,
+        /// How many there may be.
+        limit: u64,
+    },
+    /// The pages are not there, or do not allow the access.
+    #[error(
+        "IOVA {iova} cannot be mapped to {memory}: not all of that memory is mapped with the rights asked for, or of a kind that a device can reach"
+    )]
+    Unbacked {
+        /// What was to be mapped.
+        iova: Range,
+        /// What it was to be mapped to.
+        memory: Range,
+    },
+    /// The process may not lock so much memory.
+    #[error(
+        "IOVA {iova} cannot be mapped: pinning {} more bytes passes RLIMIT_MEMLOCK, {limit} bytes; raise it (ulimit -l, LimitMEMLOCK=) or grant CAP_IPC_LOCK", iova.len()
+    )]
+    LockLimit {
+        /// What was to be mapped.
+        iova: Range,
+        /// The limit in bytes.
+        limit: u64,
+    },
+    /// Nothing is mapped at that IOVA.
+    #[error("nothing is mapped at IOVA {iova}")]
+    NotMapped {
+        /// What was to be unmapped.
+        iova: Range,
+    },
+    /// The range begins or ends inside a mapping, and mappings cannot be cut.
+    #[error("IOVA {iova} cuts the mapping {mapping}: unmap whole granules")]
+    Cut {
+        /// What was to be unmapped.
+        iova: Range,
+        /// What it would cut.
+        mapping: Range,
+    },
+    /// The IOMMU took away less or more than was mapped: somebody else changes its mappings.
+    #[error(
+        "of IOVA {iova} {unmapped:#x} bytes were unmapped, not the {expected:#x} that are mapped: somebody else changes this IOMMU; the range counts as mapped"
+    )]
+    Mismatch {
+        /// What was to be unmapped.
+        iova: Range,
+        /// What was mapped, in bytes.
+        expected: u64,
+        /// What the IOMMU says it unmapped, in bytes.
+        unmapped: u64,
+    },
+    /// A system call failed in a way that has no name here.
+    #[error("{call} failed: {}", std::io::Error::from_raw_os_error(*errno))]
+    System {
+        /// The call.
+        call: &'static str,
+        /// What the kernel said.
+        errno: i32,
+    },
     /// The device did not become ready in time.
     #[error("{what} took longer than {deadline:?}")]
     Timeout {
@@ -46,7 +138,8 @@ pub enum DeviceError {
     },
 }
 
-/// A window of 64-bit device registers, little-endian, at byte offsets that are multiples of 8.
+/// A window of device registers, little-endian, 64 or 32 bits wide, at byte offsets that are multiples of their width.
+/// Which widths a register has is the device's business: the others are refused by [`DeviceError::NoRegister`].
 ///
 /// Reads and writes have device semantics: each happens exactly once, in program order of one thread. A write is
 /// ordered after all earlier stores of that thread (release); a read is ordered before all later loads (acquire).
@@ -60,17 +153,34 @@ pub trait Registers: Send + Sync {
         self.len() == 0
     }
 
-    /// Reads the register at byte `offset`.
+    /// Reads the 64-bit register at byte `offset`.
     ///
     /// # Errors
     /// No such register, or the device is gone.
     fn read(&self, offset: u64) -> Result<u64, DeviceError>;
 
-    /// Writes the register at byte `offset`.
+    /// Writes the 64-bit register at byte `offset`.
     ///
     /// # Errors
     /// No such register, or the device is gone.
     fn write(&self, offset: u64, value: u64) -> Result<(), DeviceError>;
+
+    /// Reads the 32-bit register at byte `offset`. Without one of its own a window has none of that width.
+    ///
+    /// # Errors
+    /// No such register, or the device is gone.
+    fn read32(&self, offset: u64) -> Result<u32, DeviceError> {
+        Err(DeviceError::NoRegister { offset, width: 4 })
+    }
+
+    /// Writes the 32-bit register at byte `offset`. Without one of its own a window has none of that width.
+    ///
+    /// # Errors
+    /// No such register, or the device is gone.
+    fn write32(&self, offset: u64, value: u32) -> Result<(), DeviceError> {
+        let _ = value;
+        Err(DeviceError::NoRegister { offset, width: 4 })
+    }
 }
 
 /// Interrupt vectors of a device, each a counter of interrupts not yet taken.
@@ -86,21 +196,31 @@ pub trait Interrupts: Send + Sync {
     fn wait(&self, vector: u32, timeout: Duration) -> Result<u64, DeviceError>;
 }
 
-/// Part of an IOMMU's input address space, mapped to memory of the process. An IOMMU outlives one device and is
-/// shared by several.
+/// An IOMMU's input address space (IOVA), mapped to memory of the process. An IOMMU outlives one device and is shared by
+/// several.
+///
+/// A *granule* is what one call of [`DmaWindow::map`] maps; it can only be unmapped as a whole. Unmapping happens inside
+/// the shootdown path: it neither allocates nor frees, and takes no lock under which somebody does.
 pub trait DmaWindow: Send + Sync {
-    /// The input addresses (IOVA) that devices may be given.
+    /// The IOVAs that devices may be given.
     fn iova_ranges(&self) -> Vec<Range>;
 
-    /// Maps `memory` at `iova`, which has the same length. May wait.
+    /// The IOMMU's smallest page in bytes: both ends of a granule are multiples of it.
+    fn page(&self) -> u64 {
+        4096
+    }
+
+    /// Maps `memory`, as one granule, at `iova`, which has the same length. The pages are pinned. May wait.
     ///
     /// # Errors
-    /// Overlap, misalignment, no room, device gone; nothing is mapped then.
+    /// Overlap, misalignment, no room, memory that is not there, device gone; nothing is mapped then.
     fn map(&self, iova: Range, memory: Range, rights: Rights) -> Result<(), DeviceError>;
 
-    /// Takes `iova` away from the devices; when it returns no device access through it is in flight. May wait.
+    /// Takes every granule in `iova` away from the devices; parts of it that are not mapped are passed over. When it returns no
+    /// device access through them is in flight. May wait.
     ///
     /// # Errors
-    /// Nothing mapped there, a mapping that would be cut, device gone.
+    /// [`DeviceError::NotMapped`] if there is none; [`DeviceError::Cut`], and nothing is unmapped; what the IOMMU did
+    /// otherwise, and the range counts as mapped: the caller has to expect devices to reach it.
     fn unmap(&self, iova: Range) -> Result<(), DeviceError>;
 }

@@ -32,6 +32,7 @@
 
 mod buddy;
 mod bus;
+pub mod edu;
 mod error;
 pub mod gru;
 mod memory;

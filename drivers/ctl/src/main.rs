@@ -3,8 +3,11 @@
 //!
 //! Exit status: 0 passed, 1 a violation was found, 2 wrong usage, 3 this machine lacks something.
 
+mod attach;
 mod campaign;
 mod churn;
+mod devices;
+mod hardware;
 mod options;
 mod plant;
 mod races;
@@ -30,6 +33,8 @@ fn main() -> ExitCode {
     match cli.command {
         Some(Command::Run(options)) => run(&options),
         Some(Command::Plants(options)) => plants(&options),
+        Some(Command::Devices(options)) => hardware::devices(&options),
+        Some(Command::Attach(options)) => hardware::attach(&options),
         None => run(&cli.run),
     }
 }

@@ -4,6 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::attach::AttachOptions;
+use crate::devices::DevicesOptions;
+
 /// Shootdown of user-space accelerators' TLBs, run against model hardware.
 #[derive(Debug, Parser)]
 #[command(
@@ -25,6 +28,10 @@ pub(crate) enum Command {
     Run(Options),
     /// Runs every planted bug with many seeds and says how often, and how soon, it was found.
     Plants(PlantsOptions),
+    /// Lists the PCI functions of this machine, and what stands between each and VFIO.
+    Devices(DevicesOptions),
+    /// Attaches a real device through VFIO, checks it, and proves the shootdown on it.
+    Attach(AttachOptions),
 }
 
 /// What `plants` does.

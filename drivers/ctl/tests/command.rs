@@ -64,14 +64,14 @@ fn a_clean_run_passes_and_reports_everything() {
         assert_eq!(report["leaked"][key], 0, "{key}");
     }
     assert!(report["seconds"].as_f64() >= Some(3.0));
-    assert!(report["fault_retries"].is_u64());
+    // Exit unloads the contexts first, and then has nothing to flush.
+    assert!(report["fault_retries"].is_u64() && report["full_flushes"].is_u64());
     assert_eq!(report["releases"], report["releases_expected"]);
     let happens = [
         "/device_ops",
         "/bytes_verified",
         "/shootdowns",
         "/flush_ops",
-        "/full_flushes",
         "/faults_resolved",
         "/releases",
         "/unregisters/plain",

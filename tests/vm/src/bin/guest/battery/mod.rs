@@ -1,0 +1,32 @@
+//! The checks.
+
+mod between;
+mod child;
+mod devices;
+mod flight;
+mod hole;
+mod kernel;
+mod kinds;
+mod path;
+mod rig;
+mod together;
+mod transport;
+mod windows;
+
+use crate::check::Check;
+
+/// All of them, in the order in which they run.
+pub(crate) const CHECKS: &[&[Check]] = &[
+    devices::CHECKS,
+    kernel::CHECKS,
+    hole::CHECKS,
+    flight::CHECKS,
+    transport::CHECKS,
+    windows::CHECKS,
+    path::CHECKS,
+    kinds::CHECKS,
+    together::CHECKS,
+    flight::CONTROL,
+    windows::CONTROL,
+    together::CONTROL,
+];

@@ -1,0 +1,412 @@
+//! The transport crate in front of the real kernel: what the kernel refuses arrives as a typed error, and what it does is
+//! accounted for.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use shootdown::{DeviceError, DmaWindow, Interrupts, Range, Rights};
+use shootdown_vfio::{Container, Group, Irqs, Kind, VfioError};
+use shootdown_vm::protocol::Line;
+
+use super::child;
+use super::rig::{SECOND, SIZE, page, unmapping};
+use crate::check::{Check, Failure, Outcome, demand, demand_eq};
+use crate::edu::Edu;
+use crate::memory::{Memory, PAGE};
+use crate::pci::{EDU, Function, NVME};
+use crate::port::say;
+use crate::raw;
+
+pub(crate) const CHECKS: &[Check] = &[
+    Check {
+        name: "transport:registers-and-msi-of-edu",
+        run: registers,
+    },
+    Check {
+        name: "transport:errors-of-map-and-unmap-are-typed",
+        run: typed,
+    },
+    Check {
+        name: "transport:a-map-that-the-kernel-has-no-room-for-is-typed",
+        run: no_room,
+    },
+    Check {
+        name: "transport:a-limit-on-locked-memory-is-typed",
+        run: lock_limit,
+    },
+    Check {
+        name: "transport:an-unmap-behind-its-back-is-noticed",
+        run: mismatch,
+    },
+    Check {
+        name: "transport:a-forked-child-is-refused",
+        run: forked,
+    },
+    Check {
+        name: "transport:a-group-in-use-is-typed",
+        run: in_use,
+    },
+    Check {
+        name: "transport:nvme-is-reset-and-edu-has-no-reset",
+        run: reset,
+    },
+    Check {
+        name: "transport:a-device-wanted-back-ends-the-wait",
+        run: wanted_back,
+    },
+    Check {
+        name: "transport:map-and-unmap-cost-what-the-ioctls-cost",
+        run: cost,
+    },
+];
+
+const IOVA: u64 = 0x4000_0000;
+
+fn open() -> Result<(shootdown_vfio::Device, Arc<Container>), Failure> {
+    let device = shootdown_vfio::open(&Function::find(EDU)?.address)?;
+    let container = device.container().expect("it was opened with one").clone();
+    Ok((device, container))
+}
+
+fn range(start: u64, len: u64) -> Range {
+    Range::new(start, len).expect("a range of a check")
+}
+
+fn registers() -> Outcome {
+    const BITS: u32 = 0x20;
+    let (device, _container) = open()?;
+    // An MSI is a write to memory.
+    device.set_bus_master(true)?;
+    let irqs: Irqs = device.interrupts(Kind::Msi, 1)?;
+    let region = device.region(0)?;
+    demand_eq!(region.mapped(), 1 << 20, "bytes of BAR 0 that are mapped");
+    let edu = Edu::new(region)?;
+    demand_eq!(edu.liveness(0x1234_5678)?, !0x1234_5678, "liveness");
+    demand_eq!(
+        irqs.wait(0, Duration::from_millis(20))?,
+        0,
+        "interrupts before one was raised"
+    );
+    edu.raise(BITS)?;
+    demand_eq!(irqs.wait(0, SECOND)?, 1, "interrupts");
+    edu.acknowledge(BITS)?;
+    let none = irqs.wait(1, SECOND);
+    demand_eq!(
+        none,
+        Err(DeviceError::NoVector {
+            vector: 1,
+            vectors: 1
+        }),
+        "a vector that is not there"
+    );
+    Ok(())
+}
+
+fn typed() -> Outcome {
+    let (_device, container) = open()?;
+    let memory = Memory::anonymous(8 * PAGE)?;
+    let all = memory.range();
+    let map = |start: u64, memory: Range| {
+        container.map(
+            range(start, memory.len() as u64),
+            memory,
+            Rights::READ_WRITE,
+        )
+    };
+    demand_eq!(map(IOVA, page(all, 0)), Ok(()), "map");
+    demand_eq!(
+        map(IOVA + SIZE, range(page(all, 1).start().get(), 3 * SIZE)),
+        Ok(()),
+        "map of three pages"
+    );
+    let iova = range(IOVA, 2 * SIZE);
+    demand_eq!(
+        map(IOVA, range(all.start().get(), 2 * SIZE)),
+        Err(DeviceError::Overlap { iova }),
+        "overlap"
+    );
+    for start in [0xfee0_0000, IOVA + 0x10_0800] {
+        let refused = map(start, page(all, 5));
+        let misaligned = matches!(refused, Err(DeviceError::Misaligned { .. }));
+        demand!(misaligned, "map at {start:#x}: {refused:?}");
+    }
+    let hole = Memory::anonymous(PAGE)?.range();
+    let unbacked = map(IOVA + 0x10_0000, hole);
+    demand!(
+        matches!(unbacked, Err(DeviceError::Unbacked { .. })),
+        "memory that is not there: {unbacked:?}"
+    );
+    memory.protect(libc::PROT_READ)?;
+    let read_only = map(IOVA + 0x10_0000, page(all, 5));
+    demand!(
+        matches!(read_only, Err(DeviceError::Unbacked { .. })),
+        "read-only memory: {read_only:?}"
+    );
+    let (cut, mapping) = (range(IOVA, 2 * SIZE), range(IOVA + SIZE, 3 * SIZE));
+    demand_eq!(
+        container.unmap(cut),
+        Err(DeviceError::Cut { iova: cut, mapping }),
+        "cut"
+    );
+    let nothing = range(IOVA + 0x20_0000, SIZE);
+    demand_eq!(
+        container.unmap(nothing),
+        Err(DeviceError::NotMapped { iova: nothing }),
+        "nothing"
+    );
+    demand_eq!(container.granules(), 2, "granules");
+    let more = range(IOVA - 4 * SIZE, 64 * SIZE);
+    unmapping(&[range(IOVA, 4 * SIZE)], || container.unmap(more))?;
+    demand_eq!(container.granules(), 0, "granules at the end");
+    demand_eq!(
+        container.query()?.dma_avail,
+        Some(65_535),
+        "dma_avail at the end"
+    );
+    Ok(())
+}
+
+fn no_room() -> Outcome {
+    const LIMIT: &str = "/sys/module/vfio_iommu_type1/parameters/dma_entry_limit";
+    std::fs::write(LIMIT, "8")?;
+    let opened = open();
+    std::fs::write(LIMIT, "65535")?;
+    let (_device, container) = opened?;
+    let memory = Memory::anonymous(PAGE)?;
+    // Four behind its back, so that it is the kernel that says no.
+    for count in 0..4 {
+        let at = IOVA + 0x10_0000 + count * SIZE;
+        let mapped = raw::map(
+            container.as_fd(),
+            at,
+            memory.address(),
+            SIZE,
+            raw::Rights::ReadWrite,
+        );
+        demand_eq!(mapped, Ok(()), "map behind its back");
+    }
+    let map = |count: u64| {
+        container.map(
+            range(IOVA + count * SIZE, SIZE),
+            memory.range(),
+            Rights::READ_WRITE,
+        )
+    };
+    for count in 0..4 {
+        demand_eq!(map(count), Ok(()), "map");
+    }
+    let full = map(4);
+    demand!(
+        matches!(full, Err(DeviceError::OutOfMappings { .. })),
+        "one more: {full:?}"
+    );
+    demand_eq!(container.granules(), 4, "granules");
+    unmapping(&[range(IOVA, 4 * SIZE)], || {
+        container.unmap(range(IOVA, 4 * SIZE))
+    })?;
+    demand_eq!(map(4), Ok(()), "map afterwards");
+    Ok(())
+}
+
+fn lock_limit() -> Outcome {
+    child::run(|| {
+        const LIMIT: u64 = 16 * SIZE;
+        let (_device, container) = open()?;
+        let memory = Memory::anonymous(32 * PAGE)?;
+        child::become_unprivileged(LIMIT)?;
+        let refused = container.map(range(IOVA, 32 * SIZE), memory.range(), Rights::READ_WRITE);
+        let limited = matches!(refused, Err(DeviceError::LockLimit { limit: LIMIT, .. }));
+        demand!(limited, "map of 32 pages: {refused:?}");
+        demand_eq!(container.granules(), 0, "granules");
+        Ok(())
+    })
+}
+
+fn mismatch() -> Outcome {
+    let (_device, container) = open()?;
+    let memory = Memory::anonymous(2 * PAGE)?;
+    let iova = range(IOVA, 2 * SIZE);
+    for nth in 0..2 {
+        container.map(
+            page(iova, nth),
+            page(memory.range(), nth),
+            Rights::READ_WRITE,
+        )?;
+    }
+    demand_eq!(
+        raw::unmap(container.as_fd(), IOVA, SIZE),
+        Ok(SIZE),
+        "unmap behind its back"
+    );
+    let noticed = container.unmap(iova);
+    let mismatch = DeviceError::Mismatch {
+        iova,
+        expected: 2 * SIZE,
+        unmapped: SIZE,
+    };
+    demand_eq!(noticed, Err(mismatch), "unmap");
+    Ok(())
+}
+
+fn forked() -> Outcome {
+    let (device, container) = open()?;
+    let region = device.region(0)?;
+    let memory = Memory::shared(PAGE)?;
+    child::run(|| {
+        let forked = |found: Result<(), DeviceError>, what: &str| {
+            demand!(
+                matches!(found, Err(DeviceError::Forked { .. })),
+                "{what} in a child: {found:?}"
+            );
+            Ok(())
+        };
+        forked(region.get::<u32>(0).map(drop), "a register")?;
+        forked(region.set::<u32>(4, 1), "a register's write")?;
+        forked(
+            container.map(range(IOVA, SIZE), memory.range(), Rights::READ),
+            "a map",
+        )?;
+        forked(container.unmap(range(IOVA, SIZE)), "an unmap")?;
+        forked(device.config_get::<u16>(4).map(drop), "configuration space")?;
+        let reset = device.set_bus_master(true);
+        demand!(
+            matches!(reset, Err(VfioError::Device(DeviceError::Forked { .. }))),
+            "bus mastering: {reset:?}"
+        );
+        Ok(())
+    })?;
+    demand_eq!(
+        region.get::<u32>(0)?,
+        0x0100_00ed,
+        "edu's identification, in the parent"
+    );
+    Ok(())
+}
+
+fn in_use() -> Outcome {
+    let (_device, _container) = open()?;
+    let number = shootdown_vfio::pci::group(&Function::find(EDU)?.address)?;
+    let second = Group::open(number).and_then(|group| Container::open(vec![group]));
+    let Err(error) = second else {
+        return Err(Failure::NotSo("a second container got the group".into()));
+    };
+    let busy = matches!(
+        error,
+        VfioError::Open {
+            errno: libc::EBUSY,
+            ..
+        } | VfioError::Call {
+            errno: libc::EBUSY,
+            ..
+        }
+    );
+    demand!(busy, "a second container: {error}");
+    Ok(())
+}
+
+fn reset() -> Outcome {
+    /// Controller configuration, and its bit that switches the controller on (NVM Express base specification, 3.1.3.5).
+    const CC: u64 = 0x14;
+    let (edu, _container) = open()?;
+    let refused = edu.reset();
+    demand!(
+        matches!(refused, Err(VfioError::NoReset { .. })),
+        "a reset of edu: {refused:?}"
+    );
+    let nvme = shootdown_vfio::open(&Function::find(NVME)?.address)?;
+    let region = nvme.region(0)?;
+    nvme.set_bus_master(true)?;
+    // Entry sizes only: it stays off.
+    region.set::<u32>(CC, 0x0046_0000)?;
+    demand_eq!(region.get::<u32>(CC)?, 0x0046_0000, "CC before the reset");
+    nvme.reset()?;
+    nvme.set_bus_master(true)?;
+    demand_eq!(region.get::<u32>(CC)?, 0, "CC after the reset");
+    Ok(())
+}
+
+fn wanted_back() -> Outcome {
+    let function = Function::find(EDU)?;
+    let (device, _container) = open()?;
+    let irqs = device.interrupts(Kind::Msi, 1)?;
+    let unbinder = {
+        let function = function.clone();
+        // The kernel holds the writer up until the device is given back.
+        std::thread::spawn(move || function.unbind())
+    };
+    let begun = Instant::now();
+    let waited = irqs.wait(0, Duration::from_secs(10));
+    let took = begun.elapsed();
+    let departure = device.departure();
+    drop((irqs, device, _container));
+    let unbound = unbinder
+        .join()
+        .map_err(|_| Failure::Error("the unbinding thread panicked".into()))?;
+    function.bind_to_vfio()?;
+    unbound?;
+    demand!(
+        matches!(waited, Err(DeviceError::Gone { .. })),
+        "the wait: {waited:?}"
+    );
+    demand!(
+        took < Duration::from_secs(5),
+        "the wait went on for {took:?}"
+    );
+    demand_eq!(
+        departure,
+        Ok(Some(shootdown_vfio::Departure::WantedBack)),
+        "the departure"
+    );
+    Ok(())
+}
+
+fn cost() -> Outcome {
+    // On a machine that does something else besides, a time is too long now and then, never too short.
+    const TRIES: usize = 3;
+    let (_device, container) = open()?;
+    let memory = Memory::anonymous(PAGE)?;
+    let mut text = String::new();
+    for _ in 0..TRIES {
+        let (ours, bare) = times(&container, &memory)?;
+        let thousandths = 1000 * ours.as_nanos() / bare.as_nanos();
+        text = format!(
+            "{} ns, bare ioctls {} ns, ratio {}.{:03} (at most 1.1)",
+            ours.as_nanos(),
+            bare.as_nanos(),
+            thousandths / 1000,
+            thousandths % 1000
+        );
+        if thousandths <= 1100 {
+            say(&Line::Figure("map and unmap of 4 KiB".into(), text));
+            return Ok(());
+        }
+    }
+    Err(Failure::NotSo(text))
+}
+
+/// What a map and an unmap take through the crate, and by bare ioctls: the quickest of many short rounds each, in turns.
+fn times(container: &Container, memory: &Memory) -> Result<(Duration, Duration), Failure> {
+    const PAGES: u32 = 64;
+    const ROUNDS: usize = 64;
+    let at = |count: u32| IOVA + u64::from(count) * SIZE;
+    let (mut bare, mut ours) = (Duration::MAX, Duration::MAX);
+    for _ in 0..ROUNDS {
+        let begun = Instant::now();
+        for count in 0..PAGES {
+            let (fd, rights) = (container.as_fd(), raw::Rights::ReadWrite);
+            let mapped = raw::map(fd, at(count), memory.address(), SIZE, rights);
+            let unmapped = raw::unmap(fd, at(count), SIZE);
+            demand_eq!((mapped, unmapped), (Ok(()), Ok(SIZE)), "bare ioctls");
+        }
+        bare = bare.min(begun.elapsed());
+        let begun = Instant::now();
+        for count in 0..PAGES {
+            let iova = range(at(count), SIZE);
+            container.map(iova, memory.range(), Rights::READ_WRITE)?;
+            container.unmap(iova)?;
+        }
+        ours = ours.min(begun.elapsed());
+    }
+    Ok((ours / PAGES, bare / PAGES))
+}

@@ -1,0 +1,89 @@
+//! PCI devices as sysfs shows them.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use shootdown_vm::protocol::Requester;
+
+/// QEMU's edu: vendor and device.
+pub(crate) const EDU: (u16, u16) = (0x1234, 0x11e8);
+/// QEMU's NVMe controller.
+pub(crate) const NVME: (u16, u16) = (0x1b36, 0x0010);
+/// QEMU's virtio entropy device, which has an ATS cache here.
+pub(crate) const RNG: (u16, u16) = (0x1af4, 0x1044);
+
+/// A PCI function.
+#[derive(Clone, Debug)]
+pub(crate) struct Function {
+    /// Its address, `0000:00:03.0`.
+    pub(crate) address: String,
+    path: PathBuf,
+}
+
+impl Function {
+    /// The function with this vendor and device identifier.
+    pub(crate) fn find((vendor, device): (u16, u16)) -> io::Result<Self> {
+        for entry in fs::read_dir("/sys/bus/pci/devices")? {
+            let entry = entry?;
+            let is = |file: &str, value: u16| -> io::Result<bool> {
+                Ok(fs::read_to_string(entry.path().join(file))?.trim() == format!("{value:#06x}"))
+            };
+            if is("vendor", vendor)? && is("device", device)? {
+                let address = entry.file_name().to_string_lossy().into_owned();
+                return Ok(Self {
+                    address,
+                    path: entry.path(),
+                });
+            }
+        }
+        Err(io::Error::new(
+            io::ErrorKind::NotFound,
+            format!("no PCI function {vendor:04x}:{device:04x}"),
+        ))
+    }
+
+    /// Hands it to vfio-pci, whatever driver has it.
+    pub(crate) fn bind_to_vfio(&self) -> io::Result<()> {
+        if self.driver()?.as_deref() == Some("vfio-pci") {
+            return Ok(());
+        }
+        fs::write(self.path.join("driver_override"), "vfio-pci")?;
+        if self.driver()?.is_some() {
+            self.unbind()?;
+        }
+        fs::write("/sys/bus/pci/drivers_probe", &self.address)
+    }
+
+    /// Takes it from its driver. The kernel waits for that driver's user to give it up.
+    pub(crate) fn unbind(&self) -> io::Result<()> {
+        fs::write(self.path.join("driver/unbind"), &self.address)
+    }
+
+    /// The driver that has it.
+    pub(crate) fn driver(&self) -> io::Result<Option<String>> {
+        match fs::read_link(self.path.join("driver")) {
+            Ok(link) => Ok(Some(name(&link))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Its IOMMU group.
+    pub(crate) fn group(&self) -> io::Result<String> {
+        Ok(name(&fs::read_link(self.path.join("iommu_group"))?))
+    }
+
+    /// What the IOMMU calls it.
+    pub(crate) fn requester(&self) -> Requester {
+        let part = |range| u16::from_str_radix(&self.address[range], 16).unwrap_or(u16::MAX);
+        Requester(part(5..7) << 8 | part(8..10) << 3 | part(11..12))
+    }
+}
+
+fn name(link: &Path) -> String {
+    link.file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned()
+}

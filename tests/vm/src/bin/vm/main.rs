@@ -1,0 +1,113 @@
+//! Runs the VM tier: provides QEMU and a kernel, builds the guest program, boots it, and holds what it says against what its
+//! IOMMU did.
+//!
+//! Exit status: 0 every check held, 1 one did not, 2 wrong usage, 3 this machine lacks something.
+
+mod apt;
+mod cache;
+mod error;
+mod initramfs;
+mod process;
+mod program;
+mod qemu;
+mod report;
+mod run;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use clap::Parser;
+
+use crate::error::Error;
+use crate::report::Report;
+
+/// Real Linux VFIO in a QEMU guest with an emulated IOMMU: every check of the guest, and the witness that reads the IOMMU's own trace.
+///
+/// Nothing is installed and no privilege is needed. The first run fetches about 64 MB of Debian packages through apt-get and
+/// unpacks them into a cache: $SHOOTDOWN_VM_CACHE, else $XDG_CACHE_HOME/shootdown-vm, else ~/.cache/shootdown-vm.
+#[derive(Debug, Parser)]
+#[command(name = "vm", version)]
+struct Options {
+    /// Kills the guest when it has run for so many seconds.
+    #[arg(long, default_value_t = 90, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    deadline: u64,
+    /// Kills the guest when it has said nothing for so many seconds.
+    #[arg(long, default_value_t = 20, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    silence: u64,
+    /// Keeps the guest's console and the IOMMU's trace in this file (it is kept in the cache anyway when a run fails).
+    #[arg(long, value_name = "FILE")]
+    keep_log: Option<PathBuf>,
+    /// Prints the report as one JSON object.
+    #[arg(long)]
+    json: bool,
+    /// The Debian archive to fetch from, where apt's own sources name none.
+    #[arg(long, value_name = "URI")]
+    archive: Option<String>,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    if let Err(error) = ctrlc::set_handler(|| process::INTERRUPTED.store(true, Ordering::Relaxed)) {
+        eprintln!("error: no handler for Ctrl-C could be set: {error}");
+        return ExitCode::from(3);
+    }
+    match tier(&options) {
+        Ok(report) => {
+            if options.json {
+                match serde_json::to_string(&report) {
+                    Ok(text) => println!("{text}"),
+                    Err(error) => {
+                        eprintln!("error: the report could not be written: {error}");
+                        return ExitCode::from(3);
+                    }
+                }
+            } else {
+                print!("{report}");
+            }
+            if report.passed() {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::from(1)
+            }
+        }
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn tier(options: &Options) -> Result<Report, Error> {
+    let (machine, program) = std::thread::scope(|scope| {
+        let program = scope.spawn(program::build);
+        let machine = cache::provide(options.archive.as_deref())?;
+        let program = program
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        Ok((machine, program))
+    })?;
+    let work = cache::Scratch::new(&machine.root)?;
+    let initramfs = work.path().join("initramfs");
+    initramfs::write(&initramfs, &program, &machine.modules)?;
+    let disk = work.path().join("nvme");
+    error::at(
+        &disk,
+        std::fs::File::create(&disk).and_then(|file| file.set_len(qemu::DISK_BYTES)),
+    )?;
+    let log = match &options.keep_log {
+        Some(file) => file.clone(),
+        None => machine.root.join("last.log"),
+    };
+    let boot = qemu::Boot {
+        machine: &machine,
+        initramfs: &initramfs,
+        disk: &disk,
+    };
+    let limits = run::Limits {
+        whole: Duration::from_secs(options.deadline),
+        silence: Duration::from_secs(options.silence),
+    };
+    run::run(&boot, &log, limits)
+}

@@ -1,0 +1,58 @@
+//! Builds the guest program: the same package's other binary, linked statically, as the guest has no libraries.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::error::{Error, at};
+use crate::process::shown;
+
+/// A target named explicitly keeps the flags from build scripts and procedural macros, which cannot be static.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Builds it beside this program's own build and gives its path.
+pub(crate) fn build() -> Result<PathBuf, Error> {
+    let own = at(Path::new("/proc/self/exe"), std::env::current_exe())?;
+    // target/release/vm: two levels up is the directory of all builds.
+    let builds = own.ancestors().nth(2).unwrap_or(Path::new("target"));
+    let target = builds.join("vm-guest");
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");
+    let mut command = Command::new(cargo);
+    command
+        .args([
+            "build",
+            "--release",
+            "--quiet",
+            "--locked",
+            "--no-default-features",
+            "--bin",
+            "guest",
+            "--target",
+            TARGET,
+        ])
+        .arg("--manifest-path")
+        .arg(manifest)
+        .arg("--target-dir")
+        .arg(&target)
+        // It is copied into the guest at each boot: no symbols.
+        .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
+        .env("CARGO_PROFILE_RELEASE_STRIP", "symbols")
+        .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .env_remove("CARGO_BUILD_TARGET");
+    let shown = shown(&command);
+    let output = command.output().map_err(|source| Error::NotStarted {
+        command: shown.clone(),
+        source,
+        mend: "install a Rust toolchain",
+    })?;
+    if !output.status.success() {
+        let output = String::from_utf8_lossy(&output.stderr).into_owned();
+        return Err(Error::Build {
+            command: shown,
+            output,
+        });
+    }
+    Ok(target.join(TARGET).join("release/guest"))
+}

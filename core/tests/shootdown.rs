@@ -375,6 +375,28 @@ fn inside_a_callback_a_fault_is_told_to_install_nothing_whatever_its_range() {
 }
 
 #[test]
+fn discard_and_protect_leave_the_map_to_its_readers() {
+    let space = space();
+    let buffer = space.map(Map::anonymous(2 << 12)).unwrap();
+    let reading = space.lock_read().unwrap();
+    std::thread::scope(|scope| {
+        let changes = scope.spawn(|| {
+            space.discard(buffer).unwrap();
+            space.try_discard(buffer).unwrap();
+            space.protect(buffer, Rights::READ).unwrap();
+            space.try_protect(buffer, Rights::READ_WRITE).unwrap();
+            space.try_unmap(buffer).unwrap_err()
+        });
+        assert!(matches!(
+            changes.join().unwrap(),
+            MapError::WouldBlock { .. }
+        ));
+    });
+    drop(reading);
+    space.unmap(buffer).unwrap();
+}
+
+#[test]
 fn disjoint_unmaps_run_in_parallel() {
     use std::sync::Barrier;
     /// Both handlers meet: they can only if both invalidations are in progress at once.

@@ -15,7 +15,7 @@ use crate::tlb::{Device, Health};
 /// How the caller holds the map lock.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Lock {
-    /// Not: it is taken to claim the span.
+    /// Not: it is taken to claim the span, for write where the operation edits the map, else for read.
     Plain(Mode),
     /// For write, throughout.
     Guard,
@@ -42,6 +42,11 @@ impl Change {
         }
     }
 
+    /// Whether it edits the map, as against the pages behind it.
+    fn edits(self) -> bool {
+        !matches!(self, Self::Discard | Self::Protect(_))
+    }
+
     /// Whether the addresses go: what segments allow.
     pub(super) fn unmaps(self) -> bool {
         matches!(self, Self::Unmap | Self::Recover)
@@ -65,16 +70,19 @@ enum Claim<T> {
 /// Runs `claim` with the table locked until it claims spans; waits while they are claimed by others.
 fn claim<T>(
     space: &Space,
-    lock: Lock,
+    (lock, edits): (Lock, bool),
     call: &'static str,
     range: Range,
     mut claim: impl FnMut(&mut Mappings) -> Result<Claim<T>, MapError>,
 ) -> Result<T, MapError> {
     let busy = || MapError::WouldBlock { range };
     loop {
+        let map_lock = &space.map_lock;
         let held = match lock {
-            Lock::Plain(Mode::Blocking) => Some(space.map_lock.write(call)?),
-            Lock::Plain(Mode::Try) => Some(space.map_lock.try_write(call)?.ok_or_else(busy)?),
+            Lock::Plain(Mode::Blocking) if edits => Some(map_lock.write(call)?),
+            Lock::Plain(Mode::Blocking) => Some(map_lock.read(call)?),
+            Lock::Plain(Mode::Try) if edits => Some(map_lock.try_write(call)?.ok_or_else(busy)?),
+            Lock::Plain(Mode::Try) => Some(map_lock.try_read(call)?.ok_or_else(busy)?),
             Lock::Guard => {
                 context::wait_refusal(call)?;
                 None
@@ -168,7 +176,7 @@ pub(super) fn map(space: &Space, what: Map, lock: Lock) -> Result<Range, MapErro
         return Err(MemoryError::PageSize { page: what.page }.into());
     }
     let asked = check_map(&what, arena)?;
-    let range = claim(space, lock, "map", asked, |mappings| {
+    let range = claim(space, (lock, true), "map", asked, |mappings| {
         let place = place(mappings, &what, asked, arena)?;
         if let Claim::Claimed(range) = place {
             mappings.spans.push(range);
@@ -210,7 +218,7 @@ pub(crate) fn map_segment(
     };
     let asked = check_map(&what, arena)?;
     let mut make = Some(make);
-    claim(space, lock, "map_segment", asked, |mappings| {
+    claim(space, (lock, true), "map_segment", asked, |mappings| {
         Ok(match place(mappings, &what, asked, arena)? {
             Claim::Busy(others) => Claim::Busy(others),
             Claim::Claimed(range) => {
@@ -276,24 +284,30 @@ fn run(
             return Err(MapError::OutsideArena { range: one, arena });
         }
     }
-    let (found, spans) = claim(space, lock, "change a mapping", range, |mappings| {
-        let found = mappings.check(range, change)?;
-        // A segment goes as a whole, whatever part of it is unmapped.
-        let whole = found.segments.iter().map(|segment| segment.range);
-        let hull = whole.fold(range, Range::hull);
-        let spans: Vec<Range> = [Some(hull), target].into_iter().flatten().collect();
-        if let Some(busy) = spans.iter().find(|one| mappings.is_claimed(**one)) {
-            return Ok(Claim::Busy(*busy));
-        }
-        if let Some(to) = target {
-            let by = mappings.overlapping(to).map(|(whole, _)| whole).next();
-            if let Some(by) = by.or_else(|| to.overlaps(range).then_some(range)) {
-                return Err(MapError::Occupied { range: to, by });
+    let (found, spans) = claim(
+        space,
+        (lock, change.edits()),
+        "change a mapping",
+        range,
+        |mappings| {
+            let found = mappings.check(range, change)?;
+            // A segment goes as a whole, whatever part of it is unmapped.
+            let whole = found.segments.iter().map(|segment| segment.range);
+            let hull = whole.fold(range, Range::hull);
+            let spans: Vec<Range> = [Some(hull), target].into_iter().flatten().collect();
+            if let Some(busy) = spans.iter().find(|one| mappings.is_claimed(**one)) {
+                return Ok(Claim::Busy(*busy));
             }
-        }
-        mappings.spans.extend(&spans);
-        Ok(Claim::Claimed((found, spans)))
-    })?;
+            if let Some(to) = target {
+                let by = mappings.overlapping(to).map(|(whole, _)| whole).next();
+                if let Some(by) = by.or_else(|| to.overlaps(range).then_some(range)) {
+                    return Err(MapError::Occupied { range: to, by });
+                }
+            }
+            mappings.spans.extend(&spans);
+            Ok(Claim::Claimed((found, spans)))
+        },
+    )?;
     let Found {
         sizes,
         segments,

@@ -2,7 +2,8 @@
 //!
 //! The table of mappings is behind a mutex that is held for short edits only. An operation *claims a span*: from then on
 //! overlapping operations wait for it (or are refused, in the `try_` forms), disjoint ones go on in parallel. The plain forms
-//! take the map lock to claim their span and drop it before the phases run; the forms on
+//! take the map lock to claim their span (discard and protect for read, as they leave the map as it is) and drop it before
+//! the phases run, since a lock held for read would make every later unmap wait (R28); the forms on
 //! [`MapWriteGuard`] keep it throughout. Waiting for a span with the map lock held is safe: nobody takes that lock
 //! between start and end.
 //!

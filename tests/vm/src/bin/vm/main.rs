@@ -91,11 +91,11 @@ fn tier(options: &Options) -> Result<Report, Error> {
     let work = cache::Scratch::new(&machine.root)?;
     let initramfs = work.path().join("initramfs");
     initramfs::write(&initramfs, &program, &machine.modules)?;
-    let disk = work.path().join("nvme");
-    error::at(
-        &disk,
-        std::fs::File::create(&disk).and_then(|file| file.set_len(qemu::DISK_BYTES)),
-    )?;
+    let disks = ["disk", "slow"].map(|name| work.path().join(name));
+    for disk in &disks {
+        let file = std::fs::File::create(disk).and_then(|file| file.set_len(qemu::DISK_BYTES));
+        error::at(disk, file)?;
+    }
     let log = match &options.keep_log {
         Some(file) => file.clone(),
         None => machine.root.join("last.log"),
@@ -103,7 +103,7 @@ fn tier(options: &Options) -> Result<Report, Error> {
     let boot = qemu::Boot {
         machine: &machine,
         initramfs: &initramfs,
-        disk: &disk,
+        disks: [&disks[0], &disks[1]],
     };
     let limits = run::Limits {
         whole: Duration::from_secs(options.deadline),

@@ -89,6 +89,9 @@ fn entry(pci: &Pci, function: Function) -> Entry {
     }
 }
 
+/// Class and subclass of PCI bridges.
+const BRIDGE: u32 = 0x0604;
+
 /// What keeps VFIO from having the function's group, the function's own driver aside; each with what would mend it.
 pub(crate) fn blocking(pci: &Pci, function: &Function) -> Vec<String> {
     let group = match pci.group_of(&function.address) {
@@ -113,16 +116,23 @@ pub(crate) fn blocking(pci: &Pci, function: &Function) -> Vec<String> {
 
 /// All that keeps VFIO from having the function.
 pub(crate) fn missing(pci: &Pci, function: &Function) -> Vec<String> {
+    if function.class >> 8 == BRIDGE {
+        return vec!["it is a bridge: attach what is behind it".to_owned()];
+    }
     let mut missing = blocking(pci, function);
     if missing.is_empty() && function.driver.as_deref() != Some("vfio-pci") {
         let has = match &function.driver {
             Some(driver) => format!("it is bound to {driver}"),
             None => "it is bound to nothing".to_owned(),
         };
-        missing.push(format!(
-            "{has}: shootdown attach {} --bind",
-            function.address
-        ));
+        let address = &function.address;
+        missing.push(match driver_for(function) {
+            Some(_) => format!("{has}: shootdown attach {address} --bind"),
+            None => format!(
+                "{has}: cd /sys/bus/pci; echo vfio-pci > devices/{address}/driver_override; \
+                 echo {address} > devices/{address}/driver/unbind; echo {address} > drivers_probe"
+            ),
+        });
     }
     missing
 }

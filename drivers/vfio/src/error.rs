@@ -160,6 +160,12 @@ pub(crate) fn open(path: PathBuf, error: &io::Error) -> VfioError {
 /// An ioctl that failed.
 pub(crate) fn call(call: &'static str, on: impl Into<String>, errno: Errno) -> VfioError {
     let way_out = match (call, errno) {
+        ("VFIO_DEVICE_PCI_HOT_RESET", libc::ENOTTY) => {
+            "its bus cannot be reset: take its bus mastering away instead"
+        }
+        ("VFIO_DEVICE_GET_PCI_HOT_RESET_INFO", libc::ENODEV) => {
+            "neither its bus nor its slot can be reset: take its bus mastering away instead"
+        }
         (_, libc::ENOTTY) => "the descriptor is not what it is taken for, or the kernel is too old",
         ("VFIO_SET_IOMMU", libc::EPERM) => {
             "interrupts are not remapped by the IOMMU: switch that on, or load vfio_iommu_type1 with allow_unsafe_interrupts=1 where devices are trusted"

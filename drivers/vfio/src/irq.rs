@@ -5,6 +5,7 @@ use std::io::Read;
 use std::mem::{offset_of, size_of};
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use shootdown::{DeviceError, Interrupts};
@@ -18,7 +19,7 @@ use crate::sys::{self, Call};
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u32)]
 pub enum Kind {
-    /// The pin, level-triggered: masked when it fires, unmasked when it is taken.
+    /// The pin, level-triggered: masked when it fires, unmasked by the next wait.
     Intx = abi::VFIO_PCI_INTX_IRQ_INDEX,
     /// Messages.
     Msi = abi::VFIO_PCI_MSI_IRQ_INDEX,
@@ -124,6 +125,8 @@ pub struct Irqs {
     handle: Arc<Handle>,
     kind: Kind,
     events: Vec<File>,
+    /// A pin has fired and was masked by the kernel: it stays so until the next wait, so that its driver can quiet the device first.
+    masked: AtomicBool,
 }
 
 impl Irqs {
@@ -146,6 +149,7 @@ impl Irqs {
             handle,
             kind,
             events,
+            masked: AtomicBool::new(false),
         })
     }
 }
@@ -164,14 +168,17 @@ impl Interrupts for Irqs {
                 vectors: self.vectors(),
             })?;
         self.handle.check()?;
+        // Relaxed: whoever takes the mark away unmasks; the kernel orders the rest.
+        if self.masked.swap(false, Ordering::Relaxed) {
+            let unmask = abi::VFIO_IRQ_SET_DATA_NONE | abi::VFIO_IRQ_SET_ACTION_UNMASK;
+            set(&self.handle.file, self.kind, unmask, 1, &[])
+                .map_err(|errno| error::system("VFIO_DEVICE_SET_IRQS", errno))?;
+        }
         observe(&self.handle, Some(event), timeout)?;
         let fired = take(event);
         if fired > 0 {
-            if self.kind == Kind::Intx {
-                let unmask = abi::VFIO_IRQ_SET_DATA_NONE | abi::VFIO_IRQ_SET_ACTION_UNMASK;
-                set(&self.handle.file, self.kind, unmask, 1, &[])
-                    .map_err(|errno| error::system("VFIO_DEVICE_SET_IRQS", errno))?;
-            }
+            self.masked
+                .store(self.kind == Kind::Intx, Ordering::Relaxed);
             return Ok(fired);
         }
         self.handle.check()?;

@@ -93,6 +93,14 @@ pub enum WindowError {
         /// The window.
         window: Range,
     },
+    /// Its pages are in quarantine.
+    #[error(
+        "{granule} is in quarantine: recover what may still reach it, drain the space, and open another window"
+    )]
+    Quarantined {
+        /// The memory of the first such granule.
+        granule: Range,
+    },
     /// It could not be registered.
     #[error(transparent)]
     Insert(#[from] InsertError),

@@ -12,6 +12,7 @@
 //! Lock order: the window's `NotifierLock` → an endpoint's own. System calls that map are made with it held: a
 //! shootdown of the window waits for them, a non-blocking one is refused meanwhile.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -21,6 +22,7 @@ use shootdown::{
     Outcome, Range, Registration, Rights, Unregistered, WouldBlock,
 };
 
+use crate::bits::Bits;
 use crate::history::{Entry, Operation};
 use crate::iommu::Iommu;
 use crate::options::{WindowError, WindowOptions};
@@ -69,7 +71,9 @@ struct Inner {
     lock: NotifierLock<State>,
     /// One bit a granule: mapped in every endpoint. Set under the lock; cleared by the invalidation that has the granule to itself, as
     /// nothing is mapped while one overlaps it.
-    mapped: Box<[AtomicU64]>,
+    mapped: Bits,
+    /// In quarantine: whoever keeps the pages may take them away without an invalidation.
+    quarantined: Bits,
     refused: RefusedOps,
     /// The device's work was stopped for good.
     stopped: AtomicBool,
@@ -90,10 +94,23 @@ impl std::fmt::Debug for Inner {
 
 impl Inner {
     /// The whole granules that `part` of the memory touches, by number.
-    fn numbers(&self, part: Range) -> std::ops::RangeInclusive<u64> {
+    fn numbers(&self, part: Range) -> RangeInclusive<u64> {
         let start = self.memory.start().get();
         let number = |addr: Addr| (addr.get() - start) / self.granule;
         number(part.start())..=number(part.last())
+    }
+
+    /// The granules that lie in `part` of the memory as a whole.
+    fn whole_numbers(&self, part: Range) -> Option<RangeInclusive<u64>> {
+        let numbers = self.numbers(part);
+        let (mut first, mut last) = (*numbers.start(), *numbers.end());
+        if !part.contains(self.of(self.memory, first, first)) {
+            first += 1;
+        }
+        if !part.contains(self.of(self.memory, last, last)) {
+            last = last.checked_sub(1)?;
+        }
+        (first <= last).then_some(first..=last)
     }
 
     /// Granules `first` to `last` of a range that is as long as the memory; the very last granule may be short.
@@ -112,16 +129,6 @@ impl Inner {
         self.of(self.iova, *numbers.start(), *numbers.end())
     }
 
-    fn word(&self, number: u64) -> (&AtomicU64, u64) {
-        (&self.mapped[(number / 64) as usize], 1 << (number % 64))
-    }
-
-    fn is_mapped(&self, number: u64) -> bool {
-        let (word, bit) = self.word(number);
-        // Relaxed: the registry's generations order the mapping of a granule against its cut-off.
-        word.load(Ordering::Relaxed) & bit != 0
-    }
-
     fn record(&self, part: Range, operation: Operation) {
         self.iommu.record(Entry {
             window: self.id,
@@ -134,8 +141,8 @@ impl Inner {
     }
 
     /// Maps what of the granules is not mapped. With the lock held, and no invalidation of them in progress.
-    fn map_missing(&self, numbers: std::ops::RangeInclusive<u64>) -> Result<(), DeviceError> {
-        let mut missing = numbers.clone().filter(|number| !self.is_mapped(*number));
+    fn map_missing(&self, numbers: RangeInclusive<u64>) -> Result<(), DeviceError> {
+        let mut missing = numbers.clone().filter(|number| !self.mapped.get(*number));
         let Some(first) = missing.next() else {
             return Ok(());
         };
@@ -151,8 +158,7 @@ impl Inner {
             let [iova, memory] =
                 [self.iova, self.memory].map(|whole| self.of(whole, number, number));
             self.iommu.map(iova, memory, self.rights)?;
-            let (word, bit) = self.word(number);
-            word.fetch_or(bit, Ordering::Relaxed);
+            self.mapped.set(number..=number, true);
         }
         self.record(self.of(self.iova, first, *numbers.end()), Operation::Mapped);
         Ok(())
@@ -166,14 +172,8 @@ impl Inner {
         }
         let offset = iova.start().get() - self.iova.start().get();
         let last = iova.last().get() - self.iova.start().get();
-        let (mut number, last) = (offset / self.granule, last / self.granule);
-        // By words: a window may have very many granules.
-        while number <= last {
-            let upto = last.min(number | 63);
-            let bits = (u64::MAX >> (63 - (upto - number))) << (number % 64);
-            self.word(number).0.fetch_and(!bits, Ordering::Relaxed);
-            number = upto + 1;
-        }
+        self.mapped
+            .set(offset / self.granule..=last / self.granule, false);
         Ok(())
     }
 
@@ -249,6 +249,12 @@ impl Notifier for Inner {
         if outcome == Outcome::Unchanged {
             self.record(iova, Operation::Unchanged(op.cause()));
         }
+        if outcome == Outcome::Quarantined {
+            self.quarantined.set(self.numbers(op.range()), true);
+        } else if let Some(whole) = self.whole_numbers(op.range()) {
+            // Pages in quarantine are not changed: these are out of it.
+            self.quarantined.set(whole, false);
+        }
         self.work.resume(iova);
     }
 
@@ -316,7 +322,6 @@ impl Window {
             };
             found.ok_or_else(|| no_iova(iovas.is_sanitizing()))?
         };
-        let words = len.div_ceil(granule).div_ceil(64);
         let inner = Arc::new(Inner {
             id: iommu.next_window(),
             iommu: iommu.clone(),
@@ -328,7 +333,8 @@ impl Window {
             keep_from_children: options.keep_from_children,
             work,
             lock: NotifierLock::new(State::Open),
-            mapped: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            mapped: Bits::new(len.div_ceil(granule)),
+            quarantined: Bits::new(len.div_ceil(granule)),
             refused: RefusedOps([const { AtomicU64::new(0) }; 64]),
             stopped: AtomicBool::new(false),
             gone: AtomicBool::new(false),
@@ -396,7 +402,7 @@ impl Window {
         Ok(self
             .inner
             .numbers(part)
-            .all(|number| self.inner.is_mapped(number)))
+            .all(|number| self.inner.mapped.get(number)))
     }
 
     /// Maps what of `part` is not mapped, and calls `f` with its IOVA while nothing can take it away: there the doorbell is
@@ -424,6 +430,11 @@ impl Window {
                 if *state == State::Closed {
                     return Err(WindowError::Closed {
                         window: inner.memory,
+                    });
+                }
+                if let Some(sick) = numbers.clone().find(|one| inner.quarantined.get(*one)) {
+                    return Err(WindowError::Quarantined {
+                        granule: inner.of(inner.memory, sick, sick),
                     });
                 }
                 inner.map_missing(numbers)?;

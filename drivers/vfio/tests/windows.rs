@@ -158,6 +158,27 @@ fn a_cut_off_that_fails_quarantines_the_pages_and_says_so() {
     assert!(!rig.endpoints[0].reaches(memory));
 }
 
+/// Whoever keeps pages in quarantine may take them away later without asking anybody.
+#[test]
+fn what_is_in_quarantine_is_not_mapped_again() {
+    let rig = rig(1);
+    let memory = pages(&rig, 8);
+    let window = open(&rig, memory, 2 << 12);
+    rig.endpoints[0].stuck.store(true, SeqCst);
+    assert!(rig.space.discard(page(memory, 3)).is_err());
+    rig.endpoints[0].stuck.store(false, SeqCst);
+    let touched = window.touch(memory, SECOND);
+    let granule = page(memory, 2).hull(page(memory, 3));
+    assert!(
+        matches!(touched, Err(WindowError::Quarantined { granule: found }) if found == granule),
+        "{touched:?}"
+    );
+    window.touch(page(memory, 4), SECOND).unwrap();
+    // A page beside it is no reason to let go of it; all of its granule is.
+    rig.space.discard(page(memory, 2)).unwrap();
+    assert!(window.touch(page(memory, 2), SECOND).is_err());
+}
+
 #[test]
 fn a_window_that_cannot_be_unmapped_keeps_its_memory_registered_when_it_is_dropped() {
     let rig = rig(1);

@@ -58,10 +58,14 @@ pub enum Line {
     Unmap(Iova),
     /// The guest was told that this range is unmapped.
     Unmapped(Iova),
+    /// From here to the end of the check each range is mapped in so many domains of the IOMMU (one, if it is not said).
+    Domains(u64),
     /// From here to the end of the check the requester's ATS cache must be flushed with each range.
     Ats(Requester),
     /// In this check DMA of the requester to this range must fault.
     Faults(Requester, Iova),
+    /// In this check DMA of the requester to this range may fault, or have landed before.
+    MayFault(Requester, Iova),
     /// The check held, as far as the guest can tell.
     Ok(String),
     /// The check failed in the guest, and why.
@@ -80,8 +84,10 @@ impl fmt::Display for Line {
             Self::End(name) => write!(f, "MARK end {name}"),
             Self::Unmap(range) => write!(f, "UNMAP {range}"),
             Self::Unmapped(range) => write!(f, "UNMAPPED {range}"),
+            Self::Domains(count) => write!(f, "DOMAINS {count:#x}"),
             Self::Ats(requester) => write!(f, "ATS {requester}"),
             Self::Faults(requester, range) => write!(f, "FAULTS {requester} {range}"),
+            Self::MayFault(requester, range) => write!(f, "MAYFAULT {requester} {range}"),
             Self::Ok(name) => write!(f, "TEST {name} ok"),
             Self::Fail(name, why) => write!(f, "TEST {name} FAIL {}", one_line(why)),
             Self::Figure(name, text) => write!(f, "FIGURE {name}: {}", one_line(text)),
@@ -107,11 +113,10 @@ impl Line {
             },
             "UNMAP" => Some(Self::Unmap(range(rest)?)),
             "UNMAPPED" => Some(Self::Unmapped(range(rest)?)),
+            "DOMAINS" => Some(Self::Domains(number(rest)?)),
             "ATS" => Some(Self::Ats(requester(rest)?)),
-            "FAULTS" => {
-                let (who, what) = rest.split_once(' ')?;
-                Some(Self::Faults(requester(who)?, range(what)?))
-            }
+            "FAULTS" => device(rest).map(|(who, what)| Self::Faults(who, what)),
+            "MAYFAULT" => device(rest).map(|(who, what)| Self::MayFault(who, what)),
             "TEST" => {
                 let (name, verdict) = rest.split_once(' ')?;
                 match verdict.split_once(' ').unwrap_or((verdict, "")) {
@@ -133,6 +138,11 @@ impl Line {
 fn range(text: &str) -> Option<Iova> {
     let (start, len) = text.split_once(' ')?;
     Iova::new(number(start)?, number(len)?)
+}
+
+fn device(text: &str) -> Option<(Requester, Iova)> {
+    let (who, what) = text.split_once(' ')?;
+    Some((requester(who)?, range(what)?))
 }
 
 fn requester(text: &str) -> Option<Requester> {
@@ -158,8 +168,10 @@ mod tests {
             Line::End(name()),
             Line::Unmap(range),
             Line::Unmapped(range),
+            Line::Domains(2),
             Line::Ats(Requester(0x100)),
             Line::Faults(Requester(0x20), range),
+            Line::MayFault(Requester(0x20), range),
             Line::Ok(name()),
             Line::Fail(name(), "because of this".into()),
             Line::Figure("time of a map".into(), "1.5 us".into()),

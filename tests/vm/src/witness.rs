@@ -1,6 +1,6 @@
 //! Holds what the guest said against what its IOMMU did.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use crate::protocol::{Iova, Line, Requester};
@@ -14,12 +14,16 @@ const PAGE: u64 = 4096;
 pub enum Complaint {
     /// A range was said to be unmapped, but a part was never invalidated.
     #[error(
-        "{range} was said to be unmapped, but no descriptor of one domain invalidated {missing:#x} ({seen})"
+        "{range} was said to be unmapped, but invalidated in {invalidated} domains instead of {wanted}, elsewhere not at {missing:#x} ({seen})"
     )]
     NotInvalidated {
         /// What the guest said.
         range: Bytes,
-        /// The first address that no descriptor covered.
+        /// In how many domains all of it was invalidated.
+        invalidated: u64,
+        /// In how many it was mapped.
+        wanted: u64,
+        /// How far the best of the other domains' descriptors came: the first address that they left.
         missing: u64,
         /// What was seen instead.
         seen: Seen,
@@ -142,8 +146,11 @@ pub struct Witness {
 #[derive(Debug, Default)]
 struct Section {
     pending: Vec<Pending>,
+    /// How many domains each range is mapped in, if not in one.
+    domains: Option<u64>,
     ats: Vec<Requester>,
     announced: Vec<(Requester, Iova)>,
+    allowed: Vec<(Requester, Iova)>,
     faults: BTreeMap<(Requester, u64), FaultCount>,
     findings: Findings,
 }
@@ -152,15 +159,10 @@ struct Section {
 #[derive(Debug)]
 struct Pending {
     range: Iova,
-    done: Vec<Invalidation>,
+    done: Vec<(Cache, Iova)>,
+    /// So many of them, from the first on, were waited for: the queue is worked off in order.
+    waited: usize,
     seen: Seen,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Invalidation {
-    cache: Cache,
-    range: Iova,
-    waited: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -179,15 +181,20 @@ impl Witness {
             (Line::Unmap(range), Some(section)) => section.pending.push(Pending {
                 range: *range,
                 done: Vec::new(),
+                waited: 0,
                 seen: Seen::default(),
             }),
             (Line::Unmapped(range), Some(section)) => section.unmapped(*range),
+            (Line::Domains(count), Some(section)) => section.domains = Some(*count),
             (Line::Ats(requester), Some(section)) => section.ats.push(*requester),
             (Line::Faults(requester, range), Some(section)) => {
                 section.announced.push((*requester, *range));
             }
+            (Line::MayFault(requester, range), Some(section)) => {
+                section.allowed.push((*requester, *range));
+            }
             (Line::Begin(_) | Line::End(_) | Line::Unmap(_) | Line::Unmapped(_), _)
-            | (Line::Ats(_) | Line::Faults(..), None) => {
+            | (Line::Domains(_) | Line::Ats(_) | Line::Faults(..) | Line::MayFault(..), None) => {
                 self.stray.push(Complaint::OutOfPlace(line.to_string()));
             }
             (
@@ -276,15 +283,8 @@ impl Section {
         for pending in &mut self.pending {
             pending.seen.add(event);
             match invalidation {
-                Some((cache, range)) => {
-                    pending.done.push(Invalidation {
-                        cache,
-                        range,
-                        waited: false,
-                    });
-                }
-                // The queue is worked off in order: a wait completes after all that was queued before it.
-                None => pending.done.iter_mut().for_each(|done| done.waited = true),
+                Some(invalidation) => pending.done.push(invalidation),
+                None => pending.waited = pending.done.len(),
             }
         }
     }
@@ -303,7 +303,7 @@ impl Section {
         };
         let pending = self.pending.swap_remove(at);
         let before = complaints.len();
-        if let Err(complaint) = pending.iotlb() {
+        if let Err(complaint) = pending.iotlb(self.domains.unwrap_or(1)) {
             complaints.push(complaint);
         }
         for &requester in &self.ats {
@@ -341,7 +341,7 @@ impl Section {
         for (&(requester, page), &count) in &self.faults {
             let announced =
                 |&(who, range): &(Requester, Iova)| who == requester && in_page(range, page);
-            if !self.announced.iter().any(announced) {
+            if !self.announced.iter().chain(&self.allowed).any(announced) {
                 complaints.push(Complaint::UnexpectedFault {
                     requester,
                     page,
@@ -359,41 +359,59 @@ fn in_page(range: Iova, page: u64) -> bool {
 }
 
 impl Pending {
-    /// Whether one domain's translations of the whole range were invalidated, and waited for.
-    fn iotlb(&self) -> Result<(), Complaint> {
+    /// Whether the translations of the whole range were invalidated, and waited for, in so many domains.
+    fn iotlb(&self, wanted: u64) -> Result<(), Complaint> {
         let range = Bytes(self.range);
-        let domains = self.done.iter().map(|done| match done.cache {
-            Cache::Domain(_) => [Cache::AllDomains, done.cache],
-            _ => [Cache::AllDomains; 2],
-        });
-        let mut missing = self.range.start;
-        let mut invalidated = false;
-        for caches in domains {
-            match self.gap(&caches, false) {
-                Some(gap) => missing = missing.max(gap),
-                None if self.gap(&caches, true).is_none() => return Ok(()),
-                None => invalidated = true,
-            }
+        let all = [Cache::AllDomains];
+        if self.gap(&all, true).is_none() {
+            return Ok(());
         }
-        Err(if invalidated {
-            Complaint::NotWaited { range }
-        } else {
-            Complaint::NotInvalidated {
-                range,
-                missing,
-                seen: self.seen,
-            }
-        })
-    }
-
-    /// The first address of the range that no invalidation of these caches covers (none that was waited for).
-    fn gap(&self, caches: &[Cache], waited: bool) -> Option<u64> {
-        let mut ranges: Vec<Iova> = self
+        let domains: BTreeSet<u16> = self
             .done
             .iter()
-            .filter(|done| caches.contains(&done.cache) && (done.waited || !waited))
-            .map(|done| done.range)
+            .filter_map(|(cache, _)| match *cache {
+                Cache::Domain(domain) => Some(domain),
+                Cache::AllDomains | Cache::Device(_) => None,
+            })
             .collect();
+        let (mut missing, mut invalidated, mut waited) = (self.range.start, 0, 0);
+        for domain in domains {
+            let caches = [Cache::AllDomains, Cache::Domain(domain)];
+            match self.gap(&caches, false) {
+                Some(gap) => missing = missing.max(gap),
+                None => {
+                    invalidated += 1;
+                    waited += u64::from(self.gap(&caches, true).is_none());
+                }
+            }
+        }
+        if waited >= wanted {
+            return Ok(());
+        }
+        Err(
+            if self.gap(&all, false).is_none() || invalidated >= wanted {
+                Complaint::NotWaited { range }
+            } else {
+                Complaint::NotInvalidated {
+                    range,
+                    missing,
+                    invalidated,
+                    wanted,
+                    seen: self.seen,
+                }
+            },
+        )
+    }
+
+    /// The first address of the range that no invalidation of these caches covers (with `waited`: and was waited for).
+    fn gap(&self, caches: &[Cache], waited: bool) -> Option<u64> {
+        let done = if waited {
+            &self.done[..self.waited]
+        } else {
+            &self.done[..]
+        };
+        let of = |(cache, range): &(Cache, Iova)| caches.contains(cache).then_some(*range);
+        let mut ranges: Vec<Iova> = done.iter().filter_map(of).collect();
         ranges.sort_unstable();
         let mut next = self.range.start;
         for range in ranges {

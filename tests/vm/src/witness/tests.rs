@@ -165,6 +165,32 @@ fn parts_add_up_within_one_domain_only() {
 }
 
 #[test]
+fn a_range_that_is_mapped_in_two_domains_is_invalidated_in_both() {
+    let both = FLIGHT.replace("UNMAP 0x", "DOMAINS 0x2\r\nUNMAP 0x");
+    assert!(matches!(
+        complaints(&both)[..],
+        [Complaint::NotInvalidated {
+            invalidated: 1,
+            wanted: 2,
+            ..
+        }]
+    ));
+    let page = "vtd_inv_desc_iotlb_pages iotlb invalidate domain 0x3 addr 0x30000000 mask 0x0\n";
+    let second = page.replace("domain 0x3", "domain 0x4");
+    assert_eq!(
+        complaints(&both.replace(page, &format!("{page}{second}"))),
+        []
+    );
+    let late = both.replace("UNMAPPED", &format!("{second}UNMAPPED"));
+    assert_eq!(
+        complaints(&late),
+        [Complaint::NotWaited {
+            range: Bytes(PAGE_3)
+        }]
+    );
+}
+
+#[test]
 fn a_whole_domain_covers_any_range() {
     let whole = FLIGHT.replace(
         "vtd_inv_desc_iotlb_pages iotlb invalidate domain 0x3 addr 0x30000000 mask 0x0",
@@ -207,6 +233,18 @@ fn a_fault_that_nobody_announced_is_found_and_counted_by_page() {
             page: 0x3000_1000,
             ..
         }]
+    ));
+}
+
+#[test]
+fn a_fault_that_is_only_allowed_may_come_or_not() {
+    let allowed = FLIGHT.replace("FAULTS", "MAYFAULT");
+    assert_eq!(complaints(&allowed), []);
+    assert_eq!(complaints(&without(&allowed, "vtd_dmar_fault")), []);
+    let elsewhere = allowed.replace("addr 0x30000004", "addr 0x30001004");
+    assert!(matches!(
+        complaints(&elsewhere)[..],
+        [Complaint::UnexpectedFault { .. }]
     ));
 }
 

@@ -40,6 +40,11 @@ pub(crate) struct Check {
     pub(crate) run: fn() -> Outcome,
 }
 
+/// For tables of checks.
+pub(crate) const fn check(name: &'static str, run: fn() -> Outcome) -> Check {
+    Check { name, run }
+}
+
 /// Fails the check, with what was found, unless the condition holds.
 macro_rules! demand {
     ($condition:expr, $($why:tt)+) => {

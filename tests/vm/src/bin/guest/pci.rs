@@ -8,7 +8,7 @@ use shootdown_vm::protocol::Requester;
 
 /// QEMU's edu: vendor and device.
 pub(crate) const EDU: (u16, u16) = (0x1234, 0x11e8);
-/// QEMU's NVMe controller.
+/// QEMU's NVMe controller. There are two: the disk of the second is slow.
 pub(crate) const NVME: (u16, u16) = (0x1b36, 0x0010);
 /// QEMU's virtio entropy device, which has an ATS cache here.
 pub(crate) const RNG: (u16, u16) = (0x1af4, 0x1044);
@@ -22,25 +22,34 @@ pub(crate) struct Function {
 }
 
 impl Function {
-    /// The function with this vendor and device identifier.
-    pub(crate) fn find((vendor, device): (u16, u16)) -> io::Result<Self> {
+    /// The first function with this vendor and device identifier.
+    pub(crate) fn find(which: (u16, u16)) -> io::Result<Self> {
+        Self::nth(which, 0)
+    }
+
+    /// The `nth` function with this vendor and device identifier, by address.
+    pub(crate) fn nth((vendor, device): (u16, u16), nth: usize) -> io::Result<Self> {
+        let mut found = Vec::new();
         for entry in fs::read_dir("/sys/bus/pci/devices")? {
-            let entry = entry?;
+            let path = entry?.path();
             let is = |file: &str, value: u16| -> io::Result<bool> {
-                Ok(fs::read_to_string(entry.path().join(file))?.trim() == format!("{value:#06x}"))
+                Ok(fs::read_to_string(path.join(file))?.trim() == format!("{value:#06x}"))
             };
             if is("vendor", vendor)? && is("device", device)? {
-                let address = entry.file_name().to_string_lossy().into_owned();
-                return Ok(Self {
-                    address,
-                    path: entry.path(),
+                found.push(Self {
+                    address: name(&path),
+                    path,
                 });
             }
         }
-        Err(io::Error::new(
-            io::ErrorKind::NotFound,
-            format!("no PCI function {vendor:04x}:{device:04x}"),
-        ))
+        found.sort_by(|one, other| one.address.cmp(&other.address));
+        let missing = || {
+            io::Error::new(
+                io::ErrorKind::NotFound,
+                format!("no PCI function {vendor:04x}:{device:04x} number {nth}"),
+            )
+        };
+        found.into_iter().nth(nth).ok_or_else(missing)
     }
 
     /// Hands it to vfio-pci, whatever driver has it.

@@ -21,6 +21,8 @@ const NO_APT: &str = "this needs Debian's apt and dpkg";
 #[derive(Debug)]
 pub(crate) struct Apt {
     directory: PathBuf,
+    /// The archive still has the backports.
+    backports: bool,
 }
 
 impl Apt {
@@ -41,7 +43,7 @@ impl Apt {
             LIMIT,
             NO_APT,
         )?;
-        let sources = sources(&uris, archive).ok_or(Error::NoArchive)?;
+        let archives = Archives::find(&uris, archive).ok_or(Error::NoArchive)?;
         // How the machine reaches its archive (proxies and the like) stays; hooks and further sources do not.
         let settings = call(
             Command::new("apt-config").args(["dump", "Acquire"]),
@@ -49,31 +51,27 @@ impl Apt {
             LIMIT,
             NO_APT,
         )?;
-        let apt = Self { directory };
-        apt.write("sources.list", &sources)?;
+        let mut apt = Self {
+            directory,
+            backports: true,
+        };
         apt.write("status", "")?;
         apt.write("apt.conf", &apt.configuration(&settings))?;
-        apt.run("apt-get", &["update", "-q"])?;
+        apt.write("sources.list", &archives.sources(apt.backports))?;
+        if apt.run("apt-get", &["update", "-q"]).is_err() {
+            // Backports of a release go to another archive one day. QEMU 7.2 does as well; with any other reason this fails too.
+            apt.backports = false;
+            apt.write("sources.list", &archives.sources(apt.backports))?;
+            apt.run("apt-get", &["update", "-q"])?;
+        }
         Ok(apt)
     }
 
     /// Downloads a package and all that it depends on, as if nothing were installed here; gives the files.
     pub(crate) fn closure(&self, package: &str) -> Result<Vec<PathBuf>, Error> {
-        let newest = [
-            "install",
-            "-q",
-            "--download-only",
-            "-y",
-            "-t",
-            BACKPORTS,
-            package,
-        ];
-        if self.run("apt-get", &newest).is_err() {
-            self.run(
-                "apt-get",
-                &["install", "-q", "--download-only", "-y", package],
-            )?;
-        }
+        let release = if self.backports { BACKPORTS } else { RELEASE };
+        let options = ["install", "-q", "--download-only", "-y", "-t"];
+        self.run("apt-get", &[&options[..], &[release, package]].concat())?;
         self.debs()
     }
 
@@ -189,32 +187,52 @@ fn dir_option(what: &str, directory: &Path) -> String {
     format!("Dir::State::{what}={}/lists", directory.display())
 }
 
-/// The sources of our own: releases of the archive that an update of the machine would read. Mirrors keep Debian below a
-/// directory `debian`, its security updates below `debian-security`.
-fn sources(uris: &str, archive: Option<&str>) -> Option<String> {
-    let bases = uris.lines().filter_map(|line| {
-        line.strip_prefix('\'')?
-            .split_once("/dists/")
-            .map(|(base, _)| base)
-    });
-    let named = |name: &str| {
-        bases
-            .clone()
-            .find(|base| base.split('/').any(|part| part == name))
-    };
-    let main = archive.or_else(|| named("debian"))?;
-    let keys = "/usr/share/keyrings/debian-archive-keyring.gpg";
-    let options = if Path::new(keys).exists() {
-        format!("[signed-by={keys}] ")
-    } else {
-        String::new()
-    };
-    let mut text =
-        format!("deb {options}{main} {RELEASE} main\ndeb {options}{main} {BACKPORTS} main\n");
-    if let Some(security) = named("debian-security") {
-        let _ = writeln!(text, "deb {options}{security} {RELEASE}-security main");
+/// The archive that packages come from.
+#[derive(Debug, PartialEq, Eq)]
+struct Archives {
+    main: String,
+    security: Option<String>,
+}
+
+impl Archives {
+    /// Those that an update of the machine would read, by the files that it would fetch. Mirrors keep Debian below a directory
+    /// `debian`, its security updates below `debian-security`.
+    fn find(uris: &str, given: Option<&str>) -> Option<Self> {
+        let base = |line: &str| Some(line.strip_prefix('\'')?.split_once("/dists/")?.0.to_owned());
+        let bases: Vec<String> = uris.lines().filter_map(base).collect();
+        let below = |name: &str| {
+            let found = bases
+                .iter()
+                .find(|base| base.split('/').any(|part| part == name));
+            found.cloned()
+        };
+        Some(Self {
+            main: given.map(str::to_owned).or_else(|| below("debian"))?,
+            security: below("debian-security"),
+        })
     }
-    Some(text)
+
+    /// As apt reads them.
+    fn sources(&self, backports: bool) -> String {
+        let keys = "/usr/share/keyrings/debian-archive-keyring.gpg";
+        // Without that file apt tries the keys that it trusts anyway.
+        let options = Path::new(keys)
+            .exists()
+            .then(|| format!("[signed-by={keys}] "));
+        let options = options.unwrap_or_default();
+        let security = format!("{RELEASE}-security");
+        let releases = [
+            (Some(&self.main), RELEASE),
+            (Some(&self.main).filter(|_| backports), BACKPORTS),
+            (self.security.as_ref(), security.as_str()),
+        ];
+        releases
+            .iter()
+            .fold(String::new(), |text, (archive, release)| match archive {
+                Some(archive) => format!("{text}deb {options}{archive} {release} main\n"),
+                None => text,
+            })
+    }
 }
 
 #[cfg(test)]
@@ -226,31 +244,27 @@ mod tests {
         let uris = "'http://other.example/apt/dists/x/InRelease' other 0 \n\
                     'http://mirror.example/debian/dists/trixie/InRelease' a 0 \n\
                     'http://mirror.example/debian-security/dists/trixie-security/InRelease' b 0 \n";
-        let text = sources(uris, None).unwrap();
-        let lines: Vec<&str> = text.lines().collect();
-        assert!(
-            lines[0].ends_with("http://mirror.example/debian bookworm main"),
-            "{text}"
-        );
-        assert!(
-            lines[1].ends_with("http://mirror.example/debian bookworm-backports main"),
-            "{text}"
-        );
-        assert!(
-            lines[2].ends_with("http://mirror.example/debian-security bookworm-security main"),
-            "{text}"
-        );
-        assert_eq!(lines.len(), 3);
+        let archives = Archives::find(uris, None).unwrap();
+        let ends = |text: &str, wanted: &[&str]| {
+            let lines: Vec<&str> = text.lines().collect();
+            assert_eq!(lines.len(), wanted.len(), "{text}");
+            for (line, wanted) in lines.iter().zip(wanted) {
+                assert!(line.starts_with("deb ") && line.ends_with(wanted), "{text}");
+            }
+        };
+        let main = "http://mirror.example/debian bookworm main";
+        let backports = "http://mirror.example/debian bookworm-backports main";
+        let security = "http://mirror.example/debian-security bookworm-security main";
+        ends(&archives.sources(true), &[main, backports, security]);
+        ends(&archives.sources(false), &[main, security]);
     }
 
     #[test]
     fn no_archive_is_an_error_unless_one_is_given() {
         let uris = "'http://other.example/ubuntu/dists/noble/InRelease' a 0 \n";
-        assert_eq!(sources(uris, None), None);
-        assert!(
-            sources(uris, Some("http://given.example/debian"))
-                .unwrap()
-                .contains("given.example/debian bookworm main")
-        );
+        assert_eq!(Archives::find(uris, None), None);
+        let given = Archives::find(uris, Some("http://given.example/debian")).unwrap();
+        assert_eq!(given.main, "http://given.example/debian");
+        assert_eq!(given.security, None);
     }
 }

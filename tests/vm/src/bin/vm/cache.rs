@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use crate::apt::Apt;
 use crate::error::{Error, at};
 
-/// Names what the cache holds; another name when that changes, so that an old cache is never taken for a new one.
-const CONTENT: &str = "bookworm-qemu10-linux6.1";
+/// Release of the packages, and number of the layout; another name when what it holds changes, so that an old cache is never taken
+/// for a new one.
+const CONTENT: &str = "bookworm-1";
 
 const LOADER: &str = "qemu/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2";
 const QEMU: &str = "qemu/usr/bin/qemu-system-x86_64";
@@ -44,9 +45,10 @@ pub(crate) struct Machine {
 /// Finds the cache, or fills it: into a directory of its own that gets its name when it is complete.
 pub(crate) fn provide(archive: Option<&str>) -> Result<Machine, Error> {
     let root = directory()?;
+    at(&root, std::fs::create_dir_all(&root))?;
+    let root = at(&root, root.canonicalize())?;
     let content = root.join(CONTENT);
     if !content.exists() {
-        at(&root, std::fs::create_dir_all(&root))?;
         let scratch = Scratch::new(&root)?;
         eprintln!(
             "fetching QEMU and a kernel (about 64 MB) into {}",

@@ -1,7 +1,7 @@
 //! Runs the VM tier: provides QEMU and a kernel, builds the guest program, boots it, and holds what it says against what its
 //! IOMMU did.
 //!
-//! Exit status: 0 every check held, 1 one did not, 2 wrong usage, 3 this machine lacks something.
+//! Exit status: 0 every check held, 1 one did not, 2 wrong usage, 3 this machine lacks something, 130 interrupted.
 
 mod apt;
 mod cache;
@@ -36,7 +36,7 @@ struct Options {
     /// Kills the guest when it has said nothing for so many seconds.
     #[arg(long, default_value_t = 20, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=3600))]
     silence: u64,
-    /// Keeps the guest's console and the IOMMU's trace in this file (it is kept in the cache anyway when a run fails).
+    /// Keeps the guest's console and the IOMMU's trace in this file (without it the last run's is in the cache, as last.log).
     #[arg(long, value_name = "FILE")]
     keep_log: Option<PathBuf>,
     /// Prints the report as one JSON object.
@@ -91,23 +91,30 @@ fn tier(options: &Options) -> Result<Report, Error> {
     let work = cache::Scratch::new(&machine.root)?;
     let initramfs = work.path().join("initramfs");
     initramfs::write(&initramfs, &program, &machine.modules)?;
-    let disk = work.path().join("nvme");
-    error::at(
-        &disk,
-        std::fs::File::create(&disk).and_then(|file| file.set_len(qemu::DISK_BYTES)),
-    )?;
+    let disks = ["disk", "slow"].map(|name| work.path().join(name));
+    for disk in &disks {
+        let file = std::fs::File::create(disk).and_then(|file| file.set_len(qemu::DISK_BYTES));
+        error::at(disk, file)?;
+    }
+    // Two runs at once do not write to one file.
     let log = match &options.keep_log {
         Some(file) => file.clone(),
-        None => machine.root.join("last.log"),
+        None => work.path().join("log"),
     };
     let boot = qemu::Boot {
         machine: &machine,
         initramfs: &initramfs,
-        disk: &disk,
+        disks: [&disks[0], &disks[1]],
     };
     let limits = run::Limits {
         whole: Duration::from_secs(options.deadline),
         silence: Duration::from_secs(options.silence),
     };
-    run::run(&boot, &log, limits)
+    let mut report = run::run(&boot, &log, limits)?;
+    if options.keep_log.is_none() {
+        let last = machine.root.join("last.log");
+        error::at(&last, std::fs::rename(&log, &last))?;
+        report.log = last;
+    }
+    Ok(report)
 }

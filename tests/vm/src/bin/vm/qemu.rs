@@ -8,7 +8,7 @@ use crate::cache::Machine;
 use crate::error::{Error, at};
 use crate::process::Killed;
 
-/// Size of the NVMe device's backing file.
+/// Size of each NVMe device's backing file.
 pub(crate) const DISK_BYTES: u64 = 4 << 20;
 
 /// What QEMU exits with when the guest wrote 16 to the debug exit port. A panic ends it with 0.
@@ -34,7 +34,8 @@ const TRACE: [&str; 6] = [
 pub(crate) struct Boot<'a> {
     pub(crate) machine: &'a Machine,
     pub(crate) initramfs: &'a Path,
-    pub(crate) disk: &'a Path,
+    /// Backing files of the two NVMe devices.
+    pub(crate) disks: [&'a Path; 2],
 }
 
 impl Boot<'_> {
@@ -52,6 +53,7 @@ impl Boot<'_> {
     fn command(&self) -> Command {
         let machine = self.machine;
         let [system, user] = &machine.libraries;
+        let [fast, slow] = self.disks;
         let mut command = Command::new(&machine.loader);
         command
             .arg("--library-path")
@@ -94,14 +96,18 @@ impl Boot<'_> {
                 "-device",
                 "intel-iommu,intremap=on,caching-mode=off,device-iotlb=on",
             ])
-            .args(["-device", "edu,dma_mask=0xffffffffff"])
+            .args(["-device", "edu,dma_mask=0xffffffffff,addr=4"])
             .arg("-drive")
+            .arg(format!("if=none,id=disk,format=raw,file={}", fast.display()))
+            .args(["-device", "nvme,serial=disk,drive=disk,addr=5"])
+            .arg("-drive")
+            // One request a second: a read is in flight for as long.
             .arg(format!(
-                "if=none,id=disk,format=raw,file={}",
-                self.disk.display()
+                "if=none,id=slow,format=raw,throttling.iops-total=1,throttling.iops-total-max=1,file={}",
+                slow.display()
             ))
-            .args(["-device", "nvme,serial=shootdown,drive=disk"])
-            .args(["-device", "pcie-root-port,id=downstream"])
+            .args(["-device", "nvme,serial=slow,drive=slow,addr=6"])
+            .args(["-device", "pcie-root-port,id=downstream,addr=7"])
             .args([
                 "-device",
                 "virtio-rng-pci,bus=downstream,ats=on,iommu_platform=on,disable-legacy=on",

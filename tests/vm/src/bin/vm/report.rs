@@ -96,7 +96,8 @@ pub(crate) struct Report {
     pub(crate) boot_ms: u64,
     /// From QEMU's start to its end.
     pub(crate) run_ms: u64,
-    log: PathBuf,
+    /// Where console and trace are.
+    pub(crate) log: PathBuf,
     /// All checks held, and the negative controls failed in guest and witness. Set when the run is over.
     passed: bool,
 }

@@ -163,7 +163,12 @@ impl Reading {
             Line::Fail(name, why) => self.verdict(&name, Err(why)),
             Line::Figure(name, text) => self.report.figures.push((name, text)),
             Line::Note(text) => self.other(text),
-            Line::Unmap(_) | Line::Unmapped(_) | Line::Ats(_) | Line::Faults(..) => {}
+            Line::Unmap(_)
+            | Line::Unmapped(_)
+            | Line::Domains(_)
+            | Line::Ats(_)
+            | Line::Faults(..)
+            | Line::MayFault(..) => {}
         }
     }
 

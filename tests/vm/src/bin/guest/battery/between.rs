@@ -82,9 +82,9 @@ impl<E: DmaWindow> Telling<E> {
         })
     }
 
-    /// Each range that was unmapped, once.
-    pub(crate) fn unmapped(&self) -> Vec<Range> {
-        let mut ranges = lock(&self.unmapped).clone();
+    /// Each range that was unmapped since it was last asked, once.
+    pub(crate) fn take_unmapped(&self) -> Vec<Range> {
+        let mut ranges = std::mem::take(&mut *lock(&self.unmapped));
         ranges.sort_by_key(|range| range.start());
         ranges.dedup();
         ranges

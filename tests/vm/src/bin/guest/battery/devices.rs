@@ -6,36 +6,21 @@ use std::os::fd::FromRawFd;
 use std::path::Path;
 
 use crate::bare::Bare;
-use crate::check::{Check, Outcome, demand, demand_eq};
+use crate::check::{Check, Outcome, check, demand, demand_eq};
 use crate::pci::{EDU, Function, NVME, RNG};
 use crate::raw::{self, Container};
 
 pub(crate) const CHECKS: &[Check] = &[
-    Check {
-        name: "devices-are-handed-to-vfio-and-their-groups-appear",
-        run: groups,
-    },
-    Check {
-        name: "vfio-speaks-api-0-and-type1-v2",
-        run: version,
-    },
-    Check {
-        name: "a-group-in-use-is-refused-with-ebusy",
-        run: busy,
-    },
-    Check {
-        name: "edu-registers-are-alive",
-        run: liveness,
-    },
-    Check {
-        name: "edu-msi-arrives-at-an-eventfd",
-        run: interrupt,
-    },
+    check("devices-are-handed-to-vfio-and-their-groups-appear", groups),
+    check("vfio-speaks-api-0-and-type1-v2", version),
+    check("a-group-in-use-is-refused-with-ebusy", busy),
+    check("edu-registers-are-alive", liveness),
+    check("edu-msi-arrives-at-an-eventfd", interrupt),
 ];
 
 fn groups() -> Outcome {
-    for which in [EDU, NVME, RNG] {
-        let function = Function::find(which)?;
+    for (which, nth) in [(EDU, 0), (NVME, 0), (NVME, 1), (RNG, 0)] {
+        let function = Function::nth(which, nth)?;
         function.bind_to_vfio()?;
         let driver = function.driver()?;
         demand!(

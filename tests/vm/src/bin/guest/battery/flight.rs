@@ -7,7 +7,7 @@ use std::time::Duration;
 use shootdown_vm::protocol::{Iova, Line};
 
 use crate::bare::Bare;
-use crate::check::{Check, Failure, Outcome, demand, demand_eq};
+use crate::check::{Check, Failure, Outcome, check, demand, demand_eq};
 use crate::edu::CHUNK;
 use crate::memory::{Memory, PAGE};
 use crate::port::say;
@@ -15,28 +15,19 @@ use crate::raw::Rights;
 
 use super::child::Child;
 use super::kernel::unmap;
-use super::rig::{Rig, race};
+use super::rig::{Rig, in_flight, race};
 
 pub(crate) const CHECKS: &[Check] = &[
-    Check {
-        name: "dma-into-mapped-memory-lands",
-        run: lands,
-    },
-    Check {
-        name: "dma-in-flight-at-unmap-faults-and-memory-stays",
-        run: faults,
-    },
-    Check {
-        name: "dma-in-flight-at-kill-9-never-lands-and-the-device-comes-back",
-        run: killed,
-    },
+    check("dma-into-mapped-memory-lands", lands),
+    check("dma-in-flight-at-unmap-faults-and-memory-stays", faults),
+    check(
+        "dma-in-flight-at-kill-9-never-lands-and-the-device-comes-back",
+        killed,
+    ),
 ];
 
 /// In this one guest and witness must both fail.
-pub(crate) const CONTROL: &[Check] = &[Check {
-    name: "control:an-unmap-is-left-out",
-    run: left_out,
-}];
+pub(crate) const CONTROL: &[Check] = &[check("control:an-unmap-is-left-out", left_out)];
 
 const IOVA: u64 = 0x3000_0000;
 const SIZE: u64 = PAGE as u64;
@@ -79,10 +70,9 @@ fn faults() -> Outcome {
         let memory = Memory::anonymous(PAGE)?;
         let bare = armed(&memory)?;
         unmap(&bare.container, IOVA, SIZE)?;
-        if !bare.edu.busy()? {
+        if !in_flight(&bare.edu, bare.function.requester(), RANGE)? {
             return Ok(None);
         }
-        say(&Line::Faults(bare.function.requester(), RANGE));
         untouched(&bare, &memory).map(Some)
     })
 }

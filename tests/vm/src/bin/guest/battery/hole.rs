@@ -2,7 +2,7 @@
 //! word from the kernel. The witness sees no fault either: none is announced here.
 
 use crate::bare::Bare;
-use crate::check::{Check, Failure, Outcome, demand, demand_eq};
+use crate::check::{Check, Failure, Outcome, check, demand, demand_eq};
 use crate::edu::CHUNK;
 use crate::memory::{Memory, PAGE};
 use crate::raw::Rights;
@@ -10,22 +10,19 @@ use crate::raw::Rights;
 use super::kernel::unmap;
 
 pub(crate) const CHECKS: &[Check] = &[
-    Check {
-        name: "hole:the-device-reads-memory-that-was-unmapped",
-        run: unmapped,
-    },
-    Check {
-        name: "hole:after-discard-device-and-cpu-see-different-pages",
-        run: discarded,
-    },
-    Check {
-        name: "hole:the-device-writes-memory-that-was-made-read-only",
-        run: protected,
-    },
-    Check {
-        name: "hole:after-remap-the-iova-follows-the-page-not-the-address",
-        run: remapped,
-    },
+    check("hole:the-device-reads-memory-that-was-unmapped", unmapped),
+    check(
+        "hole:after-discard-device-and-cpu-see-different-pages",
+        discarded,
+    ),
+    check(
+        "hole:the-device-writes-memory-that-was-made-read-only",
+        protected,
+    ),
+    check(
+        "hole:after-remap-the-iova-follows-the-page-not-the-address",
+        remapped,
+    ),
 ];
 
 const IOVA: u64 = 0x2000_0000;

@@ -4,73 +4,34 @@ use std::time::Instant;
 
 use shootdown_vm::protocol::{Iova, Line};
 
-use crate::check::{Check, Failure, Outcome, demand, demand_eq};
+use crate::check::{Check, Failure, Outcome, check, demand, demand_eq};
 use crate::memory::{Memory, PAGE};
 use crate::pci::{EDU, Function, RNG};
 use crate::port::say;
 use crate::raw::{Container, Refused, Rights};
 
 pub(crate) const CHECKS: &[Check] = &[
-    Check {
-        name: "an-overlapping-map-is-eexist",
-        run: overlap,
-    },
-    Check {
-        name: "a-misaligned-or-empty-map-is-einval",
-        run: misaligned,
-    },
-    Check {
-        name: "a-map-into-the-msi-window-is-einval",
-        run: msi_window,
-    },
-    Check {
-        name: "a-map-of-memory-that-is-not-there-is-efault",
-        run: no_memory,
-    },
-    Check {
-        name: "a-map-for-writing-of-read-only-memory-is-efault",
-        run: read_only,
-    },
-    Check {
-        name: "an-unmap-that-cuts-a-mapping-is-einval-and-leaves-size",
-        run: cut,
-    },
-    Check {
-        name: "an-unmap-of-more-than-is-mapped-gives-the-sum",
-        run: more,
-    },
-    Check {
-        name: "an-unmap-of-nothing-succeeds-with-size-0",
-        run: nothing,
-    },
-    Check {
-        name: "unmap-all-clears-all",
-        run: all,
-    },
-    Check {
-        name: "64-mib-in-4-kib-granules-go-in-one-unmap",
-        run: granules,
-    },
-    Check {
-        name: "dma-avail-counts-down-and-up",
-        run: available,
-    },
-    Check {
-        name: "65535-mappings-and-one-more-is-enospc",
-        run: limit,
-    },
-    Check {
-        name: "capabilities-name-ranges-migration-and-dma-avail",
-        run: capabilities,
-    },
-    Check {
-        name: "an-unmap-flushes-the-ats-cache-too",
-        run: ats,
-    },
-    Check {
-        name: "memory-beyond-rlimit-memlock-is-enomem",
-        run: memlock,
-    },
+    check("an-overlapping-map-is-eexist", overlap),
+    check("a-misaligned-or-empty-map-is-einval", misaligned),
+    check("a-map-into-the-msi-window-is-einval", msi_window),
+    check("a-map-of-memory-that-is-not-there-is-efault", no_memory),
+    check("a-map-for-writing-of-read-only-memory-is-efault", read_only),
+    check(
+        "an-unmap-that-cuts-a-mapping-is-einval-and-leaves-size",
+        cut,
+    ),
+    check("an-unmap-of-more-than-is-mapped-gives-the-sum", more),
+    check("an-unmap-of-nothing-succeeds-with-size-0", nothing),
+    check("unmap-all-clears-all", all),
+    check("64-mib-in-4-kib-granules-go-in-one-unmap", granules),
+    check("dma-avail-counts-down-and-up", available),
+    check("65535-mappings-and-one-more-is-enospc", limit),
+    check(
+        "capabilities-name-ranges-migration-and-dma-avail",
+        capabilities,
+    ),
+    check("an-unmap-flushes-the-ats-cache-too", ats),
+    check("memory-beyond-rlimit-memlock-is-enomem", memlock),
 ];
 
 const IOVA: u64 = 0x1000_0000;

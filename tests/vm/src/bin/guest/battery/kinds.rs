@@ -7,45 +7,21 @@ use std::os::fd::FromRawFd;
 use shootdown::{DeviceError, DmaWindow, Range, Rights};
 
 use super::rig::{BEFORE, DMA, Rig, SIZE, page, unmapping};
-use crate::check::{Check, Failure, Outcome, demand, demand_eq};
+use crate::check::{Check, Failure, Outcome, check, demand, demand_eq};
 use crate::edu::CHUNK;
 use crate::memory::{Memory, PAGE};
 use crate::pci::{Function, NVME};
 use crate::raw;
 
 pub(crate) const CHECKS: &[Check] = &[
-    Check {
-        name: "memory:anonymous-pages",
-        run: anonymous,
-    },
-    Check {
-        name: "memory:a-transparent-huge-page-is-one-granule",
-        run: huge,
-    },
-    Check {
-        name: "memory:a-part-of-a-hugetlb-page",
-        run: hugetlb,
-    },
-    Check {
-        name: "memory:a-memfd",
-        run: memfd,
-    },
-    Check {
-        name: "memory:a-shared-file-changes",
-        run: shared_file,
-    },
-    Check {
-        name: "memory:a-private-file-does-not-change",
-        run: private_file,
-    },
-    Check {
-        name: "memory:without-rights-is-refused",
-        run: without_rights,
-    },
-    Check {
-        name: "memory:another-devices-bar-is-reached-by-dma",
-        run: bar,
-    },
+    check("memory:anonymous-pages", anonymous),
+    check("memory:a-transparent-huge-page-is-one-granule", huge),
+    check("memory:a-part-of-a-hugetlb-page", hugetlb),
+    check("memory:a-memfd", memfd),
+    check("memory:a-shared-file-changes", shared_file),
+    check("memory:a-private-file-does-not-change", private_file),
+    check("memory:without-rights-is-refused", without_rights),
+    check("memory:another-devices-bar-is-reached-by-dma", bar),
 ];
 
 const IOVA: u64 = 0x5000_0000;

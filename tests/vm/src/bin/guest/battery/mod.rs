@@ -2,7 +2,9 @@
 
 mod between;
 mod child;
+mod device;
 mod devices;
+mod drivers;
 mod flight;
 mod hole;
 mod kernel;
@@ -22,11 +24,13 @@ pub(crate) const CHECKS: &[&[Check]] = &[
     hole::CHECKS,
     flight::CHECKS,
     transport::CHECKS,
+    device::CHECKS,
     windows::CHECKS,
     path::CHECKS,
     kinds::CHECKS,
+    drivers::CHECKS,
     together::CHECKS,
     flight::CONTROL,
     windows::CONTROL,
-    together::CONTROL,
+    drivers::CONTROL,
 ];

@@ -3,25 +3,25 @@
 use std::cell::Cell;
 use std::sync::Arc;
 
-use shootdown::{AddressSpace, Deadlines, Map, MapError, ProcessMemory, Range, Rights, WouldBlock};
-use shootdown_vfio::{DeviceWork, InFlight, Iommu, Reuse, Window};
+use shootdown::{
+    AddressSpace, Deadlines, DmaWindow, Map, MapError, ProcessMemory, Range, Rights, WouldBlock,
+};
+use shootdown_vfio::{Device, DeviceWork, InFlight, Iommu, Reuse, Window};
 use shootdown_vm::protocol::Line;
 
 use super::rig::{Rig, SECOND, SIZE, options, page, unmapping};
 use crate::alloc;
-use crate::check::{Check, Outcome, demand, demand_eq};
-use crate::pci::{Function, RNG};
+use crate::check::{Check, Failure, Outcome, check, demand, demand_eq};
+use crate::pci::{EDU, Function, NVME, RNG};
 use crate::port::say;
 
 pub(crate) const CHECKS: &[Check] = &[
-    Check {
-        name: "window:from-stop-to-resume-nothing-is-allocated",
-        run: no_allocation,
-    },
-    Check {
-        name: "window:an-ats-cache-is-flushed-with-it",
-        run: ats,
-    },
+    check(
+        "window:from-stop-to-resume-nothing-is-allocated",
+        no_allocation,
+    ),
+    check("window:of-two-containers-goes-from-both", two),
+    check("window:an-ats-cache-is-flushed-with-it", ats),
 ];
 
 thread_local! {
@@ -85,6 +85,29 @@ fn no_allocation() -> Outcome {
             "calls of the allocator between the marks"
         );
     }
+    Ok(())
+}
+
+fn two() -> Outcome {
+    let [edu, nvme] = [EDU, NVME].map(|which| -> Result<_, Failure> {
+        Ok(shootdown_vfio::open(&Function::find(which)?.address)?)
+    });
+    let (edu, nvme): (Device, Device) = (edu?, nvme?);
+    let endpoint = |device: &Device| -> Arc<dyn DmaWindow> {
+        device.container().expect("it was opened with one").clone()
+    };
+    let iommu = Iommu::new(vec![endpoint(&edu), endpoint(&nvme)], Reuse::Late)?;
+    let space = AddressSpace::managed(
+        Arc::new(ProcessMemory::reserve(16 << 20)?),
+        Deadlines::default(),
+    );
+    let memory = space.map(Map::anonymous(8 * SIZE))?;
+    let window = Window::open(&iommu, &space, memory, Arc::new(()), options(2 * SIZE))?;
+    say(&Line::Domains(2));
+    let first = Range::new(window.iova().start().get(), 2 * SIZE)?;
+    unmapping(&[first], || space.discard(page(memory, 1)))?;
+    window.touch(memory, SECOND)?;
+    unmapping(&[window.iova()], || space.unmap(memory))?;
     Ok(())
 }
 

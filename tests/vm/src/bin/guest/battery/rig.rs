@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use shootdown::{AddressSpace, Deadlines, DmaWindow, Map, Memory, ProcessMemory, Range};
 use shootdown_vfio::{Container, Device, DeviceWork, Iommu, Reuse, Window, WindowOptions};
-use shootdown_vm::protocol::{Iova, Line};
+use shootdown_vm::protocol::{Iova, Line, Requester};
 
 use crate::check::{Failure, Outcome, demand};
 use crate::edu::{CHUNK, Edu};
@@ -138,9 +138,9 @@ impl Rig {
         Ok(())
     }
 
-    /// DMA of the device to `range` is to fault.
-    pub(crate) fn say_faults(&self, range: Range) {
-        say(&Line::Faults(self.function.requester(), iova(range)));
+    /// After `at` was unmapped: whether a DMA to it is still to come, and so must fault.
+    pub(crate) fn in_flight(&self, at: Range) -> Result<bool, Failure> {
+        in_flight(&self.edu, self.function.requester(), iova(at))
     }
 }
 
@@ -175,6 +175,14 @@ pub(crate) fn unmapping<T>(ranges: &[Range], act: impl FnOnce() -> T) -> T {
         .iter()
         .for_each(|range| say(&Line::Unmapped(iova(*range))));
     done
+}
+
+/// After `at` was unmapped: whether a DMA to it is still to come, and so must fault. If it was quicker it landed, or faulted.
+pub(crate) fn in_flight(edu: &Edu, requester: Requester, at: Iova) -> Result<bool, Failure> {
+    let busy = edu.busy()?;
+    let announce = if busy { Line::Faults } else { Line::MayFault };
+    say(&announce(requester, at));
+    Ok(busy)
 }
 
 /// A race against a DMA that was armed 100 ms ahead. On a machine that stops for as long the device wins: `None`, and the race

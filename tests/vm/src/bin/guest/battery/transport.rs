@@ -1,106 +1,43 @@
-//! The transport crate in front of the real kernel: what the kernel refuses arrives as a typed error, and what it does is
-//! accounted for.
+//! Containers of the transport crate in front of the real kernel: what the kernel refuses arrives as a typed error, and what it
+//! does is accounted for.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shootdown::{DeviceError, DmaWindow, Interrupts, Range, Rights};
-use shootdown_vfio::{Container, Group, Irqs, Kind, VfioError};
+use shootdown::{DeviceError, DmaWindow, Range, Rights};
+use shootdown_vfio::{Container, Device};
 use shootdown_vm::protocol::Line;
 
 use super::child;
-use super::rig::{SECOND, SIZE, page, unmapping};
-use crate::check::{Check, Failure, Outcome, demand, demand_eq};
-use crate::edu::Edu;
+use super::rig::{SIZE, page, unmapping};
+use crate::check::{Check, Failure, Outcome, check, demand, demand_eq};
 use crate::memory::{Memory, PAGE};
-use crate::pci::{EDU, Function, NVME};
+use crate::pci::{EDU, Function};
 use crate::port::say;
 use crate::raw;
 
 pub(crate) const CHECKS: &[Check] = &[
-    Check {
-        name: "transport:registers-and-msi-of-edu",
-        run: registers,
-    },
-    Check {
-        name: "transport:errors-of-map-and-unmap-are-typed",
-        run: typed,
-    },
-    Check {
-        name: "transport:a-map-that-the-kernel-has-no-room-for-is-typed",
-        run: no_room,
-    },
-    Check {
-        name: "transport:a-limit-on-locked-memory-is-typed",
-        run: lock_limit,
-    },
-    Check {
-        name: "transport:an-unmap-behind-its-back-is-noticed",
-        run: mismatch,
-    },
-    Check {
-        name: "transport:a-forked-child-is-refused",
-        run: forked,
-    },
-    Check {
-        name: "transport:a-group-in-use-is-typed",
-        run: in_use,
-    },
-    Check {
-        name: "transport:nvme-is-reset-and-edu-has-no-reset",
-        run: reset,
-    },
-    Check {
-        name: "transport:a-device-wanted-back-ends-the-wait",
-        run: wanted_back,
-    },
-    Check {
-        name: "transport:map-and-unmap-cost-what-the-ioctls-cost",
-        run: cost,
-    },
+    check("transport:errors-of-map-and-unmap-are-typed", typed),
+    check(
+        "transport:a-map-that-the-kernel-has-no-room-for-is-typed",
+        no_room,
+    ),
+    check("transport:a-limit-on-locked-memory-is-typed", lock_limit),
+    check("transport:an-unmap-behind-its-back-is-noticed", mismatch),
+    check("transport:map-and-unmap-cost-what-the-ioctls-cost", cost),
 ];
 
 const IOVA: u64 = 0x4000_0000;
 
-fn open() -> Result<(shootdown_vfio::Device, Arc<Container>), Failure> {
+pub(crate) fn open() -> Result<(Device, Arc<Container>), Failure> {
     let device = shootdown_vfio::open(&Function::find(EDU)?.address)?;
     let container = device.container().expect("it was opened with one").clone();
     Ok((device, container))
 }
 
-fn range(start: u64, len: u64) -> Range {
+pub(crate) fn range(start: u64, len: u64) -> Range {
     Range::new(start, len).expect("a range of a check")
-}
-
-fn registers() -> Outcome {
-    const BITS: u32 = 0x20;
-    let (device, _container) = open()?;
-    // An MSI is a write to memory.
-    device.set_bus_master(true)?;
-    let irqs: Irqs = device.interrupts(Kind::Msi, 1)?;
-    let region = device.region(0)?;
-    demand_eq!(region.mapped(), 1 << 20, "bytes of BAR 0 that are mapped");
-    let edu = Edu::new(region)?;
-    demand_eq!(edu.liveness(0x1234_5678)?, !0x1234_5678, "liveness");
-    demand_eq!(
-        irqs.wait(0, Duration::from_millis(20))?,
-        0,
-        "interrupts before one was raised"
-    );
-    edu.raise(BITS)?;
-    demand_eq!(irqs.wait(0, SECOND)?, 1, "interrupts");
-    edu.acknowledge(BITS)?;
-    let none = irqs.wait(1, SECOND);
-    demand_eq!(
-        none,
-        Err(DeviceError::NoVector {
-            vector: 1,
-            vectors: 1
-        }),
-        "a vector that is not there"
-    );
-    Ok(())
 }
 
 fn typed() -> Outcome {
@@ -246,118 +183,6 @@ fn mismatch() -> Outcome {
         unmapped: SIZE,
     };
     demand_eq!(noticed, Err(mismatch), "unmap");
-    Ok(())
-}
-
-fn forked() -> Outcome {
-    let (device, container) = open()?;
-    let region = device.region(0)?;
-    let memory = Memory::shared(PAGE)?;
-    child::run(|| {
-        let forked = |found: Result<(), DeviceError>, what: &str| {
-            demand!(
-                matches!(found, Err(DeviceError::Forked { .. })),
-                "{what} in a child: {found:?}"
-            );
-            Ok(())
-        };
-        forked(region.get::<u32>(0).map(drop), "a register")?;
-        forked(region.set::<u32>(4, 1), "a register's write")?;
-        forked(
-            container.map(range(IOVA, SIZE), memory.range(), Rights::READ),
-            "a map",
-        )?;
-        forked(container.unmap(range(IOVA, SIZE)), "an unmap")?;
-        forked(device.config_get::<u16>(4).map(drop), "configuration space")?;
-        let reset = device.set_bus_master(true);
-        demand!(
-            matches!(reset, Err(VfioError::Device(DeviceError::Forked { .. }))),
-            "bus mastering: {reset:?}"
-        );
-        Ok(())
-    })?;
-    demand_eq!(
-        region.get::<u32>(0)?,
-        0x0100_00ed,
-        "edu's identification, in the parent"
-    );
-    Ok(())
-}
-
-fn in_use() -> Outcome {
-    let (_device, _container) = open()?;
-    let number = shootdown_vfio::pci::group(&Function::find(EDU)?.address)?;
-    let second = Group::open(number).and_then(|group| Container::open(vec![group]));
-    let Err(error) = second else {
-        return Err(Failure::NotSo("a second container got the group".into()));
-    };
-    let busy = matches!(
-        error,
-        VfioError::Open {
-            errno: libc::EBUSY,
-            ..
-        } | VfioError::Call {
-            errno: libc::EBUSY,
-            ..
-        }
-    );
-    demand!(busy, "a second container: {error}");
-    Ok(())
-}
-
-fn reset() -> Outcome {
-    /// Controller configuration, and its bit that switches the controller on (NVM Express base specification, 3.1.3.5).
-    const CC: u64 = 0x14;
-    let (edu, _container) = open()?;
-    let refused = edu.reset();
-    demand!(
-        matches!(refused, Err(VfioError::NoReset { .. })),
-        "a reset of edu: {refused:?}"
-    );
-    let nvme = shootdown_vfio::open(&Function::find(NVME)?.address)?;
-    let region = nvme.region(0)?;
-    nvme.set_bus_master(true)?;
-    // Entry sizes only: it stays off.
-    region.set::<u32>(CC, 0x0046_0000)?;
-    demand_eq!(region.get::<u32>(CC)?, 0x0046_0000, "CC before the reset");
-    nvme.reset()?;
-    nvme.set_bus_master(true)?;
-    demand_eq!(region.get::<u32>(CC)?, 0, "CC after the reset");
-    Ok(())
-}
-
-fn wanted_back() -> Outcome {
-    let function = Function::find(EDU)?;
-    let (device, _container) = open()?;
-    let irqs = device.interrupts(Kind::Msi, 1)?;
-    let unbinder = {
-        let function = function.clone();
-        // The kernel holds the writer up until the device is given back.
-        std::thread::spawn(move || function.unbind())
-    };
-    let begun = Instant::now();
-    let waited = irqs.wait(0, Duration::from_secs(10));
-    let took = begun.elapsed();
-    let departure = device.departure();
-    drop((irqs, device, _container));
-    let unbound = unbinder
-        .join()
-        .map_err(|_| Failure::Error("the unbinding thread panicked".into()))?;
-    function.bind_to_vfio()?;
-    unbound?;
-    demand!(
-        matches!(waited, Err(DeviceError::Gone { .. })),
-        "the wait: {waited:?}"
-    );
-    demand!(
-        took < Duration::from_secs(5),
-        "the wait went on for {took:?}"
-    );
-    demand_eq!(
-        departure,
-        Ok(Some(shootdown_vfio::Departure::WantedBack)),
-        "the departure"
-    );
     Ok(())
 }
 

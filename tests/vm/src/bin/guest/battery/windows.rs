@@ -2,6 +2,7 @@
 //! changes under it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use shootdown::{
     AddressSpace, Cause, DeviceError, Map, MapError, Range, Rights, Unregistered, WouldBlock,
@@ -10,66 +11,45 @@ use shootdown_vfio::{DeviceWork, InFlight, Operation, Reuse, Window, WindowError
 
 use super::between::Between;
 use super::rig::{BEFORE, DMA, Rig, SECOND, SIZE, page, race, unmapping};
-use crate::check::{Check, Failure, Outcome, demand, demand_eq};
+use crate::check::{Check, Failure, Outcome, check, demand, demand_eq};
 use crate::edu::{CHUNK, Edu};
 use crate::memory::PAGE;
 
 pub(crate) const CHECKS: &[Check] = &[
-    Check {
-        name: "window:a-page-unmapped-with-dma-in-flight",
-        run: unmap,
-    },
-    Check {
-        name: "window:a-page-discarded-with-dma-in-flight",
-        run: discard,
-    },
-    Check {
-        name: "window:a-page-protected-with-dma-in-flight",
-        run: protect,
-    },
-    Check {
-        name: "window:a-page-remapped-with-dma-in-flight",
-        run: remap,
-    },
-    Check {
-        name: "window:a-page-takes-its-granule-and-a-touch-brings-the-rest-back",
-        run: granule,
-    },
-    Check {
-        name: "window:closed-under-the-map-lock-with-dma-in-flight",
-        run: closed,
-    },
-    Check {
-        name: "window:unmapped-under-the-map-lock-with-dma-in-flight",
-        run: locked,
-    },
-    Check {
-        name: "window:work-that-drains-lands-before-the-pages-change",
-        run: drained,
-    },
-    Check {
-        name: "window:work-that-does-not-drain-costs-the-device-its-bus-mastering",
-        run: stuck,
-    },
-    Check {
-        name: "window:addresses-that-are-never-reused-make-late-dma-fault",
-        run: sanitize,
-    },
-    Check {
-        name: "window:opening-is-all-or-nothing",
-        run: all_or_nothing,
-    },
-    Check {
-        name: "window:64-mib-of-4-kib-granules-go-in-one-call",
-        run: one_call,
-    },
+    check("window:a-page-unmapped-with-dma-in-flight", unmap),
+    check("window:a-page-discarded-with-dma-in-flight", discard),
+    check("window:a-page-protected-with-dma-in-flight", protect),
+    check("window:a-page-remapped-with-dma-in-flight", remap),
+    check(
+        "window:a-page-takes-its-granule-and-a-touch-brings-the-rest-back",
+        granule,
+    ),
+    check(
+        "window:closed-under-the-map-lock-with-dma-in-flight",
+        closed,
+    ),
+    check(
+        "window:unmapped-under-the-map-lock-with-dma-in-flight",
+        locked,
+    ),
+    check(
+        "window:work-that-drains-lands-before-the-pages-change",
+        drained,
+    ),
+    check(
+        "window:work-that-does-not-drain-costs-the-device-its-bus-mastering",
+        stuck,
+    ),
+    check(
+        "window:addresses-that-are-never-reused-make-late-dma-fault",
+        sanitize,
+    ),
+    check("window:opening-is-all-or-nothing", all_or_nothing),
+    check("window:64-mib-of-4-kib-granules-go-in-one-call", one_call),
 ];
 
 /// In this one guest and witness must both fail.
-pub(crate) const CONTROL: &[Check] = &[Check {
-    name: "control:an-iommu-says-unmapped-and-is-not",
-    run: liar,
-}];
+pub(crate) const CONTROL: &[Check] = &[check("control:an-iommu-says-unmapped-and-is-not", liar)];
 
 /// Changes the third page of a window of four with a DMA to it in flight. Gives window, memory, and where it was.
 fn in_flight(
@@ -84,10 +64,9 @@ fn in_flight(
         let changed = page(memory, 2);
         let at = rig.arm(&window, changed)?;
         unmapping(&[at], || change(&rig.space, changed))?;
-        if !rig.edu.busy()? {
+        if !rig.in_flight(at)? {
             return Ok(None);
         }
-        rig.say_faults(at);
         rig.edu.finish()?;
         for other in [0, 1, 3] {
             let other = page(memory, other);
@@ -192,10 +171,9 @@ fn granule() -> Outcome {
         let at = rig.arm(&window, beside)?;
         let whole = Range::new(window.iova().start().get() + PAGES * SIZE, PAGES * SIZE)?;
         unmapping(&[whole], || rig.space.discard(changed))?;
-        if !rig.edu.busy()? {
+        if !rig.in_flight(at)? {
             return Ok(None);
         }
-        rig.say_faults(at);
         rig.edu.finish()?;
         demand_eq!(
             rig.view(beside).differs(0, PAGE, BEFORE),
@@ -222,6 +200,7 @@ fn closed() -> Outcome {
         let at = rig.arm(&window, page(memory, 1))?;
         let guard = rig.space.lock_write()?;
         let closed = unmapping(&[window.iova()], || window.close())?;
+        let won = rig.in_flight(at)?;
         demand_eq!(
             closed,
             Unregistered::Quiet,
@@ -229,10 +208,9 @@ fn closed() -> Outcome {
         );
         guard.unmap(page(memory, 3))?;
         drop(guard);
-        if !rig.edu.busy()? {
+        if !won {
             return Ok(None);
         }
-        rig.say_faults(at);
         rig.edu.finish()?;
         for left in 0..3 {
             demand_eq!(
@@ -314,6 +292,7 @@ fn stuck() -> Outcome {
         shootdown_vfio::FunctionReset::new(rig.device.clone()),
     );
     let mut options = super::rig::options(SIZE);
+    options.deadline = Duration::from_millis(50);
     options.targets = vec![shootdown::Target {
         device: target,
         tag: 0,
@@ -351,12 +330,11 @@ fn sanitize() -> Outcome {
         rig.load(DMA)?;
         let at = rig.arm(&window, first)?;
         unmapping(&[at], || window.close())?;
-        let next = rig.window(second, SIZE)?;
-        demand!(!next.iova().overlaps(at), "{at} was handed out again");
-        if !rig.edu.busy()? {
+        if !rig.in_flight(at)? {
             return Ok(None);
         }
-        rig.say_faults(at);
+        let next = rig.window(second, SIZE)?;
+        demand!(!next.iova().overlaps(at), "{at} was handed out again");
         rig.edu.finish()?;
         for memory in [first, second] {
             demand_eq!(rig.view(memory).differs(0, PAGE, BEFORE), None, "memory");

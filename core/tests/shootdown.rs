@@ -354,6 +354,12 @@ fn segments_share_one_registration_and_the_last_put_retires_it() {
     assert_eq!(counting.releases.load(SeqCst), 0, "not under the lock");
     drop(guard);
     assert_eq!(counting.releases.load(SeqCst), 1);
+    drop((first, second));
+    assert_eq!(
+        Arc::strong_count(&counting),
+        1,
+        "nothing keeps a handler that was released"
+    );
     let _again = space.share(1, make).unwrap();
     assert_eq!(space.registrations(), 1, "a newcomer makes a new one");
 }

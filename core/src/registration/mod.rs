@@ -254,12 +254,14 @@ impl Prepared {
     /// [`InsertError::Exiting`]; [`Refused`] with a `NotifierLock` held (outside a callback).
     pub fn insert(self) -> Result<Registration, InsertError> {
         self.admit()?;
+        context::leave();
         Ok(Registration {
             inner: self.inner,
             owned: true,
         })
     }
 
+    /// The caller runs [`context::leave`] afterwards: exit may have come between, and left the release to this thread.
     pub(crate) fn admit(&self) -> Result<(), InsertError> {
         let inner = &self.inner;
         let later = context::inside_callback();
@@ -273,7 +275,6 @@ impl Prepared {
             context::insert_later(inner.clone());
         } else {
             Inner::publish(inner.clone());
-            context::leave();
         }
         Ok(())
     }

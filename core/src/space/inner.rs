@@ -194,6 +194,10 @@ impl Space {
         self.recorder.record(Kind::Release, inner.id, 0, 0);
         self.stats.add(Counter::Releases, 1);
         inner.word.released();
+        // A shared one is not known under its key any more, or its handler would live on.
+        self.shared
+            .lock()
+            .retain(|(_, one)| !Arc::ptr_eq(one, &inner));
         {
             let mut lifecycle = self.lifecycle.lock();
             lifecycle.registered -= 1;
@@ -336,6 +340,8 @@ impl Space {
         prepared.admit()?;
         let inner = prepared.inner().clone();
         shared.push((key, inner.clone()));
+        drop(shared);
+        context::leave();
         Ok(inner)
     }
 }

@@ -316,7 +316,12 @@ pub(crate) fn insert_later(inner: Arc<Inner>) {
 
 /// Runs what was put off on this thread, as far as it is legal now. Called wherever something is left.
 pub(crate) fn leave() {
-    if wait_refusal("").is_err() {
+    let nothing = CONTEXT.with(|context| {
+        in_callback(context)
+            || context.notifier_locks.get() > 0
+            || (context.inserts.get().is_null() && context.put_off.get().is_null())
+    });
+    if nothing {
         return;
     }
     // Legal with the map lock held.

@@ -65,7 +65,7 @@ impl crate::AddressSpace {
         mode: Mode,
     ) -> Result<ExternalInvalidation<'_>, InvalidateError> {
         context::wait_refusal("begin_invalidation")?;
-        if self.space.is_exiting() {
+        if self.space.exit_has_begun() {
             return Err(InvalidateError::Exiting { range });
         }
         let what = What {

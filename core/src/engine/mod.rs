@@ -68,8 +68,8 @@ pub(crate) struct Invalidation<'s> {
     space: &'s Arc<Space>,
     core: OpCore,
     claim: Claim,
-    hits: Chain<Hit>,
-    devices: Chain<DeviceOp>,
+    hits: Chain<'s, Hit>,
+    devices: Chain<'s, DeviceOp>,
     trouble: Trouble,
     missed_deadline: bool,
     ended: bool,
@@ -163,8 +163,8 @@ impl<'s> Invalidation<'s> {
                         post: space.watch.post(claim.slot()),
                     },
                     claim,
-                    hits: Chain::new(space.hits.clone()),
-                    devices: Chain::new(space.device_ops.clone()),
+                    hits: Chain::new(&space.hits),
+                    devices: Chain::new(&space.device_ops),
                     trouble: Trouble::default(),
                     missed_deadline: false,
                     ended: false,
@@ -355,6 +355,9 @@ impl<'s> Invalidation<'s> {
                 one.issue(&mut deadline);
             }
         });
+        if devices.is_empty() {
+            return;
+        }
         space.recorder.record(Kind::Dispatched, core.id, 0, 0);
         sync(devices, &mut deadline);
         self.escalate();

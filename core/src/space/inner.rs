@@ -45,13 +45,15 @@ pub(crate) struct Space {
     pub(crate) registry: Registry<Inner>,
     pub(crate) active: Active,
     pub(crate) events: Events,
-    pub(crate) hits: Arc<Pool<Hit>>,
-    pub(crate) device_ops: Arc<Pool<DeviceOp>>,
+    pub(crate) hits: Pool<Hit>,
+    pub(crate) device_ops: Pool<DeviceOp>,
     pub(crate) stats: Counters,
     pub(crate) recorder: Recorder,
     pub(crate) watch: StdArc<Watch>,
     shared: Mutex<Vec<(u64, Arc<Inner>)>>,
     lifecycle: Mutex<Lifecycle>,
+    /// A copy of [`Lifecycle::exiting`] for those who need no more than a hint.
+    exit_begun: AtomicBool,
     pub(super) owners: AtomicUsize,
     numbers: AtomicU64,
     completed: List<Inner>,
@@ -91,13 +93,14 @@ impl Space {
             registry: Registry::new(),
             active: Active::new(),
             events: Events::new(),
-            hits: Arc::new(Pool::new()),
-            device_ops: Arc::new(Pool::new()),
+            hits: Pool::new(),
+            device_ops: Pool::new(),
             stats: Counters::new(),
             recorder: Recorder::new(),
             watch: Watch::new(id, deadlines.callback),
             shared: Mutex::new(Vec::new()),
             lifecycle: Mutex::new(Lifecycle::default()),
+            exit_begun: AtomicBool::new(false),
             owners: AtomicUsize::new(1),
             numbers: AtomicU64::new(1),
             completed: List::new(),
@@ -117,6 +120,12 @@ impl Space {
 
     pub(crate) fn is_exiting(&self) -> bool {
         self.lifecycle.lock().exiting
+    }
+
+    /// The same without the lock: what follows may still meet an exit that begins.
+    pub(crate) fn exit_has_begun(&self) -> bool {
+        // Relaxed: a hint.
+        self.exit_begun.load(Ordering::Relaxed)
     }
 
     /// Inserted and not yet released.
@@ -256,6 +265,7 @@ impl Space {
             return;
         }
         let first = !std::mem::replace(&mut this.lifecycle.lock().exiting, true);
+        this.exit_begun.store(true, Ordering::Relaxed);
         let mut reached = false;
         if first {
             // From here on no operation claims a span, and those that had are over: the segments are this thread's.

@@ -112,8 +112,9 @@ impl Fault<'_> {
         };
         let mut seen = look();
         if seen.is_none() {
-            let deadline = *self.begun.get_or_insert_with(now) + self.time;
-            space.events.wait(Some(deadline), || {
+            // None: past what the clock can say, which is for ever.
+            let deadline = self.begun.get_or_insert_with(now).checked_add(self.time);
+            space.events.wait(deadline, || {
                 seen = look();
                 seen.is_some() || gone()
             });

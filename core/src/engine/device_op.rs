@@ -4,15 +4,17 @@ use std::time::{Duration, Instant};
 
 use crate::pool::Chain;
 use crate::primitive::{Backoff, now};
-use crate::tlb::{BATCH, Completion, Device, FlushCommand, Issue, Scope, Ticket};
+use crate::tlb::{BATCH, Completion, Device, FlushCommand, Health, Issue, Scope, Ticket};
 
 /// One device in one invalidation.
 pub(crate) struct DeviceOp {
     pub(super) device: Device,
     commands: [FlushCommand; BATCH],
     pub(super) len: usize,
-    pub(super) ticket: Option<Ticket>,
+    ticket: Option<Ticket>,
     pub(super) state: Ack,
+    /// It missed its deadline, and its commands became one for the whole device.
+    pub(super) widened: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -34,7 +36,13 @@ impl DeviceOp {
             len: 0,
             ticket: None,
             state: Ack::Waiting,
+            widened: false,
         }
+    }
+
+    pub(super) fn widen(&mut self) {
+        self.set_whole();
+        self.widened = true;
     }
 
     /// More commands than a batch holds become one for the whole device.
@@ -51,11 +59,11 @@ impl DeviceOp {
         }
     }
 
-    pub(super) fn is_whole(&self) -> bool {
+    fn is_whole(&self) -> bool {
         self.len == 1 && self.commands[0].scope == Scope::Device
     }
 
-    pub(super) fn set_whole(&mut self) {
+    fn set_whole(&mut self) {
         self.commands[0] = FlushCommand {
             tag: 0,
             scope: Scope::Device,
@@ -75,7 +83,9 @@ impl DeviceOp {
                     Issue::Queued => queued = true,
                     Issue::NothingCached => {}
                     Issue::Busy => {
-                        if deadline.is_over(&backoff) {
+                        // One that has panicked is in quarantine.
+                        let dead = self.device.health() == Health::Quarantined;
+                        if dead || deadline.is_over(&backoff) {
                             self.state = Ack::Missed;
                             return;
                         }

@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use shootdown::DeviceError;
 use vfio_bindings::bindings::vfio as abi;
 
-use crate::caps::{Bytes, walk};
+use crate::answer::{parse_region, parse_siblings};
+use crate::caps::Bytes;
 use crate::container::{Container, Group, check_owner};
 use crate::error::{self, VfioError};
 use crate::irq::{self, Irqs, Kind};
@@ -218,36 +219,7 @@ impl Device {
             libc::EINVAL => no_region(),
             errno => error::call(call, self.address(), errno),
         })?;
-        let bytes = Bytes(&answer);
-        let parse = || {
-            let info = abi::vfio_region_info {
-                argsz: 0,
-                flags: bytes.u32(offset_of!(abi::vfio_region_info, flags))?,
-                index,
-                cap_offset: bytes.u32(offset_of!(abi::vfio_region_info, cap_offset))?,
-                size: bytes.u64(offset_of!(abi::vfio_region_info, size))?,
-                offset: bytes.u64(offset_of!(abi::vfio_region_info, offset))?,
-            };
-            if info.flags & abi::VFIO_REGION_INFO_FLAG_MMAP == 0 {
-                return Ok((info, Vec::new()));
-            }
-            let mut mappable = vec![(0, info.size)];
-            if info.flags & abi::VFIO_REGION_INFO_FLAG_CAPS != 0 {
-                let chain = walk(&answer, info.cap_offset)?;
-                let mut sparse = chain
-                    .iter()
-                    .filter(|one| u32::from(one.id) == abi::VFIO_REGION_INFO_CAP_SPARSE_MMAP);
-                if let Some(one) = sparse.next() {
-                    mappable = one.pairs(
-                        offset_of!(abi::vfio_region_info_cap_sparse_mmap, nr_areas),
-                        offset_of!(abi::vfio_region_info_cap_sparse_mmap, areas),
-                    )?;
-                }
-            }
-            mappable.retain(|(_, size)| *size > 0);
-            Ok((info, mappable))
-        };
-        parse().map_err(|error| VfioError::Chain { call, error })
+        parse_region(&answer, index).map_err(|error| VfioError::Chain { call, error })
     }
 
     /// Region `index`: 0 to 5 are the BARs. What of it can be mapped is mapped, once for each call.
@@ -411,30 +383,9 @@ impl Device {
         let least = size_of::<abi::vfio_pci_hot_reset_info>();
         let answer = sys::query(self.handle.file.as_fd(), Call::Get12, least, |_| ())
             .map_err(|errno| error::call(call, self.address(), errno))?;
-        let bytes = Bytes(&answer);
-        let parse = || {
-            let count = bytes.u32(offset_of!(abi::vfio_pci_hot_reset_info, count))?;
-            // Ends at the end of the answer, whatever the count says.
-            (0..count as usize)
-                .map(|nth| {
-                    let at = least + nth * size_of::<abi::vfio_pci_dependent_device>();
-                    let place = bytes.u32(at + 4)?.to_ne_bytes();
-                    let segment = u16::from_ne_bytes([place[0], place[1]]);
-                    let (bus, devfn) = (place[2], place[3]);
-                    Ok(Sibling {
-                        group: bytes.u32(at)?,
-                        address: format!(
-                            "{segment:04x}:{bus:02x}:{:02x}.{}",
-                            devfn >> 3,
-                            devfn & 7
-                        ),
-                    })
-                })
-                .collect::<Result<Vec<_>, _>>()
-        };
         Ok(HotReset {
             device: self,
-            siblings: parse().map_err(|error| VfioError::Chain { call, error })?,
+            siblings: parse_siblings(&answer).map_err(|error| VfioError::Chain { call, error })?,
         })
     }
 }

@@ -36,6 +36,7 @@
 //! An IOMMU that is switched on in firmware and kernel; all devices of the group bound to vfio-pci or to nothing; the right to open
 //! `/dev/vfio/GROUP`; RLIMIT_MEMLOCK for what is mapped. Each error says which of them is missing.
 
+mod answer;
 mod bits;
 mod book;
 mod caps;

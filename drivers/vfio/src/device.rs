@@ -432,3 +432,51 @@ impl HotReset<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    /// A device of which there are only the words of its end.
+    fn handle() -> (Handle, File, File) {
+        let (error, request) = (sys::eventfd().unwrap(), sys::eventfd().unwrap());
+        let others = (error.try_clone().unwrap(), request.try_clone().unwrap());
+        let handle = Handle {
+            file: File::open("/dev/null").unwrap(),
+            address: "0000:00:00.0".into(),
+            owner: sys::process(),
+            failed: AtomicBool::new(false),
+            wanted_back: AtomicBool::new(false),
+            error: Some(error),
+            request: Some(request),
+        };
+        (handle, others.0, others.1)
+    }
+
+    #[test]
+    fn a_failure_ends_a_wait_and_refuses_registers_until_a_reset() {
+        let (handle, mut error, _request) = handle();
+        assert_eq!(handle.check(), Ok(()));
+        error.write_all(&1_u64.to_ne_bytes()).unwrap();
+        let begun = Instant::now();
+        irq::observe(&handle, None, Duration::from_secs(60)).unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(30));
+        assert!(matches!(handle.check(), Err(DeviceError::Gone { .. })));
+        // What `reset` does when it has succeeded.
+        handle.failed.store(false, Ordering::Relaxed);
+        irq::observe(&handle, None, Duration::ZERO).unwrap();
+        assert_eq!(handle.check(), Ok(()), "an old word is not found again");
+    }
+
+    #[test]
+    fn a_device_that_is_wanted_back_works_until_it_is_given_up() {
+        let (handle, _error, mut request) = handle();
+        request.write_all(&1_u64.to_ne_bytes()).unwrap();
+        irq::observe(&handle, None, Duration::from_secs(60)).unwrap();
+        assert!(handle.is_wanted_back());
+        assert_eq!(handle.check(), Ok(()));
+    }
+}

@@ -31,6 +31,11 @@ pub(crate) struct Claim {
 }
 
 impl Claim {
+    /// Nobody else has it until the end.
+    pub(crate) fn slot(self) -> usize {
+        self.slot
+    }
+
     /// A number for the flight recorder.
     pub(crate) fn id(self) -> u64 {
         (self.slot as u64) << 48 | self.turn >> 1
@@ -67,8 +72,9 @@ impl Active {
             slot.start.store(range.start().get(), Ordering::Relaxed);
             slot.last.store(range.last().get(), Ordering::Relaxed);
             // With the fence in `overlapping`: the walk that follows sees the newcomer, or the newcomer all three stores.
-            #[cfg(not(planted = "r8"))]
-            fence(Ordering::SeqCst);
+            if !planted!("r8") {
+                fence(Ordering::SeqCst);
+            }
             Some(Claim {
                 slot: index,
                 turn: turn + 1,

@@ -2,8 +2,8 @@
 //!
 //! Four facts a thread: the callbacks on its stack, the invalidations it has begun and not ended, the [`NotifierLock`]s
 //! it holds, and the map lock it holds. From them follows whether a call may wait ([`wait_refusal`]), whether the
-//! map lock may be taken ([`map_lock_refusal`]), and what an unregister counts as ([`place`]). When the last of them is left
-//! ([`leave`]), completions that were put off on this thread run.
+//! map lock may be taken ([`map_lock_refusal`]), and what an unregister counts as ([`place`]). When a thread is out of its
+//! callbacks ([`leave`]) the insertions run that it had to put off, and when it has left the last of the four, completions.
 //!
 //! [`NotifierLock`]: crate::NotifierLock
 
@@ -12,7 +12,9 @@ use std::marker::PhantomData;
 
 use thiserror::Error;
 
+use crate::list::Linked as _;
 use crate::primitive::{Arc, thread_local};
+use crate::registration::Inner;
 use crate::space::Space;
 
 /// Why a call is refused where it stands. Nothing has happened.
@@ -91,6 +93,8 @@ struct Context {
     /// a strong count made by `Arc::into_raw`. A plain pointer has no destructor, whose registration would allocate on
     /// the thread's first shootdown.
     put_off: Cell<*const Space>,
+    /// Registrations that this thread has yet to make visible, linked through themselves; likewise.
+    inserts: Cell<*const Inner>,
 }
 
 impl Context {
@@ -102,6 +106,7 @@ impl Context {
             notifier_locks: Cell::new(0),
             map_lock: Cell::new(false),
             put_off: Cell::new(std::ptr::null()),
+            inserts: Cell::new(std::ptr::null()),
         }
     }
 
@@ -115,6 +120,23 @@ impl Context {
     fn set_put_off(&self, head: Option<Arc<Space>>) {
         self.put_off
             .set(head.map_or(std::ptr::null(), Arc::into_raw));
+    }
+
+    fn push_insert(&self, inner: Arc<Inner>) {
+        let rest = self.inserts.get();
+        // SAFETY: null, or from `Arc::into_raw` below; the count goes on into the link.
+        *inner.next().lock() = (!rest.is_null()).then(|| unsafe { Arc::from_raw(rest) });
+        self.inserts.set(Arc::into_raw(inner));
+    }
+
+    fn pop_insert(&self) -> Option<Arc<Inner>> {
+        let first = self.inserts.get();
+        // SAFETY: not null, so from `Arc::into_raw` in `push_insert` or below; the count is taken over once.
+        let first = (!first.is_null()).then(|| unsafe { Arc::from_raw(first) })?;
+        let rest = first.next().lock().take();
+        self.inserts
+            .set(rest.map_or(std::ptr::null(), Arc::into_raw));
+        Some(first)
     }
 }
 
@@ -139,12 +161,20 @@ pub(crate) fn wait_refusal(call: &'static str) -> Result<(), Refused> {
     CONTEXT.with(|context| {
         if in_callback(context) {
             Err(Refused::InCallback { call })
-        } else if context.notifier_locks.get() > 0 {
+        } else if context.notifier_locks.get() > 0 && !planted!("r32") {
             Err(Refused::NotifierLockHeld { call })
         } else {
             Ok(())
         }
     })
+}
+
+/// Whether memory may be allocated: not inside a callback, as whoever holds the allocator's lock may be waiting for it (R18).
+pub(crate) fn callback_refusal(call: &'static str) -> Result<(), Refused> {
+    if inside_callback() {
+        return Err(Refused::InCallback { call });
+    }
+    Ok(())
 }
 
 /// Whether the map lock may be taken.
@@ -278,8 +308,26 @@ pub(crate) fn put_off(space: &Arc<Space>) {
     });
 }
 
-/// Runs the completions put off on this thread, if nothing is held any more. Called wherever something is left.
+/// Remembers that `inner` is to be made visible, as soon as this thread is outside of callbacks. By this thread and no other:
+/// on return from its outermost call it is visible.
+pub(crate) fn insert_later(inner: Arc<Inner>) {
+    CONTEXT.with(|context| context.push_insert(inner));
+}
+
+/// Runs what was put off on this thread, as far as it is legal now. Called wherever something is left.
 pub(crate) fn leave() {
+    let nothing = CONTEXT.with(|context| {
+        in_callback(context)
+            || context.notifier_locks.get() > 0
+            || (context.inserts.get().is_null() && context.put_off.get().is_null())
+    });
+    if nothing {
+        return;
+    }
+    // Legal with the map lock held.
+    while let Some(inner) = CONTEXT.with(Context::pop_insert) {
+        Inner::publish(inner);
+    }
     if !is_outermost() {
         return;
     }

@@ -11,6 +11,7 @@
 //! * [`Notifier`]: what a driver implements. [`Registration`]: a notifier on a range, with the [`Device`]s whose TLBs
 //!   it stands for. [`Share`]: one registration for many segments.
 //! * [`DeviceTlb`]: issue, dispatch, poll, reset: how a TLB is flushed.
+//! * [`Segment`]: a device context ([`DeviceContext`]) behind a mapping of the space, which ends with that mapping.
 //! * [`Fault`]: begin and retry, for installing a translation beside invalidations.
 //!
 //! # The protocol
@@ -18,11 +19,12 @@
 //! 1. **start**: overlapping registrations are in use; no translation that overlaps the range is installed from here on;
 //! 2. **quiesce**: handlers stop new work, and say how to tell that what is in flight is done;
 //! 3. **flush**: every TLB gets its commands and one doorbell; then all are waited for together;
-//! 4. **cut off**: DMA mappings are taken away;
+//! 4. **cut off**: DMA mappings are taken away, contexts of segments whose own addresses go are unloaded;
 //! 5. **change, end**: the pages change, and whoever was started is told how it ended.
 //!
 //! A device that does not acknowledge by its deadline is flushed as a whole, then reset, then *quarantined*, and so are the pages:
 //! they stay where they are, nobody gets them again, and the caller gets a typed error. A dead device is not waited for twice.
+//! A callback cannot be cut short; one that does not return is named by a watchdog, with its thread ([`Deadlines::callback`]).
 //!
 //! # Locks, in their order
 //! | lock | taken by | held during |
@@ -34,7 +36,8 @@
 //!
 //! Where a call is not legal it returns [`Refused`] and nothing has happened. Unregistering is legal everywhere but with a
 //! `NotifierLock` held: with the map lock held it waits for running callbacks, inside a callback it returns at
-//! once and the last to leave completes it. `release` runs exactly once, where no lock is held.
+//! once and the last to leave completes it. Inserting inside a callback takes effect when the thread is out of its callbacks.
+//! `release` runs exactly once, where no lock is held.
 //!
 //! # What holding one proves
 //! | value | proves |
@@ -46,10 +49,15 @@
 //! | [`Issued`] | the flush of this operation was asked for; the acknowledgement is the engine's to await |
 //! | [`Fault`] | begin has found the entry undisturbed |
 //! | [`ExternalInvalidation`] | no device reaches the range |
+//! | [`Segment`] | its addresses are its own, until they are unmapped |
 //!
 //! # Where to read on
 //! `registration::state` has the state word on which every race of unregister, release, exit and put is decided; `engine` the
-//! phases; `recent` and `fault` begin and retry; `registry` and `srcu` the lock-free walk; `managed` the spans.
+//! phases; `recent` and `fault` begin and retry; `registry` and `srcu` the lock-free walk; `managed` the spans; `segment` what a
+//! segment's end comes to; `space` the exit; `watch` the watchdog.
+
+#[macro_use]
+mod planted;
 
 mod active;
 mod addr;
@@ -58,6 +66,7 @@ mod device;
 mod engine;
 mod events;
 mod fault;
+mod list;
 mod lock;
 mod managed;
 mod memory;
@@ -70,11 +79,13 @@ mod process;
 mod recorder;
 mod registration;
 mod registry;
+mod segment;
 mod share;
 mod space;
 mod srcu;
 mod stats;
 mod tlb;
+mod watch;
 
 pub use addr::{Addr, PageSize, PageSizes, Range, RangeError};
 pub use context::{Place, Refused};
@@ -88,8 +99,9 @@ pub use notifier::{Cause, CutOffFailed, Drain, Gather, Issued, Notifier, Op, Out
 pub use process::ProcessMemory;
 pub use recorder::{Kind, Record};
 pub use registration::{
-    InsertError, Prepared, Registration, Target, UnregisterError, Unregistered,
+    InsertError, Prepared, Registration, Synchronized, Target, UnregisterError, Unregistered,
 };
+pub use segment::{DeviceContext, Segment, UnloadFailed};
 pub use share::Share;
 pub use space::{AddressSpace, Deadlines, MapReadGuard, MapWriteGuard, SpacePin};
 pub use stats::Stats;

@@ -1,7 +1,7 @@
 //! Models: the races of the catalogue, over the code that ships, in every interleaving with few preemptions.
 //!
-//! `RUSTFLAGS="--cfg loom" cargo test -p shootdown --release --lib model`, and with `--cfg planted="…"` besides for a guard
-//! taken out; the model then has to fail.
+//! `RUSTFLAGS="--cfg loom" cargo test -p shootdown --release --lib model`; with `--cfg planted` besides, and the name of a guard in
+//! `SHOOTDOWN_PLANTED`, that guard is taken out, and the model has to fail.
 //!
 //! Each model drives whole address spaces through the public interface and asserts outcomes: how often a handler was
 //! called and released, what was promised on return, what the device has installed. Outcomes are counted in [`Tally`]s, which
@@ -21,8 +21,8 @@ use crate::active::Active;
 use crate::addr::Range;
 use crate::notifier::{Cause, Drain, Notifier, Op, Outcome, WouldBlock};
 use crate::{
-    AddressSpace, Deadlines, Fault, FaultError, InsertError, NotifierLock, Refused, Registration,
-    UnregisterError, Unregistered,
+    AddressSpace, Deadlines, Fault, FaultError, InsertError, InvalidateError, NotifierLock,
+    Refused, Registration, UnregisterError, Unregistered,
 };
 
 /// Longer than any model runs: time decides nothing.
@@ -35,6 +35,7 @@ fn space() -> AddressSpace {
         full_flush: NEVER,
         reset: NEVER,
         room: NEVER,
+        callback: NEVER,
     })
 }
 
@@ -176,9 +177,13 @@ impl Held {
     }
 }
 
+/// Unless exit has begun, which shoots everything down itself.
 fn invalidate(space: &AddressSpace, range: Range) {
-    let open = space.begin_invalidation(range, Cause::External).unwrap();
-    open.end(Outcome::Changed).unwrap();
+    match space.begin_invalidation(range, Cause::External) {
+        Ok(open) => open.end(Outcome::Changed).unwrap(),
+        Err(InvalidateError::Exiting { .. }) => {}
+        Err(other) => panic!("{other}"),
+    }
 }
 
 /// R1-R4, and the first way out of the mail: both give it up, one of them releases, and each returns after the release.
@@ -242,16 +247,38 @@ fn unregister_returns_after_the_callbacks_of_an_invalidation() {
     });
 }
 
-/// R7 and the mail's first: a newcomer is refused by name, or exit releases it.
+/// R5: who drops a registration that is in use leaves its release to the callbacks.
+#[test]
+fn a_drop_beside_an_invalidation_releases_after_its_callbacks() {
+    check(3, || {
+        let (space, probe) = (space(), Probe::new());
+        let registration = space.register(page(1), probe.clone(), &[]).unwrap();
+        let invalidating = {
+            let space = space.clone();
+            thread::spawn(move || invalidate(&space, page(1)))
+        };
+        drop(registration);
+        invalidating.join().unwrap();
+        probe.assert_released_once();
+    });
+}
+
+/// R7 and the mail's first: a newcomer is refused by name, always so once exit has returned, or exit releases it.
 #[test]
 fn a_newcomer_to_an_exiting_space_is_refused_or_released() {
     check(3, || {
         let (space, probe) = (space(), Probe::new());
+        let exited = StdArc::new(Tally::new());
         let exiting = {
-            let space = space.clone();
-            thread::spawn(move || space.exit().unwrap())
+            let (space, exited) = (space.clone(), exited.clone());
+            thread::spawn(move || {
+                space.exit().unwrap();
+                exited.add();
+            })
         };
+        let after = exited.get() > 0;
         let result = space.register(page(1), probe.clone(), &[]);
+        assert!(result.is_err() || !after, "a newcomer after exit");
         exiting.join().unwrap();
         match &result {
             Ok(registration) => {
@@ -264,6 +291,68 @@ fn a_newcomer_to_an_exiting_space_is_refused_or_released() {
             }
             Err(other) => panic!("{other}"),
         }
+    });
+}
+
+/// An insertion inside a callback, beside exit: refused by name, or visible when the thread is out of its callbacks, and released
+/// once, by exit at the latest.
+#[test]
+fn an_insertion_that_is_put_off_beside_exit_is_refused_or_released() {
+    check(2, || {
+        let (space, newcomer) = (space(), Probe::new());
+        let prepared = space.prepare(page(2), newcomer.clone(), &[]).unwrap();
+        let prepared = StdArc::new(StdMutex::new(Some(prepared)));
+        let inserted = StdArc::new(StdMutex::new(None));
+        let probe = {
+            let (prepared, inserted) = (prepared.clone(), inserted.clone());
+            Probe::acting(
+                move || {
+                    let prepared = prepared.lock().unwrap().take();
+                    if let Some(prepared) = prepared {
+                        *inserted.lock().unwrap() = Some(prepared.insert());
+                    }
+                },
+                || {},
+            )
+        };
+        let _first = space.register(page(1), probe, &[]).unwrap();
+        let exiting = {
+            let space = space.clone();
+            thread::spawn(move || space.exit().unwrap())
+        };
+        invalidate(&space, page(1));
+        exiting.join().unwrap();
+        let inserted = inserted.lock().unwrap().take();
+        match inserted.expect("exit or the invalidation has called it") {
+            Ok(registration) => {
+                newcomer.assert_released_once();
+                assert_eq!(registration.unregister(), Ok(Unregistered::AlreadyGone));
+            }
+            Err(InsertError::Exiting { .. }) => assert_eq!(newcomer.released.get(), 0),
+            Err(other) => panic!("{other}"),
+        }
+        drop(prepared);
+    });
+}
+
+/// R8 for an insertion that is put off: until it is visible its faults wait, afterwards it is called.
+#[test]
+fn a_fault_on_an_insertion_that_is_put_off_installs_nothing_stale() {
+    check(2, || {
+        let (space, device) = (space(), Device::new());
+        let prepared = space.prepare(page(1), device.clone(), &[]).unwrap();
+        let open = space.begin_invalidation(page(1), Cause::External).unwrap();
+        let registration = StdArc::new(prepared.insert().unwrap());
+        let faulting = {
+            let (registration, device) = (registration.clone(), device.clone());
+            thread::spawn(move || device.fault(&registration))
+        };
+        device.page.add();
+        open.end(Outcome::Changed).unwrap();
+        faulting.join().unwrap();
+        device.assert_fresh();
+        device.change_page(&space);
+        device.assert_fresh();
     });
 }
 

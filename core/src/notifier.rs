@@ -6,10 +6,12 @@
 //! the next operation. What proves that a flush *happened* is only the device's acknowledgement, which the engine awaits.
 
 use std::marker::PhantomData;
+use std::time::Duration;
 
 use thiserror::Error;
 
 use crate::addr::{PageSizes, Range};
+use crate::watch::PostId;
 
 /// Why pages change.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
@@ -74,6 +76,9 @@ pub(crate) struct OpCore {
     pub(crate) cause: Cause,
     pub(crate) sizes: PageSizes,
     pub(crate) may_block: bool,
+    pub(crate) drain: Duration,
+    /// Where the watchdog looks.
+    pub(crate) post: PostId,
 }
 
 /// One operation, as one handler sees it.
@@ -116,6 +121,11 @@ impl<'o> Op<'o> {
     /// Whether the handler may wait for a lock. If not, and it would have to, it returns [`WouldBlock`].
     pub fn may_block(&self) -> bool {
         self.core.may_block
+    }
+
+    /// How long [`Notifier::drained`] is polled before the devices of the registration are reset.
+    pub fn deadline(&self) -> Duration {
+        self.core.drain
     }
 
     /// A number that the flight recorder knows this operation by.
@@ -269,6 +279,11 @@ pub trait Notifier: Send + Sync + 'static {
     /// The registration is over: exactly once, after the last callback, with no lock held, on whatever thread. May
     /// allocate, free, unregister, and drop the driver's last reference.
     fn release(&self) {}
+
+    /// What the watchdog calls it when a callback does not return; read once, by `prepare`.
+    fn name(&self) -> &'static str {
+        std::any::type_name::<Self>()
+    }
 }
 
 /// A DMA mapping could not be taken away.

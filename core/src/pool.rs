@@ -3,7 +3,7 @@
 //! A [`Chain`] grows by whole chunks that it takes from its [`Pool`] and gives back when it is dropped: nothing is
 //! allocated or freed between the two.
 
-use crate::primitive::{Arc, Mutex};
+use crate::primitive::Mutex;
 
 /// Entries of a chunk.
 pub(crate) const CHUNK: usize = 8;
@@ -61,13 +61,13 @@ impl<T> Pool<T> {
 }
 
 /// A list of `T` over chunks of a pool.
-pub(crate) struct Chain<T> {
-    pool: Arc<Pool<T>>,
+pub(crate) struct Chain<'p, T> {
+    pool: &'p Pool<T>,
     head: Option<Box<Chunk<T>>>,
 }
 
-impl<T> Chain<T> {
-    pub(crate) fn new(pool: Arc<Pool<T>>) -> Self {
+impl<'p, T> Chain<'p, T> {
+    pub(crate) fn new(pool: &'p Pool<T>) -> Self {
         Self { pool, head: None }
     }
 
@@ -116,7 +116,7 @@ impl<T> Chain<T> {
     }
 }
 
-impl<T> Drop for Chain<T> {
+impl<T> Drop for Chain<'_, T> {
     fn drop(&mut self) {
         self.clear();
     }
@@ -128,10 +128,10 @@ mod tests {
 
     #[test]
     fn a_chain_takes_what_was_reserved_and_gives_it_back() {
-        let pool = Arc::new(Pool::new());
+        let pool = Pool::new();
         pool.reserve(CHUNK + 1);
         for _ in 0..3 {
-            let mut chain = Chain::new(pool.clone());
+            let mut chain = Chain::new(&pool);
             (0..2 * CHUNK).for_each(|n| chain.push(n).unwrap());
             assert_eq!(chain.push(0), Err(0));
             assert_eq!(chain.iter().sum::<usize>(), (0..2 * CHUNK).sum());

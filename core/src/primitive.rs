@@ -105,6 +105,22 @@ pub(crate) fn now() -> Instant {
     Instant::now()
 }
 
+/// A counter of the processor that only orders and spaces records: the same on all its cores where it is invariant, as on everything
+/// that has an IOMMU. Nothing is concluded from it.
+pub(crate) fn ticks() -> u64 {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: reads a counter, and nothing else.
+    #[allow(unused_unsafe, reason = "safe in newer compilers than the stated one")]
+    unsafe {
+        std::arch::x86_64::_rdtsc()
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        static EPOCH: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
+        EPOCH.get_or_init(Instant::now).elapsed().as_nanos() as u64
+    }
+}
+
 /// A number that is this thread's own for as long as there are fewer threads than numbers that matter to the caller: where
 /// to start looking for a free slot. Neither allocates nor registers a destructor, on first use either.
 #[cfg(not(loom))]

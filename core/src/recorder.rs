@@ -2,14 +2,15 @@
 //!
 //! A ring of fixed-size records in memory set aside beforehand, one ring for each of a few shards, so that threads do not
 //! share a counter. Writing one takes no lock and allocates nothing. A reader may meet a record that is being
-//! overwritten; it sees that by the record's number and leaves it out. `tracing` is fed from the ring, outside the shootdown
+//! overwritten; it sees that by the record's number and leaves it out. Records carry the processor's own counter, which costs
+//! a third of a clock, and become times when they are read. `tracing` is fed from the ring, outside the shootdown
 //! path: all of it by [`AddressSpace::drain`](crate::AddressSpace::drain), the newest part by itself after something went wrong. Invalidations that hit nothing are not recorded.
 
 use std::fmt;
 use std::time::{Duration, Instant};
 
 use crate::primitive::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-use crate::primitive::{home, now};
+use crate::primitive::{home, now, ticks};
 
 const SHARDS: usize = 8;
 /// Records that a dump shows.
@@ -36,7 +37,7 @@ pub enum Kind {
     End,
     /// A non-blocking one was refused by a handler: operation, registration.
     Refused,
-    /// A deadline was missed: operation, 0 drain, 1 flush, 2 full flush, 3 reset.
+    /// A deadline was missed: operation, 0 drain, 1 flush, 2 full flush, 3 reset, 4 unload of a context.
     Deadline,
     /// A device was put into quarantine: operation.
     Quarantine,
@@ -48,10 +49,12 @@ pub enum Kind {
     Unregister,
     /// `release` was run: registration.
     Release,
+    /// The context of a segment was unloaded: operation, first address of the segment.
+    Unload,
 }
 
 impl Kind {
-    const ALL: [Kind; 12] = [
+    const ALL: [Kind; 13] = [
         Self::Start,
         Self::Quiesced,
         Self::Dispatched,
@@ -64,6 +67,7 @@ impl Kind {
         Self::Insert,
         Self::Unregister,
         Self::Release,
+        Self::Unload,
     ];
 }
 
@@ -99,7 +103,7 @@ impl fmt::Display for Record {
     }
 }
 
-/// A record's words: number, nanoseconds, kind, subject, a, b.
+/// A record's words: number, ticks, kind, subject, a, b.
 type Words = [AtomicU64; 6];
 
 #[repr(align(128))]
@@ -110,8 +114,10 @@ struct Shard {
 
 pub(crate) struct Recorder {
     epoch: Instant,
+    /// The processor's counter at that time.
+    epoch_ticks: u64,
     shards: Box<[Shard]>,
-    /// Up to when `publish` has come, in nanoseconds.
+    /// Up to when `publish` has come, in ticks.
     published: AtomicU64,
     /// Something went wrong since the last dump.
     dump_wanted: AtomicBool,
@@ -127,6 +133,7 @@ impl Recorder {
         };
         Self {
             epoch: now(),
+            epoch_ticks: ticks(),
             shards: (0..if cfg!(loom) { 0 } else { SHARDS })
                 .map(shard)
                 .collect(),
@@ -140,7 +147,7 @@ impl Recorder {
         let Some(shard) = self.shards.get(home() % SHARDS) else {
             return;
         };
-        let at = self.epoch.elapsed().as_nanos() as u64;
+        let at = ticks();
         // Relaxed: only makes the place unique.
         let number = shard.next.fetch_add(1, Ordering::Relaxed);
         let words = &shard.records[number as usize % RECORDS];
@@ -177,11 +184,7 @@ impl Recorder {
     /// Gives `tracing` the records that it has not had. Allocates; never in the shootdown path.
     pub(crate) fn publish(&self, space: u64) {
         let since = self.published.load(Ordering::Relaxed);
-        let fresh = self
-            .records()
-            .into_iter()
-            .filter(|record| record.at.as_nanos() as u64 > since);
-        for record in fresh {
+        for (ticks, record) in self.read().into_iter().filter(|(ticks, _)| *ticks > since) {
             let Record {
                 at,
                 kind,
@@ -191,13 +194,22 @@ impl Recorder {
                 ..
             } = record;
             tracing::debug!(space, ?at, ?kind, subject, a, b);
-            self.published
-                .store(at.as_nanos() as u64, Ordering::Relaxed);
+            self.published.store(ticks, Ordering::Relaxed);
         }
     }
 
     /// All records that are whole, the oldest first.
     pub(crate) fn records(&self) -> Vec<Record> {
+        self.read().into_iter().map(|(_, record)| record).collect()
+    }
+
+    fn read(&self) -> Vec<(u64, Record)> {
+        // What a tick is, by all that have passed.
+        let (time, passed) = (
+            self.epoch.elapsed(),
+            ticks().saturating_sub(self.epoch_ticks),
+        );
+        let tick = time.as_secs_f64() / passed.max(1) as f64;
         let mut records = Vec::new();
         for (nth, shard) in self.shards.iter().enumerate() {
             for words in &shard.records {
@@ -208,17 +220,21 @@ impl Recorder {
                 if number == 0 || words[0].load(Ordering::Relaxed) != number {
                     continue;
                 }
-                records.extend(Kind::ALL.get(kind as usize).map(|kind| Record {
-                    at: Duration::from_nanos(at),
-                    shard: nth,
-                    kind: *kind,
-                    subject,
-                    a,
-                    b,
+                let since = at.saturating_sub(self.epoch_ticks) as f64;
+                records.extend(Kind::ALL.get(kind as usize).map(|kind| {
+                    let record = Record {
+                        at: Duration::from_secs_f64(since * tick),
+                        shard: nth,
+                        kind: *kind,
+                        subject,
+                        a,
+                        b,
+                    };
+                    (at, record)
                 }));
             }
         }
-        records.sort_by_key(|record| record.at);
+        records.sort_by_key(|(at, _)| *at);
         records
     }
 }

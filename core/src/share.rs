@@ -9,16 +9,17 @@ use std::sync::Arc as StdArc;
 use crate::AddressSpace;
 use crate::addr::Range;
 use crate::notifier::Notifier;
-use crate::registration::state::StateWord;
-use crate::registration::{
-    self, InsertError, OnDrop, Registration, Target, UnregisterError, Unregistered,
-};
+use crate::primitive::atomic::{AtomicBool, Ordering};
+use crate::registration::state::{Detach, StateWord};
+use crate::registration::{self, InsertError, Registration, Target, UnregisterError, Unregistered};
 use crate::space::Space;
 
 /// A segment's share of a registration, which it derefs to. Dropping it is a put that does not wait.
 #[derive(Debug)]
 pub struct Share {
     registration: Registration,
+    /// It has been given back.
+    given: AtomicBool,
 }
 
 impl AddressSpace {
@@ -36,24 +37,36 @@ impl AddressSpace {
         Ok(Share {
             registration: Registration {
                 inner,
-                on_drop: OnDrop::Put,
+                owned: false,
             },
+            given: AtomicBool::new(false),
         })
     }
 }
 
 impl Share {
     /// Gives the share back. The last one gives the registration up, as [`Registration::unregister`] does and from the same
-    /// places; for the others, and where somebody was first, it is [`Unregistered::AlreadyGone`] at once.
+    /// places; for the others, where somebody was first, and the second time, it is [`Unregistered::AlreadyGone`] at once.
     ///
     /// # Errors
-    /// As [`Registration::unregister`]; the share is then given back without a wait.
-    pub fn put(mut self) -> Result<Unregistered, UnregisterError> {
-        let result = registration::give_up(&self.registration.inner, StateWord::put);
-        if result.is_ok() {
-            self.registration.on_drop = OnDrop::Nothing;
+    /// As [`Registration::unregister`]; nothing has changed then.
+    pub fn put(&self) -> Result<Unregistered, UnregisterError> {
+        registration::give_up(&self.registration.inner, |word| {
+            // AcqRel: of two puts at once one counts.
+            if self.given.swap(true, Ordering::AcqRel) {
+                Detach::Shared
+            } else {
+                word.put()
+            }
+        })
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        if !self.given.swap(true, Ordering::AcqRel) {
+            self.registration.drop_by(StateWord::put);
         }
-        result
     }
 }
 

@@ -77,8 +77,9 @@ impl<T> Srcu<T> {
                         .compare_exchange(0, epoch, Ordering::Acquire, Ordering::Relaxed)
                         .is_ok()
                 {
-                    #[cfg(not(planted = "srcu-fence"))]
-                    fence(Ordering::SeqCst); // (A)
+                    if !planted!("srcu-fence") {
+                        fence(Ordering::SeqCst); // (A)
+                    }
                     return Section(slot);
                 }
             }
@@ -115,7 +116,7 @@ impl<T> Srcu<T> {
 
     /// The oldest epoch that a running section may have begun in; the largest number when none runs.
     fn oldest_reader(&self) -> u64 {
-        if cfg!(planted = "srcu-grace") {
+        if planted!("srcu-grace") {
             return u64::MAX;
         }
         let running = self.slots.iter().filter_map(|slot| {

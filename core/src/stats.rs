@@ -5,7 +5,7 @@ use crate::primitive::atomic::{AtomicU64, Ordering};
 use crate::primitive::home;
 
 const SHARDS: usize = if cfg!(loom) { 1 } else { 8 };
-const COUNTERS: usize = 14;
+const COUNTERS: usize = 15;
 
 #[derive(Clone, Copy)]
 #[repr(usize)]
@@ -19,6 +19,7 @@ pub(crate) enum Counter {
     FaultRetries,
     Inserts,
     Releases,
+    Segments,
     /// Five of them, in the order of [`Place::ALL`].
     Unregisters,
 }
@@ -44,6 +45,10 @@ pub struct Stats {
     pub inserts: u64,
     /// `release` calls that have returned.
     pub releases: u64,
+    /// Segments whose contexts were unloaded.
+    pub segments: u64,
+    /// Callbacks that the watchdog has named because they did not return in time.
+    pub overdue: u64,
     /// Unregisters by the place that they were called from, in the order of [`Place::ALL`].
     pub unregisters: [u64; 5],
 }
@@ -91,6 +96,8 @@ impl Counters {
             fault_retries: get(Counter::FaultRetries),
             inserts: get(Counter::Inserts),
             releases: get(Counter::Releases),
+            segments: get(Counter::Segments),
+            overdue: 0,
             unregisters: std::array::from_fn(|place| sum(Counter::Unregisters as usize + place)),
         }
     }

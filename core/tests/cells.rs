@@ -15,10 +15,10 @@ use std::thread;
 use std::time::Duration;
 
 use shootdown::{
-    Addr, AddressSpace, Cause, Device, Drain, Fault, FaultError, Gather, InsertError,
-    InvalidateError, Issued, Map, MapError, MapWriteGuard, Notifier, NotifierGuard, NotifierLock,
-    Op, Outcome, Prepared, Range, Refused, Registration, Rights, UnregisterError, Unregistered,
-    WouldBlock,
+    Addr, AddressSpace, Cause, Device, DeviceContext, Drain, Fault, FaultError, Gather,
+    InsertError, InvalidateError, Issued, Kind, Map, MapError, MapWriteGuard, Notifier,
+    NotifierGuard, NotifierLock, Op, Outcome, Prepared, Range, Refused, Registration, Rights,
+    Segment, Share, Synchronized, UnloadFailed, UnregisterError, Unregistered, WouldBlock,
 };
 use support::{fake, on, space};
 
@@ -42,8 +42,8 @@ macro_rules! listed {
 listed! {
     /// The rows.
     Call {
-        Prepare, Insert, Detach, DropRegistration, Unregister, Synchronize, Begin, Retry, MapLock, Map, Unmap, Protect,
-        Discard, Remap, BeginExternal,
+        Prepare, Insert, Detach, DropRegistration, Unregister, PutShare, Synchronize, Begin, Retry, MapLock, Map, Unmap,
+        Protect, Discard, Remap, MapSegment, UnmapSegment, DropSegment, BeginExternal,
     }
 }
 
@@ -92,37 +92,38 @@ fn expected(call: Call, place: Place) -> Expected {
     use Expected as E;
     use Place as P;
     match (call, place) {
-        (
-            C::Prepare,
-            P::Anywhere
-            | P::MapLockHeld
-            | P::NotifierLockHeld
-            | P::InsideOwnCallback
-            | P::InsideAnothersCallback
-            | P::SpaceGone,
-        ) => E::Works,
+        (C::Prepare, P::Anywhere | P::MapLockHeld | P::NotifierLockHeld | P::SpaceGone) => E::Works,
+        (C::Prepare, P::InsideOwnCallback | P::InsideAnothersCallback) => E::RefusedInCallback,
 
         (C::Insert, P::Anywhere | P::MapLockHeld) => E::Works,
         (C::Insert, P::NotifierLockHeld) => E::RefusedNotifierLock,
-        (C::Insert, P::InsideOwnCallback | P::InsideAnothersCallback) => E::RefusedInCallback,
+        (C::Insert, P::InsideOwnCallback | P::InsideAnothersCallback) => E::Deferred,
         (C::Insert, P::SpaceGone) => E::Gone,
 
-        (C::Detach | C::DropRegistration, P::Anywhere) => E::Released,
+        (C::Detach | C::DropRegistration | C::DropSegment, P::Anywhere) => E::Released,
         (
-            C::Detach | C::DropRegistration,
+            C::Detach | C::DropRegistration | C::DropSegment,
             P::MapLockHeld | P::NotifierLockHeld | P::InsideOwnCallback | P::InsideAnothersCallback,
         ) => E::Deferred,
-        (C::Detach | C::DropRegistration, P::SpaceGone) => E::NothingToDo,
+        (C::Detach | C::DropRegistration | C::DropSegment, P::SpaceGone) => E::NothingToDo,
 
-        (C::Unregister, P::Anywhere) => E::Released,
-        (C::Unregister, P::MapLockHeld) => E::Quiet,
-        (C::Unregister, P::NotifierLockHeld) => E::RefusedNotifierLock,
-        (C::Unregister, P::InsideOwnCallback | P::InsideAnothersCallback) => E::Deferred,
-        (C::Unregister, P::SpaceGone) => E::NothingToDo,
+        (C::Unregister | C::PutShare, P::Anywhere) => E::Released,
+        (C::Unregister | C::PutShare, P::MapLockHeld) => E::Quiet,
+        (C::Unregister | C::PutShare, P::NotifierLockHeld) => E::RefusedNotifierLock,
+        (C::Unregister | C::PutShare, P::InsideOwnCallback | P::InsideAnothersCallback) => {
+            E::Deferred
+        }
+        (C::Unregister | C::PutShare, P::SpaceGone) => E::NothingToDo,
+
+        (C::UnmapSegment, P::Anywhere) => E::Released,
+        (C::UnmapSegment, P::MapLockHeld) => E::OnTheGuard,
+        (C::UnmapSegment, P::NotifierLockHeld) => E::RefusedNotifierLock,
+        (C::UnmapSegment, P::InsideOwnCallback | P::InsideAnothersCallback) => E::RefusedInCallback,
+        (C::UnmapSegment, P::SpaceGone) => E::NothingToDo,
 
         (C::Synchronize, P::Anywhere | P::MapLockHeld | P::SpaceGone) => E::Works,
         (C::Synchronize, P::NotifierLockHeld) => E::RefusedNotifierLock,
-        (C::Synchronize, P::InsideOwnCallback | P::InsideAnothersCallback) => E::RefusedInCallback,
+        (C::Synchronize, P::InsideOwnCallback | P::InsideAnothersCallback) => E::Deferred,
 
         (C::Begin, P::Anywhere | P::MapLockHeld) => E::Works,
         (C::Begin, P::NotifierLockHeld) => E::RefusedNotifierLock,
@@ -137,18 +138,27 @@ fn expected(call: Call, place: Place) -> Expected {
         (C::MapLock, P::NotifierLockHeld) => E::RefusedNotifierLock,
         (C::MapLock, P::InsideOwnCallback | P::InsideAnothersCallback) => E::RefusedInCallback,
 
-        (C::Map | C::Unmap | C::Protect | C::Discard | C::Remap, P::Anywhere) => E::Works,
-        (C::Map | C::Unmap | C::Protect | C::Discard | C::Remap, P::MapLockHeld) => E::OnTheGuard,
-        (C::Map | C::Unmap | C::Protect | C::Discard | C::Remap, P::NotifierLockHeld) => {
-            E::RefusedNotifierLock
+        (C::Map | C::Unmap | C::Protect | C::Discard | C::Remap | C::MapSegment, P::Anywhere) => {
+            E::Works
         }
         (
-            C::Map | C::Unmap | C::Protect | C::Discard | C::Remap,
+            C::Map | C::Unmap | C::Protect | C::Discard | C::Remap | C::MapSegment,
+            P::MapLockHeld,
+        ) => E::OnTheGuard,
+        (
+            C::Map | C::Unmap | C::Protect | C::Discard | C::Remap | C::MapSegment,
+            P::NotifierLockHeld,
+        ) => E::RefusedNotifierLock,
+        (
+            C::Map | C::Unmap | C::Protect | C::Discard | C::Remap | C::MapSegment,
             P::InsideOwnCallback | P::InsideAnothersCallback,
         ) => E::RefusedInCallback,
-        (C::Map | C::Unmap | C::Protect | C::Discard | C::Remap, P::SpaceGone) => E::Gone,
+        (C::Map | C::Unmap | C::Protect | C::Discard | C::Remap | C::MapSegment, P::SpaceGone) => {
+            E::Gone
+        }
 
-        (C::BeginExternal, P::Anywhere | P::MapLockHeld | P::SpaceGone) => E::Works,
+        (C::BeginExternal, P::Anywhere | P::MapLockHeld) => E::Works,
+        (C::BeginExternal, P::SpaceGone) => E::Gone,
         (C::BeginExternal, P::NotifierLockHeld) => E::RefusedNotifierLock,
         (C::BeginExternal, P::InsideOwnCallback | P::InsideAnothersCallback) => {
             E::RefusedInCallback
@@ -229,6 +239,25 @@ struct Scene {
     /// One buffer for the plain form of a call, one for the one that does not wait, one for the guard's.
     buffers: [Range; 3],
     prepared: Mutex<Vec<Prepared>>,
+    /// What was inserted of them, and the handler that they have in common.
+    inserted: Mutex<Vec<Registration>>,
+    newcomer: Arc<Handler>,
+    /// The one share of a registration, and the segment that has it, with the handler of both.
+    share: Arc<Share>,
+    segment: Mutex<Option<Segment>>,
+    sharer: Arc<Handler>,
+}
+
+/// A context that is unloaded at once.
+struct Unloads(Device);
+
+impl DeviceContext for Unloads {
+    fn device(&self) -> &Device {
+        &self.0
+    }
+    fn unload(&self, _: &Op<'_>) -> Result<(), UnloadFailed> {
+        Ok(())
+    }
 }
 
 /// The guards of the place that the call is made from.
@@ -256,13 +285,39 @@ fn mapped<T>(result: Result<T, MapError>) -> Expected {
     }
 }
 
-fn inserted(result: Result<Registration, InsertError>) -> Expected {
-    match result {
-        Ok(_) => Expected::Works,
-        Err(InsertError::Exiting { .. }) => Expected::Gone,
-        Err(InsertError::Refused(why)) => refused(&why),
-        Err(other) => panic!("{other}"),
+fn on_the_guard(plain: Expected, guarded: Expected) -> Expected {
+    match (plain, guarded) {
+        (Expected::RefusedMapLock, Expected::Works) => Expected::OnTheGuard,
+        other => panic!("plain form, form on the guard: {other:?}"),
     }
+}
+
+/// What giving a registration up came to: by what was said, and by what its handler saw.
+fn released(said: Option<Expected>, before: u64, handler: &Handler) -> Expected {
+    match (said, before, handler.releases.load(SeqCst)) {
+        (None | Some(Expected::Released), 0, 1) => Expected::Released,
+        (None | Some(Expected::NothingToDo), 1, 1) => Expected::NothingToDo,
+        (None | Some(Expected::Deferred), 0, 0) => Expected::Deferred,
+        // The thread that leaves last releases it, if it holds no lock.
+        (Some(Expected::Quiet), 0, 0 | 1) => Expected::Quiet,
+        other => panic!("what it said, releases before, releases after: {other:?}"),
+    }
+}
+
+fn given_up(
+    said: Result<Unregistered, UnregisterError>,
+    before: u64,
+    handler: &Handler,
+) -> Expected {
+    let said = match said {
+        Ok(Unregistered::Released) => Expected::Released,
+        Ok(Unregistered::Quiet) => Expected::Quiet,
+        Ok(Unregistered::Deferred) => Expected::Deferred,
+        Ok(Unregistered::AlreadyGone) => Expected::NothingToDo,
+        Err(UnregisterError::Refused(why)) => return refused(&why),
+        Err(other) => panic!("{other}"),
+    };
+    released(Some(said), before, handler)
 }
 
 /// The verdict on several forms of one call that must all come to the same.
@@ -284,9 +339,25 @@ impl Scene {
         let own = space
             .register(watched, handler.clone(), &on(&device))
             .unwrap();
+        let newcomer = Arc::new(Handler::default());
         let prepared = (0..2)
-            .map(|_| space.prepare(watched, Arc::new(Handler::default()), &on(&device)))
+            .map(|_| {
+                space
+                    .prepare(watched, newcomer.clone(), &on(&device))
+                    .unwrap()
+            })
             .collect();
+        let sharer = Arc::new(Handler::default());
+        let share = space
+            .share(1, || (watched, sharer.clone(), on(&device)))
+            .unwrap();
+        let share = Arc::new(share);
+        let segment = matches!(call, Call::UnmapSegment | Call::DropSegment).then(|| {
+            let context = Arc::new(Unloads(device.clone()));
+            space
+                .map_segment(1 << 14, None, context, share.clone())
+                .unwrap()
+        });
         let (own, fault) = if call == Call::Retry {
             let own: &'static Registration = Box::leak(Box::new(own));
             (None, Some(own.begin(watched, PATIENCE).unwrap()))
@@ -303,6 +374,11 @@ impl Scene {
             watched,
             buffers,
             prepared: Mutex::new(prepared),
+            inserted: Mutex::default(),
+            newcomer,
+            share,
+            segment: Mutex::new(segment),
+            sharer,
         }
     }
 
@@ -311,15 +387,29 @@ impl Scene {
         match call {
             Call::Prepare => {
                 let handler = Arc::new(Handler::default());
-                drop(self.space.prepare(self.watched, handler, &on(&self.device)));
-                Expected::Works
+                match self.space.prepare(self.watched, handler, &on(&self.device)) {
+                    Ok(_) => Expected::Works,
+                    Err(why) => refused(&why),
+                }
             }
             Call::Insert => self.insert(guards),
             Call::Detach | Call::DropRegistration | Call::Unregister => self.give_up(call),
+            Call::PutShare => {
+                let before = self.sharer.releases.load(SeqCst);
+                given_up(self.share.put(), before, &self.sharer)
+            }
+            Call::MapSegment => self.map_segment(guards),
+            Call::UnmapSegment => self.unmap_segment(guards),
+            Call::DropSegment => {
+                let before = self.sharer.releases.load(SeqCst);
+                drop(self.segment.lock().unwrap().take());
+                released(None, before, &self.sharer)
+            }
             Call::Synchronize => {
                 let own = self.own.lock().unwrap();
                 match own.as_ref().unwrap().synchronize() {
-                    Ok(()) => Expected::Works,
+                    Ok(Synchronized::Quiet) => Expected::Works,
+                    Ok(Synchronized::Deferred) => Expected::Deferred,
                     Err(why) => refused(&why),
                 }
             }
@@ -361,17 +451,40 @@ impl Scene {
                         Expected::Works
                     }
                     Err(InvalidateError::Refused(why)) => refused(&why),
+                    Err(InvalidateError::Exiting { .. }) => Expected::Gone,
                     Err(other) => panic!("{other}"),
                 }))
             }
         }
     }
 
+    /// Insertions that have taken effect.
+    fn visible(&self) -> usize {
+        let records = self.space.records();
+        let inserts = records.iter().filter(|record| record.kind == Kind::Insert);
+        inserts.count()
+    }
+
     fn insert(&self, guards: Guards<'_>) -> Expected {
-        let next = || self.prepared.lock().unwrap().pop().unwrap();
-        let plain = inserted(next().insert());
+        let insert = |insert: &dyn Fn(Prepared) -> Result<Registration, InsertError>| {
+            let before = self.visible();
+            match insert(self.prepared.lock().unwrap().pop().unwrap()) {
+                Ok(registration) => {
+                    self.inserted.lock().unwrap().push(registration);
+                    if self.visible() > before {
+                        Expected::Works
+                    } else {
+                        Expected::Deferred
+                    }
+                }
+                Err(InsertError::Exiting { .. }) => Expected::Gone,
+                Err(InsertError::Refused(why)) => refused(&why),
+                Err(other) => panic!("{other}"),
+            }
+        };
+        let plain = insert(&Prepared::insert);
         match guards.map {
-            Some(guard) => same([plain, inserted(guard.insert(next()))]),
+            Some(guard) => same([plain, insert(&|prepared| guard.insert(prepared))]),
             None => plain,
         }
     }
@@ -379,36 +492,57 @@ impl Scene {
     fn give_up(&self, call: Call) -> Expected {
         let before = self.handler.releases.load(SeqCst);
         let own = self.own.lock().unwrap().take().unwrap();
-        let said = match call {
-            Call::Unregister => match own.unregister() {
-                Ok(Unregistered::Released) => Some(Expected::Released),
-                Ok(Unregistered::Quiet) => Some(Expected::Quiet),
-                Ok(Unregistered::Deferred) => Some(Expected::Deferred),
-                Ok(Unregistered::AlreadyGone) => Some(Expected::NothingToDo),
-                Err(UnregisterError::Refused(why)) => {
-                    let why = refused(&why);
+        match call {
+            Call::Unregister => {
+                let said = own.unregister();
+                let refused = said.is_err();
+                let came = given_up(said, before, &self.handler);
+                if refused {
                     *self.own.lock().unwrap() = Some(own);
-                    return why;
                 }
-                Err(other) => panic!("{other}"),
-            },
+                came
+            }
             Call::Detach => {
                 own.detach();
-                None
+                released(None, before, &self.handler)
             }
             _ => {
                 drop(own);
-                None
+                released(None, before, &self.handler)
             }
+        }
+    }
+
+    fn map_segment(&self, guards: Guards<'_>) -> Expected {
+        let context = || Arc::new(Unloads(self.device.clone()));
+        let len = 1 << 14;
+        let plain = (self.space).map_segment(len, None, context(), self.share.clone());
+        let plain = mapped(plain);
+        match guards.map {
+            Some(guard) => {
+                let guarded = guard.map_segment(len, None, context(), self.share.clone());
+                on_the_guard(plain, mapped(guarded))
+            }
+            None => plain,
+        }
+    }
+
+    fn unmap_segment(&self, guards: Guards<'_>) -> Expected {
+        let segment = self.segment.lock().unwrap();
+        let segment = segment.as_ref().unwrap();
+        let before = self.sharer.releases.load(SeqCst);
+        let verdict = |result: Result<Unregistered, MapError>| match result {
+            Ok(said) => given_up(Ok(said), before, &self.sharer),
+            other => mapped(other),
         };
-        let after = self.handler.releases.load(SeqCst);
-        match (said, before, after) {
-            (None | Some(Expected::Released), 0, 1) => Expected::Released,
-            (None | Some(Expected::NothingToDo), 1, 1) => Expected::NothingToDo,
-            (None | Some(Expected::Deferred), 0, 0) => Expected::Deferred,
-            // The thread that leaves last releases it, if it holds no lock.
-            (Some(Expected::Quiet), 0, 0 | 1) => Expected::Quiet,
-            other => panic!("what it said, releases before, releases after: {other:?}"),
+        let plain = verdict(segment.unmap());
+        match guards.map {
+            Some(guard) => {
+                let guarded = verdict(guard.unmap_segment(segment));
+                assert_eq!(guarded, Expected::Quiet);
+                on_the_guard(plain, Expected::Works)
+            }
+            None => plain,
         }
     }
 
@@ -457,10 +591,7 @@ impl Scene {
             Call::Protect => mapped(guard.protect(guarded, Rights::READ)),
             _ => mapped(guard.remap(guarded, beside(guarded))),
         };
-        match (plain, guarded) {
-            (Expected::RefusedMapLock, Expected::Works) => Expected::OnTheGuard,
-            other => panic!("plain form, form on the guard: {other:?}"),
-        }
+        on_the_guard(plain, guarded)
     }
 
     /// Lets another thread be inside an invalidation that hits `own`, until shortly after `call` may have begun.
@@ -518,7 +649,10 @@ impl Scene {
 /// Puts this thread into the place and makes the call; what came of it.
 fn observe(call: Call, place: Place, site: Site) -> Expected {
     let scene = Arc::new(Scene::new(call));
-    let waits = matches!(call, Call::Unregister | Call::Synchronize | Call::Begin);
+    let waits = matches!(
+        call,
+        Call::Unregister | Call::PutShare | Call::UnmapSegment | Call::Synchronize | Call::Begin
+    );
     let busily = |guards: Guards<'_>| {
         let attempt = || scene.attempt(call, guards);
         if waits {
@@ -567,9 +701,23 @@ fn observe(call: Call, place: Place, site: Site) -> Expected {
             "a refused call has changed nothing"
         );
     }
+    let inserted = scene.inserted.lock().unwrap().len() as u64;
+    if inserted > 0 {
+        let before = scene.newcomer.starts.load(SeqCst);
+        let open = scene
+            .space
+            .begin_invalidation(scene.watched, Cause::External);
+        open.unwrap().end(Outcome::Changed).unwrap();
+        let called = scene.newcomer.starts.load(SeqCst) - before;
+        assert_eq!(called, inserted, "an insertion has taken effect by now");
+    }
     scene.space.exit().unwrap();
     assert_eq!(scene.handler.releases.load(SeqCst), 1, "released once");
+    assert_eq!(scene.sharer.releases.load(SeqCst), 1, "released once");
+    let released = scene.newcomer.releases.load(SeqCst);
+    assert_eq!(released, inserted, "each released once");
     assert!(scene.handler.is_quiet(), "whoever got start got end");
+    assert!(scene.sharer.is_quiet() && scene.newcomer.is_quiet());
     observed
 }
 

@@ -17,9 +17,9 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 
 use shootdown::{
-    AddressSpace, Cause, Device, Drain, Gather, Health, InvalidateError, Issued, Map, MapError,
-    Notifier, NotifierLock, Op, Outcome, Range, Registration, Rights, Scope, Target, Unregistered,
-    WouldBlock,
+    AddressSpace, Cause, Device, DeviceContext, Drain, Gather, Health, InvalidateError, Issued,
+    Map, MapError, Notifier, NotifierLock, Op, Outcome, Prepared, Range, Registration, Rights,
+    Scope, Target, UnloadFailed, Unregistered, WouldBlock,
 };
 use support::{Behaviour, fake, on, short, space};
 
@@ -132,6 +132,9 @@ struct Handler {
     /// Unregistered inside `quiesce`. Kept for the test to drop.
     gives_up: Mutex<Option<Registration>>,
     gave_up: Mutex<Option<Unregistered>>,
+    /// Inserted inside `quiesce`.
+    inserts: Mutex<Option<Prepared>>,
+    inserted: Mutex<Option<Registration>>,
     starts: AtomicU64,
     ends: AtomicU64,
     releases: AtomicU64,
@@ -152,6 +155,9 @@ impl Notifier for Handler {
         if let Some(registration) = &*gives_up {
             let result = registration.unregister().unwrap();
             *self.gave_up.lock().unwrap() = Some(result);
+        }
+        if let Some(prepared) = self.inserts.lock().unwrap().take() {
+            *self.inserted.lock().unwrap() = Some(prepared.insert().unwrap());
         }
         Ok(op.drain())
     }
@@ -503,6 +509,74 @@ fn an_unregister_inside_the_own_callback_does_not_allocate() {
     balanced(&handler, 1);
     assert_eq!(handler.releases.load(SeqCst), 1, "after the end, disarmed");
     drop(handler.gives_up.lock().unwrap().take());
+}
+
+#[test]
+fn an_insertion_inside_a_callback_does_not_allocate() {
+    let space = external();
+    let (handler, _registration) = register(&space, &[]);
+    let newcomer = Arc::new(Handler::default());
+    let prepared = space.prepare(watched(), newcomer.clone(), &[]).unwrap();
+    *handler.inserts.lock().unwrap() = Some(prepared);
+    space
+        .begin_invalidation(watched(), Cause::External)
+        .unwrap()
+        .end(Outcome::Changed)
+        .unwrap();
+    balanced(&handler, 1);
+    shoot(&space).unwrap();
+    balanced(&handler, 2);
+    balanced(&newcomer, 1);
+}
+
+/// A context that fails so often to unload.
+struct Context {
+    device: Device,
+    fails: AtomicU64,
+}
+
+impl DeviceContext for Context {
+    fn device(&self) -> &Device {
+        &self.device
+    }
+    fn unload(&self, _: &Op<'_>) -> Result<(), UnloadFailed> {
+        assert!(ARMED.get() > 0, "inside of the phases");
+        match self.fails.load(SeqCst) {
+            0 => Ok(()),
+            left => {
+                self.fails.store(left - 1, SeqCst);
+                Err(UnloadFailed { reason: "planned" })
+            }
+        }
+    }
+}
+
+#[test]
+fn the_end_of_a_segment_its_reset_and_its_quarantine_do_not_allocate() {
+    for (fails, resets, unmapped) in [
+        (0, false, true),
+        (1, true, true),
+        (2, true, false),
+        (1, false, false),
+    ] {
+        let space = space();
+        let (device, behaviour) = fake("of the segment");
+        behaviour.resets.store(resets, SeqCst);
+        let handler = Arc::new(Handler::default());
+        let share = space
+            .share(1, || (Range::ALL, handler.clone(), on(&device)))
+            .unwrap();
+        let context = Arc::new(Context {
+            device: device.clone(),
+            fails: AtomicU64::new(fails),
+        });
+        let segment = space
+            .map_segment(1 << 14, None, context, Arc::new(share))
+            .unwrap();
+        assert_eq!(segment.unmap().is_ok(), unmapped, "{fails} {resets}");
+        balanced(&handler, handler.starts.load(SeqCst));
+        assert_eq!(ARMED.get(), 0);
+    }
 }
 
 #[test]

@@ -7,8 +7,8 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use shootdown::{
-    Addr, AddressSpace, Cause, Health, InsertError, InvalidateError, Kind, Map, MapError, Notifier,
-    Outcome, PageSize, Range, Rights, Scope, UnregisterError, Unregistered,
+    Addr, AddressSpace, Cause, FaultError, Health, InsertError, InvalidateError, Kind, Map,
+    MapError, Notifier, Outcome, PageSize, Range, Rights, Scope, UnregisterError, Unregistered,
 };
 use support::{Counting, fake, on, short, space};
 
@@ -326,7 +326,7 @@ fn a_second_unregister_is_an_error_and_one_after_exit_is_not() {
     space.exit().unwrap();
     assert_eq!(late.unregister().unwrap(), Unregistered::AlreadyGone);
     assert!(matches!(
-        prepared.insert(),
+        prepared.unwrap().insert(),
         Err(InsertError::Exiting { .. })
     ));
     assert!(matches!(
@@ -354,8 +354,52 @@ fn segments_share_one_registration_and_the_last_put_retires_it() {
     assert_eq!(counting.releases.load(SeqCst), 0, "not under the lock");
     drop(guard);
     assert_eq!(counting.releases.load(SeqCst), 1);
+    drop((first, second));
+    assert_eq!(
+        Arc::strong_count(&counting),
+        1,
+        "nothing keeps a handler that was released"
+    );
     let _again = space.share(1, make).unwrap();
     assert_eq!(space.registrations(), 1, "a newcomer makes a new one");
+}
+
+#[test]
+fn inside_a_callback_a_fault_is_told_to_install_nothing_whatever_its_range() {
+    let space = AddressSpace::without_memory(short());
+    let page = |nth: u64| Range::new(nth << 12, 1 << 12).unwrap();
+    let lock = shootdown::NotifierLock::new(());
+    let registration = space
+        .register(page(1), Arc::new(Counting::default()), &[])
+        .unwrap();
+    let mut fault = registration.begin(page(1), Duration::from_secs(1)).unwrap();
+    let open = space.begin_invalidation(page(9), Cause::External).unwrap();
+    assert!(fault.retry(&lock.lock()));
+    assert!(matches!(fault.again(), Err(FaultError::Refused(_))));
+    open.end(Outcome::Changed).unwrap();
+    assert!(!fault.retry(&lock.lock()));
+}
+
+#[test]
+fn discard_and_protect_leave_the_map_to_its_readers() {
+    let space = space();
+    let buffer = space.map(Map::anonymous(2 << 12)).unwrap();
+    let reading = space.lock_read().unwrap();
+    std::thread::scope(|scope| {
+        let changes = scope.spawn(|| {
+            space.discard(buffer).unwrap();
+            space.try_discard(buffer).unwrap();
+            space.protect(buffer, Rights::READ).unwrap();
+            space.try_protect(buffer, Rights::READ_WRITE).unwrap();
+            space.try_unmap(buffer).unwrap_err()
+        });
+        assert!(matches!(
+            changes.join().unwrap(),
+            MapError::WouldBlock { .. }
+        ));
+    });
+    drop(reading);
+    space.unmap(buffer).unwrap();
 }
 
 #[test]

@@ -21,13 +21,15 @@ use thiserror::Error;
 pub(crate) use self::recent::{Logged, Recent};
 use self::state::{Detach, State, StateWord};
 use crate::addr::Range;
-use crate::context::{self, Refused};
+use crate::context::{self, Place, Refused};
+use crate::list::Linked;
 use crate::notifier::Notifier;
-use crate::primitive::Arc;
 use crate::primitive::atomic::{AtomicPtr, Ordering};
+use crate::primitive::{Arc, Mutex};
 use crate::recorder::Kind;
 use crate::space::Space;
 use crate::tlb::Device;
+use crate::watch::Name;
 
 /// A device TLB that a registration names, and the tag that its flush commands carry.
 #[derive(Clone, Debug)]
@@ -68,6 +70,17 @@ pub enum Unregistered {
     AlreadyGone,
 }
 
+/// What a synchronize came to.
+#[must_use = "a deferred synchronize has not waited"]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Synchronized {
+    /// No callback that had begun runs any more.
+    Quiet,
+    /// Called inside a callback or an open invalidation: it is so once those on this thread's stack, and those that other threads
+    /// are in, have returned.
+    Deferred,
+}
+
 /// Why an unregister was refused. Nothing has changed.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
@@ -88,13 +101,14 @@ pub(crate) struct Inner {
     pub(crate) range: Range,
     pub(crate) word: StateWord,
     pub(crate) notifier: StdArc<dyn Notifier>,
+    pub(crate) name: Name,
     pub(crate) targets: Box<[Target]>,
     pub(crate) space: Arc<Space>,
     pub(crate) recent: Recent,
     /// The pointer of the index's strong count, set before it is published.
     this: AtomicPtr<Inner>,
-    /// The next on the completed list.
-    pub(crate) next: crate::primitive::Mutex<Option<Arc<Inner>>>,
+    /// The next of those that a thread has yet to insert; later, on the completed list.
+    next: Mutex<Option<Arc<Inner>>>,
 }
 
 impl fmt::Debug for Inner {
@@ -130,6 +144,33 @@ impl Inner {
         if self.word.detach(false) == Detach::Complete {
             Space::complete(self.count());
         }
+    }
+
+    /// The second half of an insertion: makes it visible. It was counted by [`Space::admit`] and is in use by the insertion, so
+    /// that an exit which came meanwhile waits for this, and whoever gave it up leaves the completion to this. Allocates.
+    pub(crate) fn publish(this: Arc<Self>) {
+        let space = &this.space;
+        let raw = Arc::into_raw(this.clone());
+        this.this.store(raw.cast_mut(), Ordering::Relaxed);
+        // SAFETY: `raw` came from `into_raw` just now; the count goes to the index.
+        space.index(this.range, this.id, unsafe { Arc::from_raw(raw) });
+        this.recent.arrive(&space.active, this.range);
+        this.word.go_live();
+        // Exit sets its mark before it walks the index: either it finds this registration, or this finds the mark.
+        if space.is_exiting() && !planted!("r7-late") {
+            this.word.detach(false);
+        }
+        // Those who wait for it to be live.
+        space.events.ended();
+        if this.word.leave() {
+            Space::complete(this);
+        }
+    }
+}
+
+impl Linked for Inner {
+    fn next(&self) -> &Mutex<Option<Arc<Self>>> {
+        &self.next
     }
 }
 
@@ -187,12 +228,13 @@ impl Prepared {
                 id: space.next_registration(),
                 range,
                 word,
+                name: Name::new(notifier.name()),
                 notifier,
                 targets: targets.into(),
                 space: space.clone(),
                 recent: Recent::new(),
                 this: AtomicPtr::new(std::ptr::null_mut()),
-                next: crate::primitive::Mutex::new(None),
+                next: Mutex::new(None),
             }),
         }
     }
@@ -205,30 +247,35 @@ impl Prepared {
     /// that is in progress does not call this handler; [`Registration::begin`] waits for its end. Takes no
     /// lock that a callback can hold; with the map lock held it is legal.
     ///
+    /// Inside a callback, or an open invalidation, it returns at once, and takes effect when the thread has left the outermost of
+    /// them: until then the handler is not called, and `begin` on another thread waits.
+    ///
     /// # Errors
-    /// [`InsertError::Exiting`]; [`Refused`] with a `NotifierLock` held, or inside a callback, where it would
-    /// allocate.
+    /// [`InsertError::Exiting`]; [`Refused`] with a `NotifierLock` held (outside a callback).
     pub fn insert(self) -> Result<Registration, InsertError> {
-        self.publish()?;
+        self.admit()?;
+        context::leave();
         Ok(Registration {
             inner: self.inner,
-            on_drop: OnDrop::Detach,
+            owned: true,
         })
     }
 
-    pub(crate) fn publish(&self) -> Result<(), InsertError> {
-        context::wait_refusal("insert")?;
+    /// The caller runs [`context::leave`] afterwards: exit may have come between, and left the release to this thread.
+    pub(crate) fn admit(&self) -> Result<(), InsertError> {
         let inner = &self.inner;
-        let this = Arc::into_raw(inner.clone());
-        inner.this.store(this.cast_mut(), Ordering::Relaxed);
-        // SAFETY: `this` came from `into_raw` just now; the count goes to the index.
-        let counted = unsafe { Arc::from_raw(this) };
-        inner.word.begin_insert();
-        if !inner.space.admit(counted) {
+        let later = context::inside_callback();
+        if !later {
+            context::wait_refusal("insert")?;
+        }
+        if !inner.space.admit(inner) {
             return Err(InsertError::Exiting { range: inner.range });
         }
-        inner.recent.arrive(&inner.space.active, inner.range);
-        inner.word.go_live();
+        if later {
+            context::insert_later(inner.clone());
+        } else {
+            Inner::publish(inner.clone());
+        }
         Ok(())
     }
 }
@@ -238,15 +285,8 @@ impl Prepared {
 #[derive(Debug)]
 pub struct Registration {
     pub(crate) inner: Arc<Inner>,
-    pub(crate) on_drop: OnDrop,
-}
-
-/// What dropping a handle does.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum OnDrop {
-    Detach,
-    Put,
-    Nothing,
+    /// Dropping it detaches; one that a share holds ends by the share's put.
+    pub(crate) owned: bool,
 }
 
 impl Registration {
@@ -261,7 +301,7 @@ impl Registration {
         self.drop_by(|word| word.detach(false));
     }
 
-    fn drop_by(&self, detach: impl FnOnce(&StateWord) -> Detach) {
+    pub(crate) fn drop_by(&self, detach: impl FnOnce(&StateWord) -> Detach) {
         if detach(&self.inner.word) == Detach::Complete {
             Space::complete(self.inner.clone());
             context::leave();
@@ -269,17 +309,20 @@ impl Registration {
     }
 
     /// Waits until no callback of this registration runs: for those of this one, and for nothing else. With the map lock
-    /// held it is legal: no callback can need that lock.
+    /// held it is legal: no callback can need that lock. Inside a callback or an open invalidation it cannot wait, and says so.
     ///
     /// # Errors
-    /// [`Refused`] inside a callback or an open invalidation, and with a `NotifierLock` held.
-    pub fn synchronize(&self) -> Result<(), Refused> {
+    /// [`Refused`] with a `NotifierLock` held (outside a callback), as a callback may be waiting for it.
+    pub fn synchronize(&self) -> Result<Synchronized, Refused> {
+        if context::inside_callback() {
+            return Ok(Synchronized::Deferred);
+        }
         context::wait_refusal("synchronize")?;
         self.inner
             .space
             .events
             .wait(None, || self.inner.word.load().uses() == 0);
-        Ok(())
+        Ok(Synchronized::Quiet)
     }
 
     /// Gives the registration up: detaches, and waits until no callback runs, where waiting is legal. Inside any callback it
@@ -299,11 +342,15 @@ pub(crate) fn give_up(
     inner: &Arc<Inner>,
     detach: impl FnOnce(&StateWord) -> Detach,
 ) -> Result<Unregistered, UnregisterError> {
+    let space = &inner.space;
+    let place = context::place(inner.key());
+    // Whoever waits inside a callback may wait for itself (R11), or for one that waits for it (R12).
+    let defers = context::inside_callback()
+        && !(planted!("r11") && place == Place::InsideOwnCallback)
+        && !(planted!("r12") && place == Place::InsideOtherCallback);
     if !context::inside_callback() {
         context::wait_refusal("unregister")?;
     }
-    let space = &inner.space;
-    let place = context::place(inner.key());
     let detached = detach(&inner.word);
     match detached {
         Detach::AlreadyUnregistered => {
@@ -322,7 +369,7 @@ pub(crate) fn give_up(
             .recorder
             .record(Kind::Unregister, inner.id, place as u64, 0);
     }
-    if context::inside_callback() {
+    if defers {
         return Ok(if first {
             Unregistered::Deferred
         } else {
@@ -356,10 +403,8 @@ pub(crate) fn give_up(
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        match self.on_drop {
-            OnDrop::Detach => self.detach(),
-            OnDrop::Put => self.drop_by(StateWord::put),
-            OnDrop::Nothing => {}
+        if self.owned {
+            self.detach();
         }
     }
 }

@@ -1,15 +1,15 @@
 //! The state word: one owner of each edge.
 //!
 //! ```text
-//!            insert            no older invalidation is active
+//!            insert              it is in the index
 //! Prepared ─────────▶ Inserting ─────────▶ Live
 //!                         │ detach           │ detach, last put, exit
 //!                         └───────┬──────────┘
 //!                                 ▼   uses = 0          release returned
 //!                             Detached ────▶ (completed) ─────────▶ Released
 //! ```
-//! Besides the state the word counts the *uses* (callbacks that run or will run: from `start` to the return of `end`) and
-//! the *shares* (segments that hold the registration through get / put). All are in one word so that each race has one
+//! Besides the state the word counts the *uses* (callbacks that run or will run: from `start` to the return of `end`; and the
+//! insertion itself, which may be put off) and the *shares* (segments that hold the registration through get / put). All are in one word so that each race has one
 //! winner:
 //! * a use is only taken while Inserting or Live; after Detached the count can only fall, so exactly one party sees
 //!   "Detached with no uses" for the first time: who detached, or the last to leave. That party *completes*. (R1-R3)
@@ -116,6 +116,10 @@ impl StateWord {
             let Some(next) = step(seen) else {
                 return Err(seen);
             };
+            if planted!("r1") {
+                self.0.store(next.0, Ordering::Release);
+                return Ok(seen);
+            }
             match self
                 .0
                 .compare_exchange_weak(seen.0, next.0, Ordering::AcqRel, Ordering::Acquire)
@@ -126,13 +130,15 @@ impl StateWord {
         }
     }
 
-    /// Prepared → Inserting; false if that had happened before.
+    /// Prepared → Inserting, with a use for whoever inserts; false if that had happened before.
     pub(crate) fn begin_insert(&self) -> bool {
-        self.update(|word| (word.state() == State::Prepared).then(|| word.with(State::Inserting)))
-            .is_ok()
+        self.update(|word| {
+            (word.state() == State::Prepared).then(|| Snapshot(word.with(State::Inserting).0 + USE))
+        })
+        .is_ok()
     }
 
-    /// Inserting → Live; nothing if it was detached meanwhile.
+    /// Inserting → Live; nothing if it was detached meanwhile. The inserter's use is still to be given back.
     pub(crate) fn go_live(&self) {
         let _ =
             self.update(|word| (word.state() == State::Inserting).then(|| word.with(State::Live)));
@@ -150,7 +156,7 @@ impl StateWord {
     pub(crate) fn leave(&self) -> bool {
         let before = Snapshot(self.0.fetch_sub(USE, Ordering::AcqRel));
         debug_assert!(before.uses() > 0, "a use is given back once");
-        before.uses() == 1 && before.state() == State::Detached
+        before.uses() == 1 && before.state() == State::Detached && !planted!("r5")
     }
 
     /// To Detached. `explicit`: by an unregister of this registration, not by exit or a drop.
@@ -164,10 +170,13 @@ impl StateWord {
             }
         });
         match step {
-            Ok(before) if matches!(before.state(), State::Detached | State::Released) => {
+            Ok(before)
+                if matches!(before.state(), State::Detached | State::Released)
+                    && !planted!("r2") =>
+            {
                 Detach::Already
             }
-            Ok(before) if before.uses() == 0 => Detach::Complete,
+            Ok(before) if before.uses() == 0 || planted!("r5") => Detach::Complete,
             Ok(_) => Detach::InUse,
             Err(found) if found.state() == State::Prepared => Detach::NotInserted,
             Err(_) if explicit => Detach::AlreadyUnregistered,
@@ -187,7 +196,7 @@ impl StateWord {
                 word.state(),
                 State::Prepared | State::Inserting | State::Live
             );
-            (joinable && word.shares() > 0).then_some(Snapshot(word.0 + SHARE))
+            (joinable && word.shares() > 0 || planted!("r31")).then_some(Snapshot(word.0 + SHARE))
         })
         .is_ok()
     }
@@ -221,6 +230,7 @@ mod tests {
         let word = StateWord::new();
         assert!(word.begin_insert());
         word.go_live();
+        assert!(!word.leave());
         word
     }
 
@@ -242,6 +252,15 @@ mod tests {
     }
 
     #[test]
+    fn an_insertion_that_is_put_off_completes_what_was_detached_meanwhile() {
+        let word = StateWord::new();
+        assert!(word.begin_insert());
+        assert_eq!(word.detach(true), Detach::InUse);
+        word.go_live();
+        assert!(word.leave());
+    }
+
+    #[test]
     fn the_loser_of_a_detach_sees_that_it_lost() {
         let word = live();
         assert_eq!(word.detach(false), Detach::Complete);
@@ -254,6 +273,7 @@ mod tests {
         let word = StateWord::shared();
         assert!(word.begin_insert());
         assert!(word.get());
+        assert!(!word.leave());
         assert_eq!(word.put(), Detach::Shared);
         assert_eq!(word.put(), Detach::Complete);
         assert!(!word.get());

@@ -92,6 +92,7 @@ pub(crate) fn short() -> Deadlines {
         full_flush: Duration::from_millis(20),
         reset: Duration::from_millis(20),
         room: Duration::from_millis(200),
+        ..Deadlines::default()
     }
 }
 

@@ -4,45 +4,52 @@
 //! Exit status: 0 passed, 1 a violation was found, 2 wrong usage, 3 this machine lacks something.
 
 mod attach;
+mod campaign;
 mod churn;
 mod devices;
 mod hardware;
 mod options;
 mod plant;
+mod races;
 mod report;
 mod run;
 mod trace;
 mod worker;
 
+use std::fmt::Display;
+use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Parser;
+use serde::Serialize;
 
-use crate::options::{Cli, Command};
+use crate::options::{Cli, Command, Options, PlantsOptions};
 use crate::plant::Plant;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let options = match cli.command {
-        Some(Command::Run(options)) => options,
-        Some(Command::Devices(options)) => return hardware::devices(&options),
-        Some(Command::Attach(options)) => return hardware::attach(&options),
-        None => cli.run,
-    };
+    match cli.command {
+        Some(Command::Run(options)) => run(&options),
+        Some(Command::Plants(options)) => plants(&options),
+        Some(Command::Devices(options)) => hardware::devices(&options),
+        Some(Command::Attach(options)) => hardware::attach(&options),
+        None => run(&cli.run),
+    }
+}
+
+fn run(options: &Options) -> ExitCode {
     if options.plant.as_deref() == Some("list") {
-        for plant in Plant::ALL {
-            println!("{:<22} {}", plant.name(), plant.meaning());
-        }
-        return ExitCode::SUCCESS;
+        let lines = Plant::ALL.map(|plant| {
+            let (name, race, meaning) = (plant.name(), plant.race(), plant.meaning());
+            format!("{name:<22} {meaning} ({race})")
+        });
+        return print(&lines.join("\n"), true);
     }
     let plant = match options.plant.as_deref().map(Plant::by_name).transpose() {
         Ok(plant) => plant,
-        Err(error) => {
-            eprintln!("error: {error}");
-            return ExitCode::from(2);
-        }
+        Err(error) => return fail(&error, 2),
     };
     let level = if options.verbose {
         "shootdown=debug,info"
@@ -53,34 +60,66 @@ fn main() -> ExitCode {
         .with_env_filter(tracing_subscriber::EnvFilter::new(level))
         .with_writer(std::io::stderr)
         .init();
+    let interrupted = match on_interrupt() {
+        Ok(interrupted) => interrupted,
+        Err(code) => return code,
+    };
+    match run::run(options, plant, &interrupted) {
+        Ok((report, trace)) => {
+            let code = output(&report, options.json, report.passed());
+            match trace {
+                Ok(()) => code,
+                Err(error) => fail(&error, error.exit_code()),
+            }
+        }
+        Err(error) => fail(&error, error.exit_code()),
+    }
+}
+
+fn plants(options: &PlantsOptions) -> ExitCode {
+    let interrupted = match on_interrupt() {
+        Ok(interrupted) => interrupted,
+        Err(code) => return code,
+    };
+    match campaign::run(options, &interrupted) {
+        Ok(campaign) => output(&campaign, options.json, campaign.passed()),
+        Err(error) => fail(&error, 3),
+    }
+}
+
+/// A flag that Ctrl-C sets.
+fn on_interrupt() -> Result<Arc<AtomicBool>, ExitCode> {
     let interrupted = Arc::new(AtomicBool::new(false));
     let flag = interrupted.clone();
     // Relaxed: a flag that carries nothing else.
-    if let Err(error) = ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)) {
-        eprintln!("error: no handler for Ctrl-C could be set: {error}");
-        return ExitCode::from(3);
+    ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed))
+        .map_err(|error| fail(&format!("no handler for Ctrl-C could be set: {error}"), 3))?;
+    Ok(interrupted)
+}
+
+fn fail(error: &dyn Display, code: u8) -> ExitCode {
+    eprintln!("error: {error}");
+    ExitCode::from(code)
+}
+
+/// Prints a report, and gives its exit status.
+fn output(report: &(impl Display + Serialize), json: bool, passed: bool) -> ExitCode {
+    if !json {
+        return print(report.to_string().trim_end(), passed);
     }
-    let report = match run::run(&options, plant, &interrupted) {
-        Ok(report) => report,
-        Err(error) => {
-            eprintln!("error: {error}");
-            return ExitCode::from(error.exit_code());
-        }
-    };
-    if options.json {
-        match serde_json::to_string(&report) {
-            Ok(text) => println!("{text}"),
-            Err(error) => {
-                eprintln!("error: the report could not be written: {error}");
-                return ExitCode::from(3);
-            }
-        }
-    } else {
-        print!("{report}");
+    match serde_json::to_string(report) {
+        Ok(text) => print(&text, passed),
+        Err(error) => fail(&format!("the report could not be written: {error}"), 3),
     }
-    if report.passed() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::from(1)
+}
+
+/// Prints to standard output. Whoever has closed it did not want the rest.
+fn print(text: &str, passed: bool) -> ExitCode {
+    match writeln!(std::io::stdout(), "{text}") {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            fail(&format!("the report could not be written: {error}"), 3)
+        }
+        _ if passed => ExitCode::SUCCESS,
+        _ => ExitCode::from(1),
     }
 }

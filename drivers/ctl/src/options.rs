@@ -12,7 +12,7 @@ use crate::devices::DevicesOptions;
 #[command(
     name = "shootdown",
     version,
-    about,
+    after_help = "Exit status: 0 passed, 1 a violation was found, 2 wrong usage, 3 this machine lacks something.",
     args_conflicts_with_subcommands = true
 )]
 pub(crate) struct Cli {
@@ -26,10 +26,26 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Accelerators work on real process memory while threads map, unmap, discard, protect and remap it (the default).
     Run(Options),
+    /// Runs every planted bug with many seeds and says how often, and how soon, it was found.
+    Plants(PlantsOptions),
     /// Lists the PCI functions of this machine, and what stands between each and VFIO.
     Devices(DevicesOptions),
     /// Attaches a real device through VFIO, checks it, and proves the shootdown on it.
     Attach(AttachOptions),
+}
+
+/// What `plants` does.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct PlantsOptions {
+    /// Seeds of each planted bug, from 1 on.
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    pub(crate) seeds: u64,
+    /// How long one run goes on at most; it ends at its first finding.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub(crate) seconds: u64,
+    /// Prints the table as one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// What a run does.

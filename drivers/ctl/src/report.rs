@@ -5,6 +5,8 @@ use std::fmt;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
+use crate::plant::Planted;
+
 /// Latencies of one kind of call, in nanoseconds.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(crate) struct Latency {
@@ -30,7 +32,7 @@ pub(crate) struct Latencies {
     /// From the call of unmap, discard, protect or remap to its return.
     pub(crate) shootdown: Latency,
     pub(crate) unregister: Latency,
-    /// Of an instruction that is the first on its pages: submission, misses resolved, completion.
+    /// Of one TLB miss, from when the driver takes it up until its answer has been written.
     pub(crate) fault: Latency,
 }
 
@@ -72,7 +74,7 @@ pub(crate) struct Report {
     pub(crate) threads: u64,
     pub(crate) devices: u32,
     pub(crate) segments: u64,
-    pub(crate) plant: Option<&'static str>,
+    pub(crate) plant: Option<Planted>,
     pub(crate) interrupted: bool,
     pub(crate) device_ops: u64,
     pub(crate) device_accesses: u64,
@@ -139,8 +141,14 @@ impl fmt::Display for Report {
                 ""
             },
         )?;
-        if let Some(plant) = self.plant {
-            writeln!(f, "planted: {plant}")?;
+        if let Some(Planted {
+            name,
+            race,
+            meaning,
+            ..
+        }) = &self.plant
+        {
+            writeln!(f, "planted: {name} ({race}): {meaning}")?;
         }
         writeln!(f)?;
         let row = |f: &mut fmt::Formatter<'_>, name: &str, count: u64| {
@@ -167,7 +175,7 @@ impl fmt::Display for Report {
         for (name, one) in [
             ("shootdown", self.latency_ns.shootdown),
             ("unregister", self.latency_ns.unregister),
-            ("faulting instruction", self.latency_ns.fault),
+            ("fault", self.latency_ns.fault),
         ] {
             let [p50, p99, p999, max] = [one.p50, one.p99, one.p999, one.max].map(micros);
             writeln!(
@@ -217,6 +225,20 @@ impl fmt::Display for Report {
         )?;
         for finding in &self.findings {
             writeln!(f, "\nfound: {finding}")?;
+        }
+        if let Some(plant) = &self.plant
+            && plant.must_be_found
+            && plant.found_after_seconds.is_none()
+        {
+            writeln!(
+                f,
+                "\nthe planted bug was not found{}",
+                if self.interrupted {
+                    ": the run was interrupted before"
+                } else {
+                    ""
+                }
+            )?;
         }
         writeln!(
             f,

@@ -1,7 +1,9 @@
 //! The main job, from the devices to the verdict.
 
+use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,7 +18,7 @@ use crate::options::Options;
 use crate::plant::Plant;
 use crate::report::{Escalations, Latencies, Leaked, Report, Unregisters};
 use crate::trace;
-use crate::worker::{CHUNK, Shared, Spaces, Worker};
+use crate::worker::{BLOCKS, CHUNK, Shared, Spaces, Worker};
 
 /// Why there was no run, or no report.
 #[derive(Debug, Error)]
@@ -31,6 +33,8 @@ pub(crate) enum RunError {
         devices: u32,
         most: u64,
     },
+    #[error("no trace can be written to {path}: {error}")]
+    NoTrace { path: String, error: std::io::Error },
     #[error("the trace could not be written to {path}: {error}")]
     Trace { path: String, error: std::io::Error },
 }
@@ -38,10 +42,27 @@ pub(crate) enum RunError {
 impl RunError {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
-            Self::TooManySegments { .. } => 2,
+            Self::TooManySegments { .. } | Self::NoTrace { .. } => 2,
             Self::Model(_) | Self::Trace { .. } => 3,
         }
     }
+}
+
+/// What the threads have in their hands when the time is over is done by then, each of its waits within its deadline, or never.
+const GIVE_UP: Duration = Duration::from_secs(30);
+
+/// Ends the process unless what it gives is dropped in time. Threads that wait for each other cannot be ended otherwise.
+fn watchdog() -> Sender<()> {
+    let (watched, ended) = mpsc::channel();
+    thread::spawn(move || {
+        if ended.recv_timeout(GIVE_UP) == Err(RecvTimeoutError::Timeout) {
+            eprintln!(
+                "error: the run did not end within {GIVE_UP:?} after its time was over: a thread hangs"
+            );
+            std::process::exit(1);
+        }
+    });
+    watched
 }
 
 /// 256 MiB.
@@ -54,32 +75,42 @@ pub(crate) fn deadlines() -> Deadlines {
         flush: Duration::from_millis(50),
         full_flush: Duration::from_millis(100),
         reset: Duration::from_secs(1),
-        room: Duration::from_secs(10),
+        ..Deadlines::default()
     }
 }
 
 fn chiplets(options: &Options, plant: Option<Plant>) -> ChipletConfig {
-    let lost = if plant == Some(Plant::LostCompletion) {
-        0.002
-    } else {
-        0.0
-    };
-    ChipletConfig {
+    let mut config = ChipletConfig {
         tlb_entries: 256,
         latency: Latency {
             // "A few microseconds" on hardware.
             purge: Duration::from_micros(3),
-            handle: plant.map(Plant::handle_latency).unwrap_or_default(),
             ..Latency::default()
         },
         faults: FaultPlan {
             seed: options.seed,
-            lost,
             ..FaultPlan::default()
         },
-        plants: plant.map(Plant::model).unwrap_or_default(),
         ..ChipletConfig::default()
+    };
+    if let Some(plant) = plant {
+        plant.hardware(&mut config);
     }
+    config
+}
+
+fn driver(plant: Option<Plant>) -> Config {
+    let mut config = Config {
+        // One more than there are contexts, so that they wrap often and are enough.
+        asids: 8..=8 * 17,
+        control_blocks: BLOCKS,
+        data_bytes: CHUNK as usize * 8,
+        ..Config::default()
+    };
+    if let Some(plant) = plant {
+        plant.driver(&mut config);
+    }
+    config
 }
 
 fn bar(options: &Options) -> ProgressBar {
@@ -94,11 +125,12 @@ fn bar(options: &Options) -> ProgressBar {
     bar
 }
 
+/// The report, and whether the trace was written.
 pub(crate) fn run(
     options: &Options,
     plant: Option<Plant>,
     interrupted: &AtomicBool,
-) -> Result<Report, RunError> {
+) -> Result<(Report, Result<(), RunError>), RunError> {
     let most = u64::from(options.devices) * 15;
     let segments = options.segments.max(options.threads);
     if segments > most {
@@ -108,6 +140,14 @@ pub(crate) fn run(
             most,
         });
     }
+    // Before the run, which would be for nothing otherwise.
+    let trace = match &options.trace {
+        None => None,
+        Some(path) => Some(File::create(path).map_err(|error| RunError::NoTrace {
+            path: path.display().to_string(),
+            error,
+        })?),
+    };
     let bus = Bus::new(FRAMES)?;
     let model = Model::new(&bus, options.devices, chiplets(options, plant));
     let ports = model
@@ -119,17 +159,7 @@ pub(crate) fn run(
             registers: chiplet.clone(),
             interrupts: chiplet.clone(),
         });
-    let gru = Gru::attach(
-        ports.collect(),
-        Config {
-            // Few, so that they wrap often.
-            asids: 8..=8 * 24,
-            control_blocks: 4,
-            data_bytes: CHUNK as usize * 8,
-            plants: plant.map(Plant::driver).unwrap_or_default(),
-            ..Config::default()
-        },
-    );
+    let gru = Gru::attach(ports.collect(), driver(plant));
     let memory = ModelMemory::new(&bus, ARENA)?;
     let arena = memory.arena();
     let shared = Shared {
@@ -151,15 +181,14 @@ pub(crate) fn run(
         threads: options.threads,
         devices: options.devices,
         segments,
-        plant: plant.map(Plant::name),
+        plant: plant.map(Plant::planted),
         ..Report::default()
     };
 
     let begun = Instant::now();
     let ends = begun + Duration::from_secs(options.seconds);
-    let stops_at_finding = plant.is_some_and(Plant::must_be_found);
     let progress = bar(options);
-    let measured: Vec<_> = thread::scope(|scope| {
+    let (measured, watched) = thread::scope(|scope| {
         let workers: Vec<_> = (0..options.threads)
             .map(|nth| {
                 let share =
@@ -175,11 +204,14 @@ pub(crate) fn run(
         while Instant::now() < ends && !interrupted.load(Ordering::Relaxed) {
             let found =
                 bus.oracle().stale_accesses() + shared.data_mismatches.load(Ordering::Relaxed);
-            if found > 0 && stops_at_finding {
+            if found > 0
+                && let Some(plant) = report.plant.as_mut().filter(|plant| plant.must_be_found)
+            {
+                plant.found_after_seconds = Some(begun.elapsed().as_secs_f64());
                 break;
             }
             thread::sleep(
-                Duration::from_millis(100).min(ends.saturating_duration_since(Instant::now())),
+                Duration::from_millis(20).min(ends.saturating_duration_since(Instant::now())),
             );
             progress.set_position(begun.elapsed().as_millis() as u64 / 100);
             progress.set_message(format!(
@@ -188,10 +220,12 @@ pub(crate) fn run(
             ));
         }
         shared.stop.store(true, Ordering::Relaxed);
-        workers
+        let watched = watchdog();
+        let measured: Vec<_> = workers
             .into_iter()
             .filter_map(|worker| worker.join().ok())
-            .collect()
+            .collect();
+        (measured, watched)
     });
     report.seconds = begun.elapsed().as_secs_f64();
     report.interrupted = interrupted.load(Ordering::Relaxed);
@@ -204,7 +238,6 @@ pub(crate) fn run(
 
     let mut shootdown = None;
     let mut unregister = None;
-    let mut fault = None;
     for one in measured {
         let add = |sum: &mut Option<hdrhistogram::Histogram<u64>>,
                    more: hdrhistogram::Histogram<u64>| match sum {
@@ -214,16 +247,19 @@ pub(crate) fn run(
         };
         add(&mut shootdown, one.shootdown);
         add(&mut unregister, one.unregister);
-        add(&mut fault, one.fault);
         report.findings.extend(one.findings);
     }
     let latency = |one: &Option<hdrhistogram::Histogram<u64>>| {
         one.as_ref().map(Into::into).unwrap_or_default()
     };
+    let faults = gru.fault_latencies().into_iter().reduce(|mut sum, more| {
+        sum += more;
+        sum
+    });
     report.latency_ns = Latencies {
         shootdown: latency(&shootdown),
         unregister: latency(&unregister),
-        fault: latency(&fault),
+        fault: latency(&faults),
     };
     if let Some(histogram) = &shootdown {
         report.histogram = histogram
@@ -232,18 +268,22 @@ pub(crate) fn run(
             .skip_while(|(_, count)| *count == 0)
             .collect();
     }
-    finish(&mut report, shared, &gru, &model, options)?;
-    Ok(report)
+    let trace = match (&options.trace, trace) {
+        (Some(path), Some(file)) => {
+            trace::write(file, &shared.space.records()).map_err(|error| RunError::Trace {
+                path: path.display().to_string(),
+                error,
+            })
+        }
+        _ => Ok(()),
+    };
+    finish(&mut report, shared, &gru, &model);
+    drop(watched);
+    Ok((report, trace))
 }
 
 /// Ends the space, and counts what is left.
-fn finish(
-    report: &mut Report,
-    shared: Shared,
-    gru: &Gru,
-    model: &Model,
-    options: &Options,
-) -> Result<(), RunError> {
+fn finish(report: &mut Report, shared: Shared, gru: &Gru, model: &Model) {
     let Shared {
         bus,
         space,
@@ -251,12 +291,6 @@ fn finish(
         releases,
         ..
     } = &shared;
-    if let Some(path) = &options.trace {
-        trace::write(path, &space.records()).map_err(|error| RunError::Trace {
-            path: path.display().to_string(),
-            error,
-        })?;
-    }
     report.quarantined = space.quarantined_bytes();
     if let Err(error) = space.exit() {
         report.findings.push(format!("exit: {error}"));
@@ -299,6 +333,12 @@ fn finish(
             .take(4)
             .map(ToString::to_string),
     );
+    // A finding in a run with a planted bug is that bug's.
+    if let Some(plant) = report.plant.as_ref().filter(|plant| plant.must_be_found) {
+        for finding in &mut report.findings {
+            *finding = format!("{} ({}): {finding}", plant.race, plant.name);
+        }
+    }
     for device in gru.devices() {
         let stats = device.stats();
         report.flush_ops += stats.flush_ops;
@@ -325,5 +365,4 @@ fn finish(
     drop(shared);
     report.leaked.frames = bus.physical().total() - bus.physical().free_frames();
     report.judge();
-    Ok(())
 }

@@ -1,8 +1,8 @@
 //! The flight recorder as a trace for Chrome's and Perfetto's viewers.
 
 use std::collections::HashMap;
-use std::io;
-use std::path::Path;
+use std::fs::File;
+use std::io::{self, Write};
 
 use serde_json::json;
 use shootdown::{Kind, Record};
@@ -19,7 +19,7 @@ fn phase(kind: Kind) -> Option<&'static str> {
 }
 
 /// Writes one event a phase, one row a shard of the recorder; everything else is an instant.
-pub(crate) fn write(path: &Path, records: &[Record]) -> io::Result<()> {
+pub(crate) fn write(mut file: File, records: &[Record]) -> io::Result<()> {
     let mut before: HashMap<u64, &Record> = HashMap::new();
     let mut events = Vec::new();
     for record in records {
@@ -43,5 +43,5 @@ pub(crate) fn write(path: &Path, records: &[Record]) -> io::Result<()> {
             "args": { "subject": format!("{:#x}", record.subject), "a": format!("{:#x}", record.a), "b": format!("{:#x}", record.b) },
         }));
     }
-    std::fs::write(path, serde_json::to_vec(&json!({ "traceEvents": events }))?)
+    file.write_all(&serde_json::to_vec(&json!({ "traceEvents": events }))?)
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
@@ -11,7 +12,7 @@ use shootdown::{
     Addr, AddressSpace, InvalidateError, Map, MapError, MemoryError, PageSize, Range, Rights,
 };
 use shootdown_gru::{Atomic, Element, Gru, GruError, Instruction, Segment};
-use shootdown_hw_model::{Bus, ModelMemory};
+use shootdown_hw_model::Bus;
 
 use crate::churn::{self, Releases};
 
@@ -37,14 +38,12 @@ pub(crate) struct Spaces {
     pub(crate) inserts: AtomicU64,
     pub(crate) releases: AtomicU64,
     pub(crate) registrations: AtomicU64,
-    pub(crate) invalidations: AtomicU64,
 }
 
 /// What one thread has measured.
 pub(crate) struct Measured {
     pub(crate) shootdown: Histogram<u64>,
     pub(crate) unregister: Histogram<u64>,
-    pub(crate) fault: Histogram<u64>,
     pub(crate) findings: Vec<String>,
 }
 
@@ -53,14 +52,56 @@ fn histogram() -> Histogram<u64> {
 }
 
 /// Any instruction ends sooner, or its device is dead.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// Data bytes that a segment must have: what `check` loads at once.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
+/// Words that a segment must have room for: what one instruction moves.
 pub(crate) const CHUNK: u32 = 64;
+/// Control blocks that a segment must have: what is at work at the same time.
+pub(crate) const BLOCKS: usize = 8;
+
+/// Whether an error comes of a device that was lost, which is no finding.
+pub(crate) fn is_lost(error: &GruError) -> bool {
+    matches!(
+        error,
+        GruError::ContextLost { .. } | GruError::Timeout { .. } | GruError::Fault(_)
+    )
+}
+
+/// Runs instructions at the same time, one a control block. None is at work afterwards, unless the device was lost.
+pub(crate) fn run_together(
+    segment: &Segment,
+    instructions: &[Instruction],
+) -> Result<(), GruError> {
+    let mut result = Ok(());
+    let mut submitted = 0;
+    for instruction in instructions {
+        result = segment.submit(submitted, instruction);
+        if result.is_err() {
+            break;
+        }
+        submitted += 1;
+    }
+    for cb in 0..submitted {
+        result = segment.wait(cb, PATIENCE).map(|_| ()).and(result);
+    }
+    result
+}
+
+/// Waits for work that may end with the data or with an exception, as its memory changed meanwhile.
+pub(crate) fn settle(segment: &Segment, blocks: usize) -> Result<(), GruError> {
+    let mut result = Ok(());
+    for cb in 0..blocks {
+        match segment.wait(cb, PATIENCE) {
+            Ok(_) | Err(GruError::Exception { .. }) => {}
+            Err(error) => result = Err(error),
+        }
+    }
+    result
+}
 
 pub(crate) struct Worker<'s> {
-    shared: &'s Shared,
-    rng: SmallRng,
-    segments: Vec<Segment>,
+    pub(crate) shared: &'s Shared,
+    pub(crate) rng: SmallRng,
+    pub(crate) segments: Vec<Segment>,
     wanted: usize,
     measured: Measured,
     rounds: u64,
@@ -76,7 +117,6 @@ impl<'s> Worker<'s> {
             measured: Measured {
                 shootdown: histogram(),
                 unregister: histogram(),
-                fault: histogram(),
                 findings: Vec::new(),
             },
             rounds: 0,
@@ -92,14 +132,14 @@ impl<'s> Worker<'s> {
         self.measured
     }
 
-    fn find(&mut self, what: String) {
+    pub(crate) fn find(&mut self, what: String) {
         if self.measured.findings.len() < 8 {
             self.measured.findings.push(what);
         }
     }
 
     /// What the workload provokes on purpose, or a dead device brings about, is no finding.
-    fn expect(&mut self, what: &str, result: Result<(), MapError>) -> bool {
+    pub(crate) fn expect(&mut self, what: &str, result: Result<(), MapError>) -> bool {
         match result {
             Ok(()) => true,
             Err(
@@ -115,13 +155,23 @@ impl<'s> Worker<'s> {
         }
     }
 
-    fn shoot(
+    pub(crate) fn shoot(
         &mut self,
         what: &str,
         call: impl FnOnce(&AddressSpace) -> Result<(), MapError>,
     ) -> bool {
+        self.shoot_in(&self.shared.space, what, call)
+    }
+
+    /// As [`Self::shoot`], in another space than the one that all threads share.
+    pub(crate) fn shoot_in(
+        &mut self,
+        space: &AddressSpace,
+        what: &str,
+        call: impl FnOnce(&AddressSpace) -> Result<(), MapError>,
+    ) -> bool {
         let begun = Instant::now();
-        let result = call(&self.shared.space);
+        let result = call(space);
         self.measured.shootdown += begun.elapsed().as_nanos() as u64;
         self.shared.shootdowns.fetch_add(1, Ordering::Relaxed);
         self.expect(what, result)
@@ -134,6 +184,8 @@ impl<'s> Worker<'s> {
                 Err(_) if !self.segments.is_empty() => break,
                 Err(error) => {
                     self.find(format!("no segment: {error}"));
+                    // It may be over soon; the next round tries again.
+                    thread::sleep(Duration::from_millis(1));
                     return;
                 }
             }
@@ -154,18 +206,21 @@ impl<'s> Worker<'s> {
                 return;
             }
         };
-        for turn in 0..self.rng.random_range(2..10) {
-            self.work(buffer, turn == 0);
+        for _ in 0..self.rng.random_range(2..10) {
+            self.work(buffer);
         }
         self.change(buffer);
         self.end(buffer);
+        if self.rounds % 8 == 1 {
+            self.fault_beside_change();
+        }
         if self.rounds % 16 == 3 {
             self.churn();
         }
-        if self.rounds % 64 == 7 {
+        if self.rounds % 32 == 7 {
             self.end_a_segment();
         }
-        if self.rounds % 128 == 9 {
+        if self.rounds % 16 == 9 {
             self.short_lived_space();
         }
     }
@@ -178,31 +233,33 @@ impl<'s> Worker<'s> {
         (Addr::new(buffer.start().get() + first * 8), count as u32)
     }
 
-    /// Runs an instruction; false if it did not end well.
-    fn device(&mut self, instruction: &Instruction) -> bool {
-        let nth = self.rng.random_range(0..self.segments.len());
-        let segment = &self.segments[nth];
-        let cb = self.rng.random_range(0..segment.control_blocks());
-        match segment.run(cb, instruction, PATIENCE) {
-            Ok(_) => true,
-            // Ends with its segment's device: a new segment is made in the next round.
-            Err(GruError::ContextLost { .. } | GruError::Timeout { .. } | GruError::Fault(_)) => {
-                drop(self.segments.swap_remove(nth));
-                if self.segments.is_empty() {
-                    self.segments
-                        .extend(self.shared.gru.segment(&self.shared.space).ok());
-                }
-                false
-            }
-            Err(GruError::Busy { .. }) => false,
+    /// One of the thread's segments; none while there is none.
+    pub(crate) fn any_segment(&mut self) -> Option<usize> {
+        let count = self.segments.len();
+        (count > 0).then(|| self.rng.random_range(0..count))
+    }
+
+    /// What became of `what` on segment `nth`, which goes if its device was lost: a new one is made in the next round.
+    pub(crate) fn lose(&mut self, nth: usize, error: GruError, what: &str) {
+        if is_lost(&error) {
+            drop(self.segments.swap_remove(nth));
+        } else {
+            self.find(format!("{what}: {error}"));
+        }
+    }
+
+    /// Runs instructions on segment `nth`; false if one did not end well.
+    fn device(&mut self, nth: usize, instructions: &[Instruction]) -> bool {
+        match run_together(&self.segments[nth], instructions) {
+            Ok(()) => true,
             Err(error) => {
-                self.find(format!("{instruction:?}: {error}"));
+                self.lose(nth, error, "an instruction");
                 false
             }
         }
     }
 
-    fn matches(&mut self, at: Addr, count: u32, want: u64, who: &str) {
+    pub(crate) fn matches(&mut self, at: Addr, count: u32, want: u64, who: &str) {
         for nth in 0..u64::from(count) {
             let word = (at.get() + nth * 8) as *const u64;
             // SAFETY: the buffer is this thread's own and mapped readable; devices write it through frames, so volatile.
@@ -221,29 +278,35 @@ impl<'s> Worker<'s> {
             .fetch_add(u64::from(count) * 8, Ordering::Relaxed);
     }
 
-    /// The device writes, the CPU checks; or the CPU writes, and the device copies it.
-    fn work(&mut self, buffer: Range, first: bool) {
-        if self.segments.is_empty() {
+    /// The device sets, copies and counts, the CPU checks.
+    pub(crate) fn work(&mut self, buffer: Range) {
+        let Some(nth) = self.any_segment() else {
             return;
-        }
+        };
         let (at, count) = self.part(buffer);
         let value: u64 = self.rng.random();
-        let begun = Instant::now();
-        if self.device(&Instruction::vset(at, value, Element::Double, count)) {
-            if first {
-                self.measured.fault += begun.elapsed().as_nanos() as u64;
-            }
-            self.matches(at, count, value, "a vset");
+        if !self.device(nth, &[Instruction::vset(at, value, Element::Double, count)]) {
+            return;
         }
-        for _ in 0..self.rng.random_range(0..8) {
-            // SAFETY: as in `matches`.
-            let old = unsafe { (at.get() as *const u64).read_volatile() };
-            if self.segments.is_empty()
-                || !self.device(&Instruction::atomic(at, Atomic::Increment, Element::Double))
-            {
+        self.matches(at, count, value, "a vset");
+        // They may overlap: it is the same value everywhere.
+        let copies = [self.part(buffer), self.part(buffer)].map(|(to, most)| (to, most.min(count)));
+        let copy = |(nth, (to, count)): (u16, (Addr, u32))| {
+            Instruction::bcopy(at, to, nth * CHUNK as u16 * 8, Element::Double, count)
+        };
+        if !self.device(nth, &[copy((0, copies[0])), copy((1, copies[1]))]) {
+            return;
+        }
+        for (to, count) in copies {
+            self.matches(to, count, value, "a copy");
+        }
+        for turn in 0..self.rng.random_range(0..6u64) {
+            let increment = Instruction::atomic(at, Atomic::Increment, Element::Double);
+            if !self.device(nth, &[increment; BLOCKS]) {
                 return;
             }
-            self.matches(at, 1, old.wrapping_add(1), "an increment");
+            let want = value.wrapping_add((turn + 1) * BLOCKS as u64);
+            self.matches(at, 1, want, "increments");
         }
     }
 
@@ -259,13 +322,13 @@ impl<'s> Worker<'s> {
             0 => {
                 if self.shoot("discard", |space| space.discard(part)) {
                     self.matches(part.start(), (part.len() / 8) as u32, 0, "a discard");
-                    self.work(part, false);
+                    self.work(part);
                 }
             }
             1 => {
                 if self.shoot("protect", |space| space.protect(part, Rights::READ)) {
                     self.shoot("protect", |space| space.protect(part, Rights::READ_WRITE));
-                    self.work(part, false);
+                    self.work(part);
                 }
             }
             _ => self.remap(),
@@ -282,10 +345,7 @@ impl<'s> Worker<'s> {
         let old: u64 = self.rng.random();
         // SAFETY: the buffer is this thread's own and mapped for writing.
         unsafe { (from.start().get() as *mut u64).write_volatile(old) };
-        self.work(
-            Range::inclusive(from.start().get() + len / 2, from.last()).expect("half of it"),
-            false,
-        );
+        self.work(Range::inclusive(from.start().get() + len / 2, from.last()).expect("half of it"));
         let mut now = from;
         if let Ok(hole) = hole
             && self.shoot("unmap", |space| space.unmap(hole))
@@ -303,7 +363,7 @@ impl<'s> Worker<'s> {
             if let Some(moved) = moved {
                 now = moved;
                 self.matches(moved.start(), 1, old, "the CPU");
-                self.work(moved, false);
+                self.work(moved);
             }
         }
         self.shoot("unmap", |space| space.unmap(now));
@@ -311,15 +371,14 @@ impl<'s> Worker<'s> {
 
     /// Takes the buffer away, often with an instruction in flight, in one piece or in two, with the lock held or not.
     fn end(&mut self, buffer: Range) {
-        let nth = self.rng.random_range(0..self.segments.len().max(1));
-        let cb = 0;
-        if let Some(segment) = self.segments.get(nth) {
+        let nth = self.any_segment();
+        if let Some(nth) = nth {
             // In flight when the buffer goes: it ends with the data or an exception, whoever is first. It only reads, as another thread
             // may map the same address before it ends.
             let stride = (buffer.len() / 8) as i64 / i64::from(CHUNK);
             let load =
                 Instruction::vload(buffer.start(), 0, Element::Double, CHUNK).stride(stride.max(1));
-            let _ = segment.submit(cb, &load);
+            let _ = self.segments[nth].submit(0, &load);
         }
         let half = buffer.pages(PageSize::FourKiB) / 2 * PageSize::FourKiB.bytes();
         let whole = match self.rng.random_range(0..4) {
@@ -339,15 +398,10 @@ impl<'s> Worker<'s> {
         } else {
             self.shoot("unmap", |space| space.unmap(whole));
         }
-        if let Some(segment) = self.segments.get(nth)
-            && segment.wait(cb, PATIENCE).is_err_and(|error| {
-                matches!(
-                    error,
-                    GruError::Timeout { .. } | GruError::ContextLost { .. } | GruError::Fault(_)
-                )
-            })
+        if let Some(nth) = nth
+            && let Err(error) = settle(&self.segments[nth], 1)
         {
-            drop(self.segments.swap_remove(nth));
+            self.lose(nth, error, "a load beside an unmap");
         }
     }
 
@@ -374,70 +428,5 @@ impl<'s> Worker<'s> {
             }
         }
         self.shoot("unmap", |space| space.unmap(touch));
-    }
-
-    /// Unmaps a segment itself, half of the time with the map lock held for write.
-    fn end_a_segment(&mut self) {
-        let Some(segment) = self.segments.pop() else {
-            return;
-        };
-        let result = if self.rng.random_bool(0.5) {
-            match self.shared.space.lock_write() {
-                Ok(guard) => segment.unmap_locked(&guard).map(|_| ()),
-                Err(refused) => Err(refused.into()),
-            }
-        } else {
-            segment.unmap().map(|_| ())
-        };
-        self.shared
-            .segments_torn_down
-            .fetch_add(1, Ordering::Relaxed);
-        match result {
-            Ok(()) | Err(GruError::ContextLost { .. } | GruError::HandleTimeout { .. }) => {}
-            Err(error) => self.find(format!("unmap of a segment: {error}")),
-        }
-    }
-
-    /// A space of its own that exits with its memory mapped and its segment loaded.
-    fn short_lived_space(&mut self) {
-        let Ok(memory) = ModelMemory::new(&self.shared.bus, 16 << 20) else {
-            return;
-        };
-        let space = AddressSpace::managed(memory, crate::run::deadlines());
-        let Ok(segment) = self.shared.gru.segment(&space) else {
-            return;
-        };
-        let Ok(buffer) = space.map(Map::anonymous(8 << 12)) else {
-            return;
-        };
-        let value: u64 = self.rng.random();
-        if segment
-            .run(
-                0,
-                &Instruction::vset(buffer.start(), value, Element::Double, 64),
-                PATIENCE,
-            )
-            .is_ok()
-        {
-            self.matches(buffer.start(), 64, value, "a vset in a space of its own");
-        }
-        // Half of the time it exits with its segment loaded.
-        if self.rng.random_bool(0.5)
-            && let Err(error) = segment.unmap()
-        {
-            self.find(format!("unmap of a segment: {error}"));
-        }
-        if let Err(error) = space.exit() {
-            self.find(format!("exit: {error}"));
-        }
-        let stats = space.stats();
-        let sums = &self.shared.short_lived;
-        sums.inserts.fetch_add(stats.inserts, Ordering::Relaxed);
-        sums.releases.fetch_add(stats.releases, Ordering::Relaxed);
-        sums.invalidations
-            .fetch_add(stats.invalidations, Ordering::Relaxed);
-        sums.registrations
-            .fetch_add(space.registrations() as u64, Ordering::Relaxed);
-        self.shared.spaces_exited.fetch_add(1, Ordering::Relaxed);
     }
 }

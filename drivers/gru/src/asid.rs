@@ -57,7 +57,8 @@ impl Words {
     pub(crate) fn load(&self, tag: u64) -> Word {
         let word = usize::try_from(tag).ok().and_then(|tag| self.0.get(tag));
         // Acquire, with the AcqRel of `bind`: who sees an ASID sees what was handed out with it. That a binding which
-        // this load misses cannot have filled an entry is what the driver lock between `quiesce` and the fill is for.
+        // this load misses cannot have filled an entry is what the driver lock, or the pair of fences, between `quiesce` and
+        // the fill is for.
         word.map_or(Word(0), |word| Word(word.load(Ordering::Acquire)))
     }
 

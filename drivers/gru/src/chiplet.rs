@@ -27,7 +27,7 @@ use crate::error::GruError;
 use crate::handle::Backoff;
 use crate::layout::{CONTEXTS, RESET, page_code, tgh};
 use crate::purge::{Purge, Purges};
-use crate::stats::Counters;
+use crate::stats::{Counters, Latencies};
 
 /// A context that is taken.
 pub(crate) struct Slot {
@@ -48,6 +48,7 @@ pub(crate) struct Chiplet {
     pub(crate) words: Words,
     pub(crate) config: Config,
     pub(crate) counters: Arc<Counters>,
+    pub(crate) fault_latency: Latencies,
     /// Whether a thread serves the fault map; if not, misses wait for their users.
     pub(crate) served: AtomicBool,
     purges: Purges,
@@ -78,6 +79,7 @@ impl Chiplet {
             words: Words::new(tags),
             config: config.clone(),
             counters,
+            fault_latency: Latencies::default(),
             served: AtomicBool::new(false),
             purges: Purges::default(),
             epoch: AtomicU64::new(0),

@@ -17,6 +17,9 @@ bitflags::bitflags! {
         /// A translation is installed without the driver lock, whatever happened since it was read (R9). Hardware that
         /// ignores late drop-ins (R16) hides it.
         const RETRY_NOT_CHECKED = 4;
+        /// A translation is installed without ever looking at the sequence, so that not even an invalidation in progress is
+        /// waited for (R9). No hardware hides it.
+        const NOT_BEGUN = 64;
         /// The sequence of the first 4 KiB of a larger entry's miss is checked, not that of the whole entry (R34).
         const WRONG_RANGE = 8;
         /// ASIDs are handed out anew without a flush (R15).
@@ -24,6 +27,39 @@ bitflags::bitflags! {
         /// An unmapped segment's context goes on.
         const CONTEXT_NOT_UNLOADED = 32;
     }
+}
+
+/// What keeps a translation that was read before an invalidation from being installed after that invalidation's flush.
+///
+/// Either way the fault path holds the driver lock from the check of its sequence until the entry is written, and waits before
+/// that for invalidations that are in progress.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum LateDropIns {
+    /// The driver: `quiesce` waits for the driver lock, so that an entry is either in the TLB before the flush begins or is not
+    /// installed. Right for any hardware; the price is that an invalidation waits for the handle of a fault beside it.
+    #[default]
+    Excluded,
+    /// The chiplet: `quiesce` waits for nothing. Right only for hardware that ignores a drop-in if a purge that covers it
+    /// arrived between the miss and the write, as the GRU's data sheet says.
+    ///
+    /// Why that is enough. Under the driver lock the fault path sees the miss pending, then that no invalidation of the entry
+    /// has begun since its translation was read, then writes. An invalidation that it does not see begins later, and so its
+    /// purge arrives after the miss: before the write, and the drop-in is ignored and the control block misses again; or after
+    /// it, and the purge takes the entry. The lock keeps other threads from answering the miss in between, which would leave
+    /// the write to a later miss that the purge came before.
+    /// - *Ranges*: an invalidation is flushed with the page sizes of what is mapped in it, widened to whole pages. The entry
+    ///   is a page that was mapped when its translation was read, so the first purge of any part of that page has its size
+    ///   and covers it. Purges of an ASID or of the whole chiplet cover everything.
+    /// - *Nothing cached*: no purge comes where the space has no context loaded. The fault's own context is in the word of the
+    ///   space before it starts; a full fence after the start of the invalidation, before that word is read, and one before the
+    ///   sequence is checked make sure that the purge sees the context, or the check the invalidation.
+    /// - *ASIDs* are retired only without a loaded context, and a context is not unloaded while a fault of it is being resolved.
+    /// - *A reset* forgets the misses, and drop-ins without one are ignored.
+    ///
+    /// What is left to the sequence: an invalidation whose purge came before the miss and whose pages have not changed yet has
+    /// to be waited for, and one whose flush has not seen the context has to be noticed before the write. Whatever else a check
+    /// that is left out lets through, such hardware drops.
+    IgnoredByHardware,
 }
 
 /// How the driver attaches.
@@ -39,6 +75,8 @@ pub struct Config {
     pub control_blocks: usize,
     /// Data bytes of a segment, rounded up to whole allocation units of 1024; at most 32 KiB.
     pub data_bytes: usize,
+    /// How late drop-ins are kept out of the TLB.
+    pub late_drop_ins: LateDropIns,
     /// What is wrong with the driver.
     pub plants: Plant,
 }
@@ -52,6 +90,7 @@ impl Default for Config {
             asids: 8..=0xff_fff0,
             control_blocks: 8,
             data_bytes: 2048,
+            late_drop_ins: LateDropIns::default(),
             plants: Plant::empty(),
         }
     }

@@ -4,30 +4,31 @@
 //! Take a free context and allocation units, bind an ASID (its bit in the word comes *before* ALLOCATE, so that from there on
 //! invalidations purge), ALLOCATE, zero what the last owner left, START.
 //!
-//! # End
+//! # Unload
+//! In the shootdown of the segment's own addresses ([`DeviceContext::unload`]), with or without the map lock held:
 //! 1. The *mapping* ends: no user touches the registers any more; each of their accesses is under its read lock.
-//! 2. The *gate* closes: nobody resolves a fault of it any more, and whoever does is waited for. They wait for
-//!    invalidations only, up to the fault deadline, and hold the map lock before they enter (R33).
+//! 2. The *gate* closes: nobody resolves a fault of it any more. Whoever does is waited for, and gives up if it waits for an
+//!    invalidation, which may be this one; it holds the map lock before it enters (R33).
 //! 3. Faults in the fault map are forced to user polling, INTERRUPT_SYNC, DEALLOCATE. A fault that comes between locks the
 //!    context once more and is forced as well.
 //! 4. Its bit is taken from the word. Once no context is left, the ASID is retired by the next invalidation or with its tag.
 //!
 //! A context that the hardware does not give back within the deadline is *leaked*: it keeps its bit, so that it is still flushed,
-//! its units and its tag, until the chiplet has been reset.
+//! its units and its tag, and its segment stays in quarantine, until the chiplet has been reset.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Instant;
 
-use shootdown::Share;
+use shootdown::{Cause, Device, DeviceContext, Op, Share, UnloadFailed};
 
 use crate::chiplet::{Chiplet, Slot, State};
 use crate::config::Plant;
 use crate::error::{Ended, GruError};
 use crate::handle;
 use crate::layout::{
-    CB_WORDS, CBS_PER_UNIT, CONTEXTS, DATA_PER_UNIT, FAULT_MAP, cch, configuration, control_block,
-    data, fault, slots, tfh,
+    CB_WORDS, CBS_PER_UNIT, CONTEXTS, DATA_PER_UNIT, FAULT_MAP, SEGMENT_BYTES, cch, configuration,
+    control_block, data, fault, slots, tfh,
 };
 use crate::notifier::Binding;
 
@@ -40,6 +41,8 @@ struct Gate {
 
 pub(crate) struct Context {
     pub(crate) chiplet: Arc<Chiplet>,
+    /// The chiplet, as the framework knows it.
+    device: Device,
     pub(crate) binding: Arc<Binding>,
     pub(crate) index: usize,
     pub(crate) asid: u32,
@@ -49,9 +52,7 @@ pub(crate) struct Context {
     mapping: RwLock<Option<Ended>>,
     gate: Mutex<Gate>,
     left: Condvar,
-    share: Mutex<Option<Arc<Share>>>,
-    /// Whether it has been unloaded; held while it is.
-    torn: Mutex<bool>,
+    pub(crate) share: Arc<Share>,
 }
 
 /// Somebody resolves a fault of the context.
@@ -77,22 +78,23 @@ fn free_bits(taken: u64, count: usize, width: u32) -> Option<u64> {
 }
 
 impl Context {
-    /// Loads a context on `chiplet`; `None` if it has no room.
+    /// Loads a context on `chiplet`, which is `device`; `None` if it has no room.
     ///
     /// # Errors
     /// The hardware, or no ASID.
     pub(crate) fn load(
         chiplet: &Arc<Chiplet>,
+        device: &Device,
         binding: &Arc<Binding>,
-        share: Share,
-    ) -> Result<Result<Arc<Self>, Share>, GruError> {
+        share: &Arc<Share>,
+    ) -> Result<Option<Arc<Self>>, GruError> {
         let mut state = chiplet.lock();
         let epoch = chiplet.epoch();
         reclaim(chiplet, &mut state, epoch);
         let Some((index, cb_map, data_map)) =
             room(chiplet, &state).filter(|_| epoch.is_multiple_of(2))
         else {
-            return Ok(Err(share));
+            return Ok(None);
         };
         let wraps = state.asids.wraps();
         let count = state.asids.count();
@@ -105,6 +107,7 @@ impl Context {
         let asid = bound?.ok_or(GruError::NoAsid { count })?;
         let context = Arc::new(Self {
             chiplet: Arc::clone(chiplet),
+            device: device.clone(),
             binding: Arc::clone(binding),
             index,
             asid,
@@ -114,8 +117,7 @@ impl Context {
             mapping: RwLock::new(None),
             gate: Mutex::default(),
             left: Condvar::new(),
-            share: Mutex::new(Some(Arc::new(share))),
-            torn: Mutex::new(false),
+            share: Arc::clone(share),
         });
         state.slots[index] = Some(Slot {
             context: Arc::clone(&context),
@@ -127,7 +129,7 @@ impl Context {
             return Err(error);
         }
         chiplet.counters.contexts_loaded.hit();
-        Ok(Ok(context))
+        Ok(Some(context))
     }
 
     fn handle(&self, opcode: u64, bits: u64, what: &'static str) -> Result<(), GruError> {
@@ -211,25 +213,27 @@ impl Context {
         *self.mapping.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Enters the gate to resolve a fault; gives the registration to check it against. `None` once it is closed.
-    pub(crate) fn enter(&self) -> Option<(Inside<'_>, Arc<Share>)> {
+    /// Enters the gate to resolve a fault. `None` once it is closed.
+    pub(crate) fn enter(&self) -> Option<Inside<'_>> {
         let mut gate = lock(&self.gate);
         if gate.closed {
             return None;
         }
         gate.inside += 1;
-        let inside = Inside(self);
-        drop(gate);
-        let share = lock(&self.share).clone()?;
-        Some((inside, share))
+        Some(Inside(self))
     }
 
-    /// Ends the context: its share of the registration, for who is first. Waits for the hardware and for whoever resolves a
-    /// fault of it, within their deadlines. With the map lock held it is legal.
+    /// Whether whoever is inside the gate is being waited for.
+    pub(crate) fn is_closing(&self) -> bool {
+        lock(&self.gate).closed
+    }
+
+    /// Ends the context. Waits for the hardware, within its deadline, and for whoever is inside the gate. With the map lock held
+    /// it is legal.
     ///
     /// # Errors
-    /// The hardware did not give it back; it has ended for its user all the same.
-    pub(crate) fn end(&self, why: Ended) -> (Option<Share>, Result<(), GruError>) {
+    /// The hardware did not give it back; it has ended for its user all the same, and can be ended once more.
+    pub(crate) fn end(&self, why: Ended) -> Result<(), GruError> {
         {
             let mut mapping = self.mapping.write().unwrap_or_else(PoisonError::into_inner);
             mapping.get_or_insert(why);
@@ -240,23 +244,11 @@ impl Context {
             gate = self.left.wait(gate).unwrap_or_else(PoisonError::into_inner);
         }
         drop(gate);
-        let mut torn = lock(&self.torn);
-        let unloaded = if std::mem::replace(&mut *torn, true) {
-            Ok(())
-        } else {
-            let mut state = self.chiplet.lock();
-            let planted = self.chiplet.planted(Plant::CONTEXT_NOT_UNLOADED);
-            let stopped = if planted { Ok(()) } else { self.stop() };
-            self.leave(&mut state, stopped.is_ok());
-            if stopped.is_ok() {
-                self.chiplet.counters.contexts_unloaded.hit();
-            }
-            stopped
-        };
-        drop(torn);
-        // Nobody else has it: all who are inside have left.
-        let share = lock(&self.share).take().and_then(Arc::into_inner);
-        (share, unloaded)
+        let mut state = self.chiplet.lock();
+        let planted = self.chiplet.planted(Plant::CONTEXT_NOT_UNLOADED);
+        let stopped = if planted { Ok(()) } else { self.stop() };
+        self.leave(&mut state, stopped.is_ok());
+        stopped
     }
 
     /// Stops the context and gives its resources back to the hardware, in whatever state it is.
@@ -264,7 +256,8 @@ impl Context {
         let deadline = self.chiplet.config.handle_deadline;
         let begun = Instant::now();
         loop {
-            if self.check_epoch().is_err() && self.chiplet.epoch().is_multiple_of(2) {
+            let epoch = self.chiplet.epoch();
+            if epoch != self.epoch && epoch.is_multiple_of(2) {
                 return Ok(());
             }
             self.force_user_polling()?;
@@ -296,14 +289,45 @@ impl Context {
 
     /// Gives the context back to the driver, or marks it as leaked.
     fn leave(&self, state: &mut State, stopped: bool) {
+        let own = |slot: &&mut Slot| std::ptr::eq(&*slot.context, self);
+        let Some(slot) = state.slots[self.index].as_mut().filter(own) else {
+            // Reclaimed after a reset.
+            return;
+        };
         if stopped {
             self.chiplet.words.unbind(self.binding.tag, self.index);
             state.slots[self.index] = None;
-        } else if let Some(slot) = &mut state.slots[self.index] {
-            slot.leaked = true;
+            self.chiplet.counters.contexts_unloaded.hit();
+        } else if !std::mem::replace(&mut slot.leaked, true) {
             self.chiplet.counters.contexts_leaked.hit();
-            tracing::error!(chiplet = %self.chiplet.name, context = self.index, "context leaked");
         }
+    }
+}
+
+impl DeviceContext for Context {
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn unload(&self, op: &Op<'_>) -> Result<(), UnloadFailed> {
+        let whole = op.range().len() == u128::from(SEGMENT_BYTES);
+        let why = match op.cause() {
+            Cause::Exit => Ended::SpaceExited,
+            _ if whole => Ended::Unmapped,
+            _ => Ended::PartlyUnmapped,
+        };
+        self.end(why).map_err(|error| UnloadFailed {
+            reason: match error {
+                GruError::HandleTimeout { what, .. } | GruError::HandleException { what, .. } => {
+                    what
+                }
+                _ => "the chiplet is gone",
+            },
+        })
+    }
+
+    fn name(&self) -> &'static str {
+        "a GRU context"
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use shootdown::{Addr, DeviceError, FaultError, InsertError, Refused, UnregisterError};
+use shootdown::{Addr, DeviceError, FaultError, InsertError, MapError, Refused};
 use thiserror::Error;
 
 /// Why a segment ended.
@@ -85,9 +85,9 @@ pub enum GruError {
     /// The registration of the space failed.
     #[error(transparent)]
     Insert(#[from] InsertError),
-    /// Giving the registration back failed.
+    /// Its addresses could not be mapped, or not be unmapped.
     #[error(transparent)]
-    Unregister(#[from] UnregisterError),
+    Map(#[from] MapError),
     /// Not where it was called.
     #[error(transparent)]
     Refused(#[from] Refused),
@@ -111,16 +111,6 @@ pub enum GruError {
         len: usize,
         /// Bytes there are.
         bytes: usize,
-    },
-    /// Empty, or outside of the segment.
-    #[error("{len:#x} bytes at {offset:#x} are not part of a segment of {bytes:#x} bytes")]
-    SegmentBounds {
-        /// Byte offset.
-        offset: u64,
-        /// Bytes.
-        len: u64,
-        /// Bytes there are.
-        bytes: u64,
     },
     /// The control block is at work.
     #[error("control block {cb} is at work: wait for it first")]

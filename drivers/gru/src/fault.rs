@@ -1,24 +1,28 @@
 //! TLB misses: by the thread that serves a chiplet's fault map, or by the user's own thread after CALL_OS.
 //!
-//! Both do the same: map lock for read, begin over the *whole* entry (R34), translate, retry under the driver lock, write
-//! the entry under it and wait until it is in (R9). The service thread only tries the map lock: if it is not to be had, or
-//! invalidations go on for too long, the miss is left to its user (R33). Nothing mapped, or a store that is not
-//! allowed, ends the instruction with an exception.
+//! Both do the same: map lock for read, begin over the *whole* entry (R34), translate, let the map lock go, retry under the
+//! driver lock, write the entry under it and wait until it is in (R9; what else keeps a late entry out, and why the miss is
+//! looked at before the sequence, says [`LateDropIns`](crate::LateDropIns)). What has been disturbed begins anew, from the map
+//! lock on. The service thread only tries the map lock: if it is not to be had, or invalidations go on for too long, the miss
+//! is left to its user (R33). Nothing mapped, or a store that is not allowed, ends the instruction with an exception.
 //!
-//! Order of holding, the first longest: owner of the space → map lock → gate of the context → driver lock.
+//! Order of holding, the first longest: owner of the space → gate of the context → driver lock. The map lock is taken before
+//! the gate is entered, as who ends a context may hold it and waits for the gate, and let go before the driver lock is taken,
+//! so that no change of the map waits for a handle.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::time::{Duration, Instant};
 
 use shootdown::{
-    Addr, AddressSpace, FaultError, Interrupts, PageSize, Range, Registration, Rights, Translation,
+    Addr, AddressSpace, Fault, FaultError, Interrupts, MapReadGuard, PageSize, Range, Rights,
+    Translation,
 };
 
 use crate::chiplet::Chiplet;
 use crate::config::Plant;
 use crate::context::Context;
-use crate::error::GruError;
+use crate::error::{Ended, GruError};
 use crate::handle;
 use crate::layout::{FAULT_MAP, fault, fault_map, page_code, status, tfh};
 
@@ -61,17 +65,17 @@ fn service(context: &Arc<Context>, slot: usize) -> Result<(), GruError> {
     let Some(space) = context.binding.pin.upgrade() else {
         return end(context, slot, tfh::EXCEPTION);
     };
-    let Some(_map) = space.try_lock_read()? else {
-        context.chiplet.counters.faults_to_user.hit();
-        return end(context, slot, tfh::USER_POLLING);
-    };
-    match resolve(context, slot, &space, tfh::MISS_MAP) {
-        Err(GruError::Fault(FaultError::Deadline { .. })) => {
-            context.chiplet.counters.faults_to_user.hit();
-            end(context, slot, tfh::USER_POLLING)
+    let begun = Instant::now();
+    while let Some(map) = space.try_lock_read()? {
+        match resolve(context, slot, &space, map, tfh::MISS_MAP, begun) {
+            Ok(true) => return Ok(()),
+            Ok(false) => {}
+            Err(GruError::Fault(FaultError::Deadline { .. })) => break,
+            Err(error) => return Err(error),
         }
-        result => result,
     }
+    context.chiplet.counters.faults_to_user.hit();
+    end(context, slot, tfh::USER_POLLING)
 }
 
 /// Resolves the miss of a control block that waits for its user, on the user's thread. Waits for the map lock and for
@@ -81,16 +85,23 @@ pub(crate) fn call_os(context: &Arc<Context>, slot: usize) -> Result<(), GruErro
         let _mapped = context.mapped()?;
         return end(context, slot, tfh::EXCEPTION);
     };
-    let _map = space.lock_read()?;
-    resolve(context, slot, &space, tfh::MISS_USER)
+    let begun = Instant::now();
+    while !resolve(
+        context,
+        slot,
+        &space,
+        space.lock_read()?,
+        tfh::MISS_USER,
+        begun,
+    )? {}
+    Ok(())
 }
 
 /// Ends the fault in another way than by an entry, if its context is not being unloaded, which then does so itself.
 fn end(context: &Context, slot: usize, opcode: u64) -> Result<(), GruError> {
-    let Some((_inside, share)) = context.enter() else {
+    let Some(_inside) = context.enter() else {
         return Ok(());
     };
-    drop(share);
     answer(context, slot, opcode)
 }
 
@@ -115,84 +126,150 @@ fn pending(context: &Context, slot: usize, state: u64) -> Result<Option<(Addr, b
     Ok(Some((address, status::cause(dw0) == tfh::MODIFY)))
 }
 
+/// One try to answer a miss: whether it is over. If not, an invalidation came between.
 fn resolve(
     context: &Context,
     slot: usize,
     space: &AddressSpace,
+    map: MapReadGuard<'_>,
     state: u64,
-) -> Result<(), GruError> {
-    let Some((_inside, share)) = context.enter() else {
-        return Ok(());
+    begun: Instant,
+) -> Result<bool, GruError> {
+    let Some(_inside) = context.enter() else {
+        return Ok(true);
     };
     context.check_epoch()?;
     let Some((address, modify)) = pending(context, slot, state)? else {
-        return Ok(());
+        return Ok(true);
     };
-    match fill(context, slot, space, &share, (address, modify, state)) {
-        Ok(true) => Ok(()),
-        Ok(false) => answer(context, slot, tfh::EXCEPTION),
-        Err(GruError::Fault(error @ FaultError::Deadline { .. })) => Err(error.into()),
+    let miss = Miss {
+        slot,
+        address,
+        modify,
+        state,
+        begun,
+    };
+    match fill(context, &miss, space, map) {
+        // One that is being unloaded has its fault forced by that.
+        Err(GruError::SegmentEnded { .. }) => return Ok(true),
+        Ok(Fill::Installed) => {}
+        Ok(Fill::Gone) => return Ok(true),
+        Ok(Fill::Disturbed) => {
+            context.chiplet.counters.fault_retries.hit();
+            return Ok(false);
+        }
+        Ok(Fill::NotAllowed) => answer(context, slot, tfh::EXCEPTION)?,
+        Err(GruError::Fault(error @ FaultError::Deadline { .. })) => return Err(error.into()),
         Err(GruError::Fault(error)) => {
             tracing::warn!(%error, "fault ends with an exception");
-            answer(context, slot, tfh::EXCEPTION)
+            answer(context, slot, tfh::EXCEPTION)?;
         }
-        Err(error) => Err(error),
+        Err(error) => return Err(error),
+    }
+    context.chiplet.fault_latency.record(begun.elapsed());
+    Ok(true)
+}
+
+struct Miss {
+    slot: usize,
+    address: Addr,
+    /// A store through an entry that forbids it.
+    modify: bool,
+    /// The state that the handle must be in.
+    state: u64,
+    /// When it was taken up.
+    begun: Instant,
+}
+
+/// What came of a try to install an entry.
+enum Fill {
+    Installed,
+    /// Nothing is mapped, or not with the rights that are needed.
+    NotAllowed,
+    /// Somebody else has answered.
+    Gone,
+    /// An invalidation came between.
+    Disturbed,
+}
+
+/// How long a wait for an invalidation goes on before it is looked whether the context is being unloaded.
+const SLICE: Duration = Duration::from_millis(1);
+
+/// Begins to install `entry`. What it waits for may be the shootdown that unloads this very context, and waits for whoever is
+/// inside its gate: so it gives up once that closes.
+fn begin(context: &Context, entry: Range, time: Duration) -> Result<Fault<'_>, GruError> {
+    let begun = Instant::now();
+    loop {
+        let left = time.saturating_sub(begun.elapsed());
+        match context.share.begin(entry, left.min(SLICE)) {
+            Err(FaultError::Deadline { .. }) if context.is_closing() => {
+                return Err(GruError::SegmentEnded {
+                    why: Ended::Unmapped,
+                });
+            }
+            Err(FaultError::Deadline { .. }) if left > SLICE => {}
+            result => return Ok(result?),
+        }
     }
 }
 
-/// Installs the entry for a miss: whether there is one.
+/// Installs the entry for a miss, if it may.
 fn fill(
     context: &Context,
-    slot: usize,
+    miss: &Miss,
     space: &AddressSpace,
-    registration: &Registration,
-    miss: (Addr, bool, u64),
-) -> Result<bool, GruError> {
-    let (address, modify, state) = miss;
+    map: MapReadGuard<'_>,
+) -> Result<Fill, GruError> {
     let chiplet = &context.chiplet;
-    let time = chiplet.config.fault_deadline;
-    let begun = Instant::now();
-    let small = Range::page(address, PageSize::FourKiB);
+    let small = Range::page(miss.address, PageSize::FourKiB);
     let narrow = chiplet.planted(Plant::WRONG_RANGE);
     let whole = |found: Option<Translation>| match found {
         Some(found) if !narrow => found.page,
         _ => small,
     };
-    let mut entry = whole(space.translate(address));
-    let mut sequence = registration.begin(entry, time)?;
-    loop {
-        let waited = begun.elapsed();
-        if waited >= time {
+    let mut found = space.translate(miss.address);
+    let sequence = loop {
+        let entry = whole(found);
+        let waited = miss.begun.elapsed();
+        let Some(left) = chiplet.config.fault_deadline.checked_sub(waited) else {
             return Err(FaultError::Deadline { entry, waited }.into());
+        };
+        let sequence = if chiplet.planted(Plant::NOT_BEGUN) {
+            None
+        } else {
+            Some(begin(context, entry, left)?)
+        };
+        found = space.translate(miss.address);
+        // A large page may have been split, or mapped, meanwhile: the sequence has to cover what is installed.
+        if whole(found) == entry {
+            break sequence;
         }
-        let found = space.translate(address);
-        if whole(found) != entry {
-            // A large page was split, or mapped, meanwhile: the sequence has to cover what is installed.
-            entry = whole(found);
-            sequence = registration.begin(entry, time - waited)?;
-            continue;
-        }
-        let checked = !chiplet.planted(Plant::RETRY_NOT_CHECKED);
-        let guard = checked.then(|| context.binding.lock.lock());
-        if guard.as_ref().is_none_or(|guard| !sequence.retry(guard)) {
-            let needed = if modify {
-                Rights::READ_WRITE
-            } else {
-                Rights::READ
-            };
-            let Some(found) = found.filter(|found| found.rights.contains(needed)) else {
-                return Ok(false);
-            };
-            if pending(context, slot, state)? == Some((address, modify)) {
-                install(context, slot, &found)?;
-                chiplet.counters.faults_resolved.hit();
-            }
-            return Ok(true);
-        }
-        drop(guard);
-        chiplet.counters.fault_retries.hit();
-        sequence.again()?;
+    };
+    drop(map);
+    let checked = !chiplet.planted(Plant::RETRY_NOT_CHECKED);
+    let guard = checked.then(|| context.binding.lock.lock());
+    if pending(context, miss.slot, miss.state)? != Some((miss.address, miss.modify)) {
+        return Ok(Fill::Gone);
     }
+    // With the fence in `quiesce`.
+    fence(Ordering::SeqCst);
+    // Where one of them is planted away nothing is checked.
+    if let (Some(sequence), Some(guard)) = (&sequence, &guard)
+        && sequence.retry(guard)
+    {
+        return Ok(Fill::Disturbed);
+    }
+    let needed = if miss.modify {
+        Rights::READ_WRITE
+    } else {
+        Rights::READ
+    };
+    let Some(found) = found.filter(|found| found.rights.contains(needed)) else {
+        return Ok(Fill::NotAllowed);
+    };
+    install(context, miss.slot, &found)?;
+    chiplet.counters.faults_resolved.hit();
+    Ok(Fill::Installed)
 }
 
 fn install(context: &Context, slot: usize, found: &Translation) -> Result<(), GruError> {

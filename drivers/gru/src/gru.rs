@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 
+use hdrhistogram::Histogram;
 use shootdown::{AddressSpace, Device, Range, Share, Target};
 
 use crate::chiplet::{Chiplet, ChipletTlb};
@@ -70,7 +71,7 @@ impl Gru {
             chiplets.push(chiplet);
         }
         Arc::new(Self {
-            fabric: Arc::new(Fabric::new(chiplets)),
+            fabric: Arc::new(Fabric::new(chiplets, config.late_drop_ins)),
             devices,
             key: KEY.fetch_add(1, Ordering::Relaxed),
             bindings: Mutex::new(HashMap::new()),
@@ -85,18 +86,20 @@ impl Gru {
         &self.devices
     }
 
-    /// Makes a segment for `space`: a context of the chiplet that has most room. Waits for hardware, and takes no map lock.
+    /// Makes a segment for `space`: a context of the chiplet that has most room, mapped anywhere in the space. Waits for
+    /// hardware, then for the map lock.
     ///
     /// # Errors
-    /// [`GruError::NoContext`], [`GruError::NoTag`], [`GruError::NoAsid`]; the space exits; the hardware does not answer.
+    /// [`GruError::NoContext`], [`GruError::NoTag`], [`GruError::NoAsid`]; the space exits or has no room; the hardware does
+    /// not answer.
     pub fn segment(self: &Arc<Self>, space: &AddressSpace) -> Result<Segment, GruError> {
-        let (binding, mut share) = self.join(space)?;
-        let mut order: Vec<_> = self.fabric.chiplets.iter().collect();
-        order.sort_by_key(|chiplet| chiplet.taken());
-        for chiplet in order {
-            match Context::load(chiplet, &binding, share)? {
-                Ok(context) => return Ok(Segment::new(context, Arc::clone(self))),
-                Err(back) => share = back,
+        let (binding, share) = self.join(space)?;
+        let share = Arc::new(share);
+        let mut order: Vec<_> = self.fabric.chiplets.iter().zip(&self.devices).collect();
+        order.sort_by_key(|(chiplet, _)| chiplet.taken());
+        for (chiplet, device) in order {
+            if let Some(context) = Context::load(chiplet, device, &binding, &share)? {
+                return Segment::map(space, context, Arc::clone(self));
             }
         }
         Err(GruError::NoContext {
@@ -125,6 +128,15 @@ impl Gru {
         }
         bindings.insert(space.id(), Arc::downgrade(&new));
         Ok((new, share))
+    }
+
+    /// How long TLB misses took, in nanoseconds, one histogram a chiplet: from when one was taken up until its answer, an entry or
+    /// an exception, was written. Waiting for the thread that serves them, and for the map lock, comes before that.
+    pub fn fault_latencies(&self) -> Vec<Histogram<u64>> {
+        let chiplets = self.fabric.chiplets.iter();
+        chiplets
+            .map(|chiplet| chiplet.fault_latency.read())
+            .collect()
     }
 
     /// What has been counted.

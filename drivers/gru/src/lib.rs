@@ -26,7 +26,7 @@ mod purge;
 mod segment;
 mod stats;
 
-pub use config::{ChipletPorts, Config, Plant};
+pub use config::{ChipletPorts, Config, LateDropIns, Plant};
 pub use error::{Ended, GruError};
 pub use gru::Gru;
 pub use instruction::{Atomic, Element, Instruction};

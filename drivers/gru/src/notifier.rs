@@ -1,15 +1,18 @@
 //! What the driver has for one address space: a tag, a lock, and the one handler for all of its segments.
 //!
 //! `quiesce` only takes the driver lock: a fault that holds it has installed its entry before the flush, one that takes it
-//! later sees the invalidation in its retry. Everything that can be cached is flushed. `release`, which ends the
-//! registration also when the space exits, unloads the contexts that are left.
+//! later sees the invalidation in its retry. With [`LateDropIns::IgnoredByHardware`] it does not even do that. Everything
+//! that can be cached is flushed. `release` retires the ASIDs: by then the segments are over, by unmap or by the exit of the
+//! space.
 
+use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use shootdown::{Drain, Notifier, NotifierLock, Op, SpacePin, WouldBlock};
 
 use crate::chiplet::Chiplet;
-use crate::error::{Ended, GruError};
+use crate::config::LateDropIns;
+use crate::error::GruError;
 
 /// Address spaces that can have segments at a time.
 pub(crate) const TAGS: usize = 1024;
@@ -17,13 +20,15 @@ pub(crate) const TAGS: usize = 1024;
 /// The chiplets, and the tags that are free.
 pub(crate) struct Fabric {
     pub(crate) chiplets: Vec<Arc<Chiplet>>,
+    late_drop_ins: LateDropIns,
     free: Mutex<Vec<u64>>,
 }
 
 impl Fabric {
-    pub(crate) fn new(chiplets: Vec<Arc<Chiplet>>) -> Self {
+    pub(crate) fn new(chiplets: Vec<Arc<Chiplet>>, late_drop_ins: LateDropIns) -> Self {
         Self {
             chiplets,
+            late_drop_ins,
             free: Mutex::new((0..TAGS as u64).rev().collect()),
         }
     }
@@ -42,7 +47,8 @@ pub(crate) struct Binding {
     /// The space's number.
     pub(crate) space: u64,
     pub(crate) pin: SpacePin,
-    /// Taken by `quiesce`, and while a retry is checked and the entry installed.
+    /// Held while a retry is checked and the entry installed, and taken by `quiesce` unless the hardware excludes what it is
+    /// taken for.
     pub(crate) lock: NotifierLock<()>,
 }
 
@@ -76,29 +82,18 @@ pub(crate) struct Handler(pub(crate) Arc<Binding>);
 
 impl Notifier for Handler {
     fn quiesce<'o>(&self, op: &Op<'o>) -> Result<Drain<'o>, WouldBlock> {
-        drop(self.0.lock.lock_for(op)?);
+        match self.0.fabric.late_drop_ins {
+            LateDropIns::Excluded => drop(self.0.lock.lock_for(op)?),
+            // With the fence before the retry is checked: either that check sees this invalidation, or the flush that follows
+            // sees the faulting context.
+            LateDropIns::IgnoredByHardware => fence(Ordering::SeqCst),
+        }
         Ok(op.idle())
     }
 
     fn release(&self) {
+        // The segments are over: the ASIDs go where no context is left. One that was leaked keeps its own.
         for chiplet in &self.0.fabric.chiplets {
-            let contexts: Vec<_> = {
-                let state = chiplet.lock();
-                let taken = state.slots.iter().flatten().map(|slot| &slot.context);
-                taken
-                    .filter(|context| Arc::ptr_eq(&context.binding, &self.0))
-                    .cloned()
-                    .collect()
-            };
-            for context in contexts {
-                let (share, unloaded) = context.end(Ended::SpaceExited);
-                // The registration is over: its shares are worth nothing any more.
-                drop(share);
-                if let Err(error) = unloaded {
-                    tracing::error!(chiplet = %chiplet.name, %error, "context not unloaded");
-                }
-            }
-            // Nobody can load a context for this registration any more. One that was leaked keeps the ASID.
             chiplet.words.retire(self.0.tag);
         }
     }

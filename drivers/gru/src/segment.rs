@@ -1,13 +1,13 @@
-//! Segments: what a user of the driver holds. A context of a chiplet, and a share of its space's registration.
+//! Segments: what a user of the driver holds. A GSEG, which is a mapping of the space, with a context of a chiplet behind it.
 //!
 //! Users submit to control blocks and poll them. Nobody may use one control block from two threads at a time; else the methods
-//! can be called from any thread. A segment ends as a whole: by unmap, by unmap of a part of it, when its space exits, or
-//! when it is dropped.
+//! can be called from any thread. A segment ends as a whole, with its mapping: by unmap, by whoever unmaps a part of its
+//! addresses, when its space exits, or when it is dropped.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shootdown::{Addr, MapWriteGuard, Unregistered};
+use shootdown::{Addr, AddressSpace, MapWriteGuard, Range, Unregistered};
 
 use crate::context::Context;
 use crate::error::{Ended, GruError};
@@ -33,9 +33,10 @@ pub enum Status {
     CallOs,
 }
 
-/// A segment. Dropping it unmaps it; what goes wrong then is only logged.
+/// A segment. Dropping it unmaps it, as [`shootdown::Segment`] says.
 pub struct Segment {
     context: Arc<Context>,
+    mapping: shootdown::Segment,
     /// Serves its faults.
     _gru: Arc<Gru>,
 }
@@ -45,14 +46,40 @@ impl std::fmt::Debug for Segment {
         f.debug_struct("Segment")
             .field("chiplet", &self.context.chiplet.name)
             .field("context", &self.context.index)
+            .field("range", &self.range())
             .field("ended", &self.context.ended())
             .finish()
     }
 }
 
 impl Segment {
-    pub(crate) fn new(context: Arc<Context>, gru: Arc<Gru>) -> Self {
-        Self { context, _gru: gru }
+    /// Maps what has been loaded, or unloads it.
+    ///
+    /// # Errors
+    /// As [`AddressSpace::map_segment`].
+    pub(crate) fn map(
+        space: &AddressSpace,
+        context: Arc<Context>,
+        gru: Arc<Gru>,
+    ) -> Result<Self, GruError> {
+        let share = Arc::clone(&context.share);
+        match space.map_segment(SEGMENT_BYTES, None, context.clone(), share) {
+            Ok(mapping) => Ok(Self {
+                context,
+                mapping,
+                _gru: gru,
+            }),
+            Err(error) => {
+                // Nobody has used it; one that does not stop is leaked, and comes back with the next reset.
+                context.end(Ended::Unmapped)?;
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Where it is mapped: 256 KiB of the space. Unmapping any of it ends all of it.
+    pub fn range(&self) -> Range {
+        self.mapping.range()
     }
 
     /// The name of its chiplet.
@@ -78,11 +105,6 @@ impl Segment {
     /// How many data bytes it has.
     pub fn data_bytes(&self) -> usize {
         self.context.data_bytes()
-    }
-
-    /// The size of the whole segment in bytes, for [`Segment::unmap_part`].
-    pub fn bytes(&self) -> u64 {
-        SEGMENT_BYTES
     }
 
     /// Why it is over; `None` while it is not.
@@ -229,13 +251,14 @@ impl Segment {
         Ok(())
     }
 
-    /// Ends the segment: its context is unloaded, its share of the registration given back. Waits for the hardware, and for
-    /// callbacks if it is the last segment of its space. The second time there is nothing to do.
+    /// Unmaps it: its context is unloaded, its addresses are free again, its share of the registration is put. Waits for the
+    /// hardware, and for callbacks if it is the last segment of its space. The second time there is nothing to do.
     ///
     /// # Errors
-    /// The hardware did not give the context back, or what [`shootdown::Share::put`] says; it has ended all the same.
+    /// As [`shootdown::Segment::unmap`]: a context that the hardware does not give back costs the chiplet a reset, and then
+    /// the segment is in quarantine.
     pub fn unmap(&self) -> Result<Unregistered, GruError> {
-        self.end(Ended::Unmapped)
+        Ok(self.mapping.unmap()?)
     }
 
     /// [`Segment::unmap`] with the map lock held: the registration is `Quiet` on return, and released when that is dropped.
@@ -243,46 +266,6 @@ impl Segment {
     /// # Errors
     /// As [`Segment::unmap`].
     pub fn unmap_locked(&self, guard: &MapWriteGuard<'_>) -> Result<Unregistered, GruError> {
-        let _ = guard;
-        self.end(Ended::Unmapped)
-    }
-
-    /// Unmaps `len` bytes from byte `offset` of the segment on. The chiplet cannot run part of a context, so this ends all of
-    /// it, as [`Segment::unmap`] does.
-    ///
-    /// # Errors
-    /// [`GruError::SegmentBounds`], and then nothing happens; else as [`Segment::unmap`].
-    pub fn unmap_part(&self, offset: u64, len: u64) -> Result<Unregistered, GruError> {
-        let bytes = SEGMENT_BYTES;
-        let fits = offset.checked_add(len).is_some_and(|end| end <= bytes);
-        if len == 0 || !fits {
-            return Err(GruError::SegmentBounds { offset, len, bytes });
-        }
-        let whole = offset == 0 && len == bytes;
-        self.end(if whole {
-            Ended::Unmapped
-        } else {
-            Ended::PartlyUnmapped
-        })
-    }
-
-    fn end(&self, why: Ended) -> Result<Unregistered, GruError> {
-        let (share, unloaded) = self.context.end(why);
-        let put = match share {
-            Some(share) => share.put()?,
-            None => Unregistered::AlreadyGone,
-        };
-        unloaded.map(|()| put)
-    }
-}
-
-impl Drop for Segment {
-    fn drop(&mut self) {
-        // The share is dropped, which never waits: this may run anywhere.
-        let (share, unloaded) = self.context.end(Ended::Unmapped);
-        drop(share);
-        if let Err(error) = unloaded {
-            tracing::error!(chiplet = %self.context.chiplet.name, %error, "context not unloaded");
-        }
+        Ok(guard.unmap_segment(&self.mapping)?)
     }
 }

@@ -1,6 +1,10 @@
 //! Counters. Each is counted where the thing happens; all are relaxed, as nothing is concluded from their order.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
@@ -41,6 +45,33 @@ impl Counter {
 
     pub(crate) fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Latencies of one kind, up to a minute; longer ones count as that.
+pub(crate) struct Latencies(Mutex<Histogram<u64>>);
+
+impl Default for Latencies {
+    fn default() -> Self {
+        // Of fixed size: to record does not allocate.
+        let histogram = Histogram::new_with_bounds(1, 60_000_000_000, 3);
+        Self(Mutex::new(histogram.expect("valid bounds and precision")))
+    }
+}
+
+impl Latencies {
+    fn lock(&self) -> MutexGuard<'_, Histogram<u64>> {
+        // A histogram that was left half recorded is off by one.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn record(&self, took: Duration) {
+        let nanos = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
+        self.lock().saturating_record(nanos);
+    }
+
+    pub(crate) fn read(&self) -> Histogram<u64> {
+        self.lock().clone()
     }
 }
 

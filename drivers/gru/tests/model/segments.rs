@@ -3,12 +3,23 @@
 use std::time::Duration;
 
 use crate::support::{LONG, Rig, at, load};
-use shootdown::{Health, Map, PageSize, Range, Rights, Unregistered};
+use shootdown::{Health, Map, MapError, PageSize, Range, Rights, Unregistered};
 use shootdown_gru::{Atomic, Config, Element, Ended, GruError, Instruction};
 use shootdown_hw_model::gru::{ChipletConfig, FaultPlan, Latency};
 
 fn rig(chiplets: u32) -> Rig {
     Rig::new(chiplets, ChipletConfig::default(), Config::default())
+}
+
+/// Instructions take long.
+fn slow() -> ChipletConfig {
+    ChipletConfig {
+        latency: Latency {
+            access: Duration::from_micros(50),
+            ..Latency::default()
+        },
+        ..ChipletConfig::default()
+    }
 }
 
 fn set(to: shootdown::Addr, value: u64, count: u32) -> Instruction {
@@ -145,15 +156,15 @@ fn a_segment_with_a_pending_miss_is_unmapped_under_the_map_lock() {
 }
 
 #[test]
-fn part_of_a_segment_cannot_be_unmapped_without_the_rest() {
+fn unmapping_part_of_a_segment_ends_all_of_it() {
     let rig = rig(1);
     let space = rig.space();
     let segment = rig.gru.segment(&space).unwrap();
-    assert!(matches!(
-        segment.unmap_part(0, 1 << 20),
-        Err(GruError::SegmentBounds { .. })
-    ));
-    segment.unmap_part(0x1000, 0x1000).unwrap();
+    let range = segment.range();
+    assert_eq!(range.len(), 256 << 10);
+    space
+        .unmap(Range::new(at(range.start(), 0x1000), 0x1000).unwrap())
+        .unwrap();
     let error = segment
         .submit(0, &set(shootdown::Addr::new(0), 0, 1))
         .unwrap_err();
@@ -163,6 +174,72 @@ fn part_of_a_segment_cannot_be_unmapped_without_the_rest() {
         "{error}"
     );
     drop(segment);
+    space
+        .map(Map::anonymous(256 << 10).at(range.start()))
+        .unwrap();
+    rig.clean();
+}
+
+#[test]
+fn memory_and_segments_go_in_one_unmap_with_work_in_flight() {
+    let rig = Rig::new(2, slow(), Config::default());
+    let space = rig.space();
+    let buffer = space.map(Map::anonymous(1 << 20)).unwrap();
+    let segments: Vec<_> = (0..2).map(|_| rig.gru.segment(&space).unwrap()).collect();
+    let mut all = buffer;
+    for segment in &segments {
+        segment.submit(0, &set(buffer.start(), 5, 1 << 17)).unwrap();
+        all = all.hull(segment.range());
+    }
+    space.unmap(all).unwrap();
+    for segment in &segments {
+        assert_eq!(segment.ended(), Some(Ended::Unmapped));
+        assert_eq!(segment.unmap().unwrap(), Unregistered::AlreadyGone);
+    }
+    assert_eq!(space.registrations(), 0);
+    rig.clean();
+}
+
+/// The fault waits for the shootdown that unloads the context, which waits for the fault (R33): it gives up.
+#[test]
+fn a_fault_on_its_own_segment_does_not_hold_up_the_unmap() {
+    let patient = Config {
+        fault_deadline: LONG,
+        ..Config::default()
+    };
+    let rig = Rig::new(1, ChipletConfig::default(), patient);
+    let space = rig.space();
+    for _ in 0..50 {
+        let segment = rig.gru.segment(&space).unwrap();
+        for cb in 0..segment.control_blocks() {
+            let own = at(segment.range().start(), cb as u64 * 4096);
+            segment.submit(cb, &set(own, 5, 1)).unwrap();
+        }
+        let begun = std::time::Instant::now();
+        segment.unmap().unwrap();
+        assert!(begun.elapsed() < LONG / 2, "it waited for the fault");
+    }
+    rig.clean();
+}
+
+#[test]
+fn no_room_for_a_segment_is_a_typed_error_and_unloads_its_context() {
+    let rig = rig(1);
+    let space = rig.space();
+    space.map(Map::anonymous(64 << 20)).unwrap();
+    let error = rig.gru.segment(&space).unwrap_err();
+    assert!(
+        matches!(&error, GruError::Map(MapError::NoRoom { len, .. }) if *len == 256 << 10),
+        "{error}"
+    );
+    assert_eq!(rig.gru.stats().contexts_in_use, 0);
+    let guard = space.lock_write().unwrap();
+    let error = rig.gru.segment(&space).unwrap_err();
+    assert!(
+        matches!(error, GruError::Map(MapError::Refused(_))),
+        "{error}"
+    );
+    drop(guard);
     rig.clean();
 }
 
@@ -182,14 +259,7 @@ fn more_segments_than_contexts_are_a_typed_error() {
 
 #[test]
 fn the_exit_of_a_space_ends_segments_that_are_at_work() {
-    let hardware = ChipletConfig {
-        latency: Latency {
-            access: Duration::from_micros(50),
-            ..Latency::default()
-        },
-        ..ChipletConfig::default()
-    };
-    let rig = Rig::new(2, hardware, Config::default());
+    let rig = Rig::new(2, slow(), Config::default());
     let space = rig.space();
     let buffer = space.map(Map::anonymous(1 << 20)).unwrap();
     let segments: Vec<_> = (0..4).map(|_| rig.gru.segment(&space).unwrap()).collect();

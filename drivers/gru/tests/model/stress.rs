@@ -1,13 +1,14 @@
 //! Unmaps beside instructions: without plants the oracle finds nothing, with each of them it does.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::{LONG, Rig, at};
 use shootdown::{AddressSpace, Map, PageSize, Range};
-use shootdown_gru::{Config, Element, GruError, Instruction, Plant, Segment};
-use shootdown_hw_model::gru::{ChipletConfig, Latency, Plant as ModelPlant};
+use shootdown_gru::{Config, Element, GruError, Instruction, LateDropIns, Plant, Segment};
+use shootdown_hw_model::gru::{Chiplet, ChipletConfig, FaultPlan, Latency, Plant as ModelPlant};
 
 const PAGES: u64 = 8;
 
@@ -29,6 +30,29 @@ fn rig(plants: Plant, model: ModelPlant) -> Rig {
     Rig::new(2, hardware, config)
 }
 
+/// The driver relies on the chiplet to ignore late drop-ins. Handles are slow, so that there are some; purges end at different
+/// times, so that one chiplet misses while the pages still wait for another.
+fn relying(plants: Plant, model: ModelPlant) -> Rig {
+    let hardware = ChipletConfig {
+        latency: Latency {
+            handle: Duration::from_micros(300),
+            ..Latency::default()
+        },
+        faults: FaultPlan {
+            jitter: Duration::from_micros(300),
+            ..FaultPlan::default()
+        },
+        plants: model,
+        ..ChipletConfig::default()
+    };
+    let config = Config {
+        late_drop_ins: LateDropIns::IgnoredByHardware,
+        plants,
+        ..Config::default()
+    };
+    Rig::new(2, hardware, config)
+}
+
 /// Sets one word in each page of `buffer` until told to stop, and does not mind exceptions.
 fn work(segment: &Segment, buffer: Range, page: u64, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
@@ -42,12 +66,13 @@ fn work(segment: &Segment, buffer: Range, page: u64, stop: &AtomicBool) {
     }
 }
 
-/// One thread works, this one discards a page after the other, until something is found or the time is over.
+/// Two threads work, this one discards a page after the other, each several times, so that later ones meet the misses that
+/// earlier ones have caused, until something is found or the time is over.
 fn churn(rig: &Rig, time: Duration) -> u64 {
     let space = rig.space();
     let buffer = space.map(Map::anonymous(PAGES << 12)).unwrap();
     beside(rig, &space, buffer, 4096, time, |nth| {
-        let page = Range::new(at(buffer.start(), nth % PAGES * 4096), 4096).unwrap();
+        let page = Range::new(at(buffer.start(), nth / 4 % PAGES * 4096), 4096).unwrap();
         space.discard(page).unwrap();
     })
 }
@@ -110,6 +135,28 @@ fn a_retry_not_checked_is_found_where_the_hardware_does_not_hide_it() {
     assert!(churn(&rig, LONG) > 0);
 }
 
+#[test]
+fn hardware_that_ignores_late_drop_ins_protects_without_the_driver_lock() {
+    let rig = relying(Plant::empty(), ModelPlant::empty());
+    churn(&rig, Duration::from_secs(1));
+    split(&rig, Duration::from_secs(1));
+    let cancelled = |chiplet: &Arc<Chiplet>| chiplet.counts().drop_ins_cancelled;
+    assert!(rig.model.chiplets().iter().map(cancelled).sum::<u64>() > 0);
+    rig.clean();
+}
+
+#[test]
+fn a_late_drop_in_that_nobody_excludes_is_found() {
+    let rig = relying(Plant::empty(), ModelPlant::DROP_IN_NOT_CANCELLED);
+    assert!(churn(&rig, LONG) > 0);
+}
+
+#[test]
+fn an_invalidation_in_progress_has_to_be_waited_for_on_any_hardware() {
+    let rig = relying(Plant::NOT_BEGUN, ModelPlant::empty());
+    assert!(churn(&rig, LONG) > 0);
+}
+
 /// Unmaps 4 KiB of a huge page while other parts of it are used.
 fn split(rig: &Rig, time: Duration) -> u64 {
     let begun = Instant::now();
@@ -169,19 +216,15 @@ fn an_asid_handed_out_again_is_flushed_first_or_found() {
     assert!(reuse(Plant::ASID_REUSED).stale() > 0);
 }
 
-/// Memory goes right after the segment that is at work in it.
+/// Memory goes right after the segment that is at work in it, on one word for much longer than that takes.
 fn leave(plants: Plant) -> Rig {
     let rig = rig(plants, ModelPlant::empty());
     let space = rig.space();
-    let buffer = space.map(Map::anonymous(4 << 20)).unwrap();
+    let buffer = space.map(Map::anonymous(4096)).unwrap();
     let segment = rig.gru.segment(&space).unwrap();
-    for _ in 0..2 {
-        let set = Instruction::vset(buffer.start(), 1, Element::Double, 1 << 19);
-        segment.submit(0, &set).unwrap();
-        if rig.gru.stats().faults_resolved == 0 {
-            segment.wait(0, LONG).unwrap();
-        }
-    }
+    let set = |count| Instruction::vset(buffer.start(), 1, Element::Double, count).stride(0);
+    segment.run(0, &set(1), LONG).unwrap();
+    segment.submit(0, &set(1 << 26)).unwrap();
     segment.unmap().unwrap();
     space.discard(buffer).unwrap();
     thread::sleep(Duration::from_millis(50));
@@ -192,4 +235,21 @@ fn leave(plants: Plant) -> Rig {
 fn a_context_that_goes_on_after_its_segment_is_found() {
     leave(Plant::empty()).clean();
     assert!(leave(Plant::CONTEXT_NOT_UNLOADED).stale() > 0);
+}
+
+#[test]
+fn a_context_that_the_hardware_refuses_is_an_error_and_hangs_nobody() {
+    let rig = rig(Plant::CONTEXT_NOT_UNLOADED, ModelPlant::empty());
+    let (done, refused) = mpsc::channel();
+    thread::spawn(move || {
+        let space = rig.space();
+        rig.gru.segment(&space).unwrap().unmap().unwrap();
+        // The context is still at work for the segment that is gone.
+        let error = rig.gru.segment(&space).unwrap_err();
+        assert_eq!(space.registrations(), 0, "the last share is given back");
+        rig.gru.segment(&space).unwrap().unmap().unwrap();
+        done.send(error).unwrap();
+    });
+    let error = refused.recv_timeout(LONG).unwrap();
+    assert!(matches!(error, GruError::HandleException { .. }), "{error}");
 }

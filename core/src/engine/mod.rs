@@ -6,93 +6,43 @@
 //! 3. **flush**: every TLB named gets its commands; one doorbell each; then all are polled together. What does not acknowledge
 //!    by its deadline is flushed as a whole, then reset, then put into quarantine, each step for all such devices at once
 //!    (the reset excepted, which is the driver's own blocking call).
-//! 4. **cut off**: DMA mappings are taken away.
+//! 4. **cut off**: DMA mappings are taken away, and the contexts of segments whose own addresses go are unloaded.
 //! 5. **change, end**: the pages change, unless a device could still reach them; `end` goes to whoever was started.
 //!
 //! Each phase is over for all devices before the next begins. From start to end nothing is allocated or freed, and no lock is
 //! taken but the short ones of this crate; the lists come from pools.
 
+mod device_op;
+mod error;
+mod external;
+
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::{Duration, Instant};
 
-use thiserror::Error;
-
+pub(crate) use self::device_op::DeviceOp;
+use self::device_op::{Ack, Deadline, sync};
+pub use self::error::InvalidateError;
+pub use self::external::ExternalInvalidation;
 use crate::active::{Claim, SLOTS};
 use crate::addr::{PageSizes, Range};
-use crate::context::{self, InCallback, OpenInvalidation, Refused};
+use crate::context::{self, InCallback, OpenInvalidation};
 use crate::memory::MemoryError;
 use crate::notifier::{Cause, Gather, Op, OpCore, Outcome, WouldBlock};
 use crate::pool::Chain;
-use crate::primitive::{Arc, Backoff, now};
+use crate::primitive::{Arc, Backoff};
 use crate::recorder::Kind;
 use crate::registration::{Inner, Logged, Use};
+use crate::segment::{SegmentInner, UnloadFailed};
 use crate::space::Space;
 use crate::stats::Counter;
-use crate::tlb::{
-    BATCH, Completion, Device, FlushCommand, FlushPlan, Health, Issue, Scope, Ticket,
-};
+use crate::tlb::{Device, FlushCommand, FlushPlan, Health};
+use crate::watch::Stage;
 
 /// Whether handlers may wait for locks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Mode {
     Blocking,
     Try,
-}
-
-/// Why an invalidation failed. Unless it says otherwise the pages have not changed; everybody who got its start got its end.
-#[derive(Clone, Debug, Error)]
-#[non_exhaustive]
-pub enum InvalidateError {
-    /// Not where it was called.
-    #[error(transparent)]
-    Refused(#[from] Refused),
-    /// A handler of a non-blocking invalidation would have had to wait.
-    #[error(
-        "a handler would have had to wait: the non-blocking invalidation of {range} was refused"
-    )]
-    WouldBlock {
-        /// The range.
-        range: Range,
-    },
-    /// A device did not acknowledge, whatever was tried: it may still reach the pages, which are in quarantine.
-    #[error("device {} may still reach {range}: its pages are in quarantine until it is recovered or reset", device.name())]
-    Quarantined {
-        /// The range.
-        range: Range,
-        /// The first such device.
-        device: Device,
-    },
-    /// A handler without a device that could be flushed or reset did not drain, or could not cut the device off.
-    #[error("work in flight in {range} did not end: its pages are in quarantine")]
-    NotDrained {
-        /// The range.
-        range: Range,
-    },
-    /// A handler panicked. The others ran; its devices are in quarantine. If it did so before the pages changed they are in
-    /// quarantine too; if only in `end`, they have changed.
-    #[error("a handler panicked during the invalidation of {range}: its devices are in quarantine{}", if *changed { "" } else { ", and so are the pages" })]
-    HandlerPanicked {
-        /// The range.
-        range: Range,
-        /// Whether the pages have changed.
-        changed: bool,
-    },
-    /// More invalidations are in progress than there is room for.
-    #[error(
-        "no room for one more invalidation of {range} within {waited:?}: {limit} may be in progress at once"
-    )]
-    NoRoom {
-        /// The range.
-        range: Range,
-        /// How long was waited.
-        waited: Duration,
-        /// The limit.
-        limit: usize,
-    },
-    /// The change itself failed; handlers were told that nothing changed.
-    #[error("the pages could not be changed: {0}")]
-    Change(#[from] MemoryError),
 }
 
 /// One registration in one invalidation.
@@ -102,125 +52,6 @@ pub(crate) struct Hit {
     part: Range,
     quiesced: bool,
     polled: bool,
-}
-
-/// One device in one invalidation.
-pub(crate) struct DeviceOp {
-    device: Device,
-    commands: [FlushCommand; BATCH],
-    len: usize,
-    ticket: Option<Ticket>,
-    state: Ack,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Ack {
-    Waiting,
-    Done,
-    Missed,
-}
-
-impl DeviceOp {
-    fn new(device: Device) -> Self {
-        let nothing = FlushCommand {
-            tag: 0,
-            scope: Scope::Device,
-        };
-        Self {
-            device,
-            commands: [nothing; BATCH],
-            len: 0,
-            ticket: None,
-            state: Ack::Waiting,
-        }
-    }
-
-    /// More commands than a batch holds become one for the whole device.
-    fn add(&mut self, command: FlushCommand) {
-        let most = self.device.limits().commands_per_batch.clamp(1, BATCH);
-        if self.commands[..self.len].contains(&command) || self.is_whole() {
-            return;
-        }
-        if self.len == most {
-            self.set_whole();
-        } else {
-            self.commands[self.len] = command;
-            self.len += 1;
-        }
-    }
-
-    fn is_whole(&self) -> bool {
-        self.len == 1 && self.commands[0].scope == Scope::Device
-    }
-
-    fn set_whole(&mut self) {
-        self.commands[0] = FlushCommand {
-            tag: 0,
-            scope: Scope::Device,
-        };
-        self.len = 1;
-    }
-
-    /// Queues the commands and rings the doorbell, waiting for room where there is none.
-    fn issue(&mut self, deadline: &mut Deadline) {
-        let mut queued = false;
-        self.state = Ack::Waiting;
-        self.ticket = None;
-        for nth in 0..self.len {
-            let mut backoff = Backoff::new();
-            loop {
-                match self.device.issue(self.commands[nth]) {
-                    Issue::Queued => queued = true,
-                    Issue::NothingCached => {}
-                    Issue::Busy => {
-                        if deadline.is_over(&backoff) {
-                            self.state = Ack::Missed;
-                            return;
-                        }
-                        self.device.dispatch();
-                        backoff.wait();
-                        continue;
-                    }
-                }
-                break;
-            }
-        }
-        if queued {
-            self.ticket = Some(self.device.dispatch());
-        } else {
-            self.state = Ack::Done;
-        }
-    }
-
-    fn poll(&mut self) {
-        if let (Ack::Waiting, Some(ticket)) = (self.state, self.ticket) {
-            self.state = match self.device.poll(ticket) {
-                Completion::Done => Ack::Done,
-                Completion::Failed => Ack::Missed,
-                Completion::Pending => Ack::Waiting,
-            };
-        }
-    }
-}
-
-/// A deadline that reads no clock before the quick part of a wait is over.
-struct Deadline {
-    time: Duration,
-    begun: Option<Instant>,
-}
-
-impl Deadline {
-    fn new(time: Duration) -> Self {
-        Self { time, begun: None }
-    }
-
-    fn is_over(&mut self, backoff: &Backoff) -> bool {
-        if !backoff.is_slow() {
-            return false;
-        }
-        let begun = *self.begun.get_or_insert_with(now);
-        begun.elapsed() >= self.time
-    }
 }
 
 /// What stands between the pages and their change.
@@ -237,8 +68,8 @@ pub(crate) struct Invalidation<'s> {
     space: &'s Arc<Space>,
     core: OpCore,
     claim: Claim,
-    hits: Chain<Hit>,
-    devices: Chain<DeviceOp>,
+    hits: Chain<'s, Hit>,
+    devices: Chain<'s, DeviceOp>,
     trouble: Trouble,
     missed_deadline: bool,
     ended: bool,
@@ -247,27 +78,25 @@ pub(crate) struct Invalidation<'s> {
     _leave: crate::lock::Leave,
 }
 
+/// What is invalidated.
+#[derive(Clone, Copy)]
+pub(crate) struct What<'a> {
+    pub(crate) range: Range,
+    /// The page sizes of the mappings in the range; all where that is not known.
+    pub(crate) sizes: PageSizes,
+    pub(crate) cause: Cause,
+    /// Segments whose own addresses go: their contexts are unloaded.
+    pub(crate) segments: &'a [Arc<SegmentInner>],
+}
+
 /// Runs all phases, with `change` as the fifth.
 pub(crate) fn run(
     space: &Arc<Space>,
-    range: Range,
-    cause: Cause,
+    what: What<'_>,
     mode: Mode,
     change: impl FnOnce() -> Result<(), MemoryError>,
 ) -> Result<(), InvalidateError> {
-    run_sized(space, range, PageSizes::all(), cause, mode, change)
-}
-
-/// The same, where the page sizes of the mappings in the range are known.
-pub(crate) fn run_sized(
-    space: &Arc<Space>,
-    range: Range,
-    sizes: PageSizes,
-    cause: Cause,
-    mode: Mode,
-    change: impl FnOnce() -> Result<(), MemoryError>,
-) -> Result<(), InvalidateError> {
-    let mut invalidation = Invalidation::begin(space, range, sizes, cause, mode)?;
+    let mut invalidation = Invalidation::begin(space, what, mode)?;
     match change() {
         Ok(()) => {
             invalidation.end(Outcome::Changed);
@@ -284,13 +113,11 @@ impl<'s> Invalidation<'s> {
     /// Phases 1 to 4. On an error `end` has been called.
     pub(crate) fn begin(
         space: &'s Arc<Space>,
-        range: Range,
-        sizes: PageSizes,
-        cause: Cause,
+        what: What<'_>,
         mode: Mode,
     ) -> Result<Self, InvalidateError> {
-        let mut this = Self::start(space, range, sizes, cause, mode)?;
-        if this.hits.is_empty() {
+        let mut this = Self::start(space, what, mode)?;
+        if this.hits.is_empty() && what.segments.is_empty() {
             return Ok(this);
         }
         this.quiesce();
@@ -298,6 +125,7 @@ impl<'s> Invalidation<'s> {
             this.drain();
             this.flush();
             this.cut_off();
+            this.unload(what.segments);
         }
         match this.error() {
             None => Ok(this),
@@ -311,13 +139,13 @@ impl<'s> Invalidation<'s> {
         }
     }
 
-    fn start(
-        space: &'s Arc<Space>,
-        range: Range,
-        sizes: PageSizes,
-        cause: Cause,
-        mode: Mode,
-    ) -> Result<Self, InvalidateError> {
+    fn start(space: &'s Arc<Space>, what: What<'_>, mode: Mode) -> Result<Self, InvalidateError> {
+        let What {
+            range,
+            sizes,
+            cause,
+            ..
+        } = what;
         let limit = space.deadlines.room;
         let mut deadline = Deadline::new(limit);
         let mut backoff = Backoff::new();
@@ -331,10 +159,12 @@ impl<'s> Invalidation<'s> {
                         cause,
                         sizes,
                         may_block: mode == Mode::Blocking,
+                        drain: space.deadlines.drain,
+                        post: space.watch.post(claim.slot()),
                     },
                     claim,
-                    hits: Chain::new(space.hits.clone()),
-                    devices: Chain::new(space.device_ops.clone()),
+                    hits: Chain::new(&space.hits),
+                    devices: Chain::new(&space.device_ops),
                     trouble: Trouble::default(),
                     missed_deadline: false,
                     ended: false,
@@ -421,7 +251,7 @@ impl<'s> Invalidation<'s> {
             }
             hit.quiesced = true;
             let op = Op::new(core, hit.part);
-            match call(space, used, core, || {
+            match call(space, used, core, Stage::Quiesce, || {
                 used.notifier.quiesce(&op).map(|drain| drain.is_polled())
             }) {
                 Some(Ok(polled)) => hit.polled = polled,
@@ -455,7 +285,9 @@ impl<'s> Invalidation<'s> {
                     return;
                 }
                 let op = Op::new(core, hit.part);
-                match call(space, used, core, || used.notifier.drained(&op)) {
+                match call(space, used, core, Stage::Drained, || {
+                    used.notifier.drained(&op)
+                }) {
                     Some(true) => hit.polled = false,
                     Some(false) if !over => waiting = true,
                     Some(false) => {
@@ -491,7 +323,7 @@ impl<'s> Invalidation<'s> {
         hits.for_each(|hit| {
             let Some(used) = &hit.used else { return };
             let op = Op::new(core, hit.part);
-            let asked = call(space, used, core, || {
+            let asked = call(space, used, core, Stage::Flush, || {
                 used.notifier.flush(&op, Gather::new(&op)).range()
             });
             let Some(asked) = asked else {
@@ -523,6 +355,9 @@ impl<'s> Invalidation<'s> {
                 one.issue(&mut deadline);
             }
         });
+        if devices.is_empty() {
+            return;
+        }
         space.recorder.record(Kind::Dispatched, core.id, 0, 0);
         sync(devices, &mut deadline);
         self.escalate();
@@ -577,7 +412,7 @@ impl<'s> Invalidation<'s> {
         });
         let missed = devices.iter().find(|one| one.state == Ack::Missed);
         if let Some(missed) = missed
-            && !cfg!(planted = "r20")
+            && !planted!("r20")
         {
             trouble.device = Some(missed.device.clone());
         }
@@ -594,12 +429,68 @@ impl<'s> Invalidation<'s> {
         hits.for_each(|hit| {
             let Some(used) = &hit.used else { return };
             let op = Op::new(core, hit.part);
-            match call(space, used, core, || used.notifier.cut_off(&op)) {
+            match call(space, used, core, Stage::CutOff, || {
+                used.notifier.cut_off(&op)
+            }) {
                 Some(Ok(())) => {}
                 Some(Err(_)) => trouble.not_drained = true,
                 None => trouble.panicked = true,
             }
         });
+    }
+
+    /// The contexts of the segments whose own addresses go. One that stays costs its device a reset; one that stays even then is in
+    /// quarantine, with its device.
+    fn unload(&mut self, segments: &[Arc<SegmentInner>]) {
+        let Self {
+            space,
+            core,
+            trouble,
+            ..
+        } = self;
+        for segment in segments.iter().filter(|one| !one.is_over()) {
+            let Some(part) = segment.range.intersect(core.range) else {
+                continue;
+            };
+            let (inner, op) = (&segment.registration().inner, Op::new(core, part));
+            let device = segment.context.device();
+            let attempt = || {
+                call(space, inner, core, Stage::Unload, || {
+                    segment.context.unload(&op)
+                })
+            };
+            let unloaded = match attempt() {
+                Some(Err(_)) => {
+                    let recorder = &space.recorder;
+                    recorder.record(Kind::Deadline, core.id, 4, 0);
+                    if device.health() == Health::Healthy && reset(space, core, inner, device) {
+                        attempt()
+                    } else {
+                        Some(Err(UnloadFailed {
+                            reason: "its device was not reset",
+                        }))
+                    }
+                }
+                other => other,
+            };
+            match unloaded {
+                Some(Ok(())) => {
+                    segment.set_over();
+                    space.stats.add(Counter::Segments, 1);
+                    let start = segment.range.start().get();
+                    space.recorder.record(Kind::Unload, core.id, start, 0);
+                }
+                Some(Err(_)) => {
+                    device.quarantine();
+                    space.recorder.record(Kind::Quarantine, core.id, 0, 0);
+                    trouble.device = Some(device.clone());
+                }
+                None => {
+                    device.quarantine();
+                    trouble.panicked = true;
+                }
+            }
+        }
     }
 
     fn error(&self) -> Option<InvalidateError> {
@@ -643,7 +534,11 @@ impl<'s> Invalidation<'s> {
             let Some(used) = hit.used.take() else { return };
             if hit.quiesced {
                 let op = Op::new(core, hit.part);
-                if call(space, &used, core, || used.notifier.end(&op, outcome)).is_none() {
+                if call(space, &used, core, Stage::End, || {
+                    used.notifier.end(&op, outcome)
+                })
+                .is_none()
+                {
                     trouble.panicked = true;
                 }
             }
@@ -693,9 +588,16 @@ impl Drop for Invalidation<'_> {
     }
 }
 
-/// Calls a handler; `None` if it panicked, in which case its devices are in quarantine.
-fn call<R>(space: &Space, inner: &Inner, core: &OpCore, handler: impl FnOnce() -> R) -> Option<R> {
+/// Calls a handler, watched; `None` if it panicked, in which case its devices are in quarantine.
+fn call<R>(
+    space: &Space,
+    inner: &Inner,
+    core: &OpCore,
+    stage: Stage,
+    handler: impl FnOnce() -> R,
+) -> Option<R> {
     let result = {
+        let _watched = space.watch.enter(core.post, stage, inner.id, inner.name);
         let _callback = InCallback::handler(inner.key());
         catch_unwind(AssertUnwindSafe(handler))
     };
@@ -706,7 +608,7 @@ fn call<R>(space: &Space, inner: &Inner, core: &OpCore, handler: impl FnOnce() -
 fn reset_all(space: &Space, core: &OpCore, inner: &Inner) -> bool {
     let mut all = !inner.targets.is_empty();
     for target in &inner.targets {
-        if target.device.reset(space.deadlines.reset).is_err() {
+        if !reset(space, core, inner, &target.device) {
             space.recorder.record(Kind::Quarantine, core.id, 0, 0);
             target.device.quarantine();
             all = false;
@@ -715,93 +617,10 @@ fn reset_all(space: &Space, core: &OpCore, inner: &Inner) -> bool {
     all
 }
 
-/// Polls all devices together until each has acknowledged or the deadline is over.
-fn sync(devices: &mut Chain<DeviceOp>, deadline: &mut Deadline) {
-    if cfg!(planted = "sync") {
-        devices.for_each(|one| one.state = Ack::Done);
-        return;
-    }
-    let mut backoff = Backoff::new();
-    loop {
-        let over = deadline.is_over(&backoff);
-        let mut waiting = false;
-        devices.for_each(|one| {
-            one.poll();
-            if one.state == Ack::Waiting {
-                waiting = true;
-                if over {
-                    one.state = Ack::Missed;
-                }
-            }
-        });
-        if !waiting || over {
-            return;
-        }
-        backoff.wait();
-    }
-}
-
-/// An invalidation that somebody outside drives: the pages change between [`begin`](crate::AddressSpace::begin_invalidation)
-/// and [`ExternalInvalidation::end`]. Bound to its thread; on it everything counts as inside a callback meanwhile.
-/// Dropping it counts as [`Outcome::Changed`].
-pub struct ExternalInvalidation<'s> {
-    invalidation: Invalidation<'s>,
-}
-
-impl std::fmt::Debug for ExternalInvalidation<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("ExternalInvalidation")
-            .field(&self.invalidation.core)
-            .finish()
-    }
-}
-
-impl ExternalInvalidation<'_> {
-    /// The pages have changed, or not.
-    ///
-    /// # Errors
-    /// [`InvalidateError::HandlerPanicked`] if an `end` did; everybody else has been told.
-    pub fn end(mut self, outcome: Outcome) -> Result<(), InvalidateError> {
-        self.invalidation.end(outcome);
-        self.invalidation.panic_at_end()
-    }
-}
-
-impl crate::AddressSpace {
-    /// Shoots `range` down because somebody else is about to change its pages: on return no device reaches them, until the
-    /// guard is ended. Also for spaces without process memory. Legal with the map lock held.
-    ///
-    /// # Errors
-    /// The pages must not change then. [`Refused`] inside a callback and with a `NotifierLock` held.
-    pub fn begin_invalidation(
-        &self,
-        range: Range,
-        cause: Cause,
-    ) -> Result<ExternalInvalidation<'_>, InvalidateError> {
-        self.external(range, cause, Mode::Blocking)
-    }
-
-    /// The same, where handlers may not wait for locks.
-    ///
-    /// # Errors
-    /// [`InvalidateError::WouldBlock`] besides.
-    pub fn try_begin_invalidation(
-        &self,
-        range: Range,
-        cause: Cause,
-    ) -> Result<ExternalInvalidation<'_>, InvalidateError> {
-        self.external(range, cause, Mode::Try)
-    }
-
-    fn external(
-        &self,
-        range: Range,
-        cause: Cause,
-        mode: Mode,
-    ) -> Result<ExternalInvalidation<'_>, InvalidateError> {
-        context::wait_refusal("begin_invalidation")?;
-        let sizes = PageSizes::all();
-        let invalidation = Invalidation::begin(&self.space, range, sizes, cause, mode)?;
-        Ok(ExternalInvalidation { invalidation })
-    }
+/// Resets a device, watched, for the sake of `inner`.
+fn reset(space: &Space, core: &OpCore, inner: &Inner, device: &Device) -> bool {
+    let _watched = space
+        .watch
+        .enter(core.post, Stage::Reset, inner.id, inner.name);
+    device.reset(space.deadlines.reset).is_ok()
 }

@@ -1,0 +1,73 @@
+//! Why an invalidation fails.
+
+use std::time::Duration;
+
+use thiserror::Error;
+
+use crate::addr::Range;
+use crate::context::Refused;
+use crate::memory::MemoryError;
+use crate::tlb::Device;
+
+/// Why an invalidation failed. Unless it says otherwise the pages have not changed; everybody who got its start got its end.
+#[derive(Clone, Debug, Error)]
+#[non_exhaustive]
+pub enum InvalidateError {
+    /// Not where it was called.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// A handler of a non-blocking invalidation would have had to wait.
+    #[error(
+        "a handler would have had to wait: the non-blocking invalidation of {range} was refused"
+    )]
+    WouldBlock {
+        /// The range.
+        range: Range,
+    },
+    /// A device did not acknowledge, whatever was tried: it may still reach the pages, which are in quarantine.
+    #[error("device {} may still reach {range}: its pages are in quarantine until it is recovered or reset", device.name())]
+    Quarantined {
+        /// The range.
+        range: Range,
+        /// The first such device.
+        device: Device,
+    },
+    /// A handler without a device that could be flushed or reset did not drain, or could not cut the device off.
+    #[error("work in flight in {range} did not end: its pages are in quarantine")]
+    NotDrained {
+        /// The range.
+        range: Range,
+    },
+    /// A handler panicked. The others ran; its devices are in quarantine. If it did so before the pages changed they are in
+    /// quarantine too; if only in `end`, they have changed.
+    #[error("a handler panicked during the invalidation of {range}: its devices are in quarantine{}", if *changed { "" } else { ", and so are the pages" })]
+    HandlerPanicked {
+        /// The range.
+        range: Range,
+        /// Whether the pages have changed.
+        changed: bool,
+    },
+    /// More invalidations are in progress than there is room for.
+    #[error(
+        "no room for one more invalidation of {range} within {waited:?}: {limit} may be in progress at once"
+    )]
+    NoRoom {
+        /// The range.
+        range: Range,
+        /// How long was waited.
+        waited: Duration,
+        /// The limit.
+        limit: usize,
+    },
+    /// The space exits, or has exited, and shoots everything down itself.
+    #[error(
+        "the address space is exiting: call `exit`, which waits until no device reaches {range}"
+    )]
+    Exiting {
+        /// The range.
+        range: Range,
+    },
+    /// The change itself failed; handlers were told that nothing changed.
+    #[error("the pages could not be changed: {0}")]
+    Change(#[from] MemoryError),
+}

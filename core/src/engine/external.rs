@@ -1,0 +1,80 @@
+//! Invalidations that somebody outside drives.
+
+use super::{InvalidateError, Invalidation, Mode, What};
+use crate::addr::{PageSizes, Range};
+use crate::context;
+use crate::notifier::{Cause, Outcome};
+
+/// An invalidation that somebody outside drives: the pages change between [`begin`](crate::AddressSpace::begin_invalidation)
+/// and [`ExternalInvalidation::end`]. Bound to its thread; on it everything counts as inside a callback meanwhile.
+/// Dropping it counts as [`Outcome::Changed`].
+pub struct ExternalInvalidation<'s> {
+    invalidation: Invalidation<'s>,
+}
+
+impl std::fmt::Debug for ExternalInvalidation<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("ExternalInvalidation")
+            .field(&self.invalidation.core)
+            .finish()
+    }
+}
+
+impl ExternalInvalidation<'_> {
+    /// The pages have changed, or not.
+    ///
+    /// # Errors
+    /// [`InvalidateError::HandlerPanicked`](crate::InvalidateError::HandlerPanicked) if an `end` did; everybody else has been told.
+    pub fn end(mut self, outcome: Outcome) -> Result<(), InvalidateError> {
+        self.invalidation.end(outcome);
+        self.invalidation.panic_at_end()
+    }
+}
+
+impl crate::AddressSpace {
+    /// Shoots `range` down because somebody else is about to change its pages: on return no device reaches them, until the
+    /// guard is ended. Also for spaces without process memory. Legal with the map lock held.
+    ///
+    /// # Errors
+    /// The pages must not change then. [`Refused`](crate::Refused) inside a callback and with a `NotifierLock` held;
+    /// [`InvalidateError::Exiting`] once exit has begun.
+    pub fn begin_invalidation(
+        &self,
+        range: Range,
+        cause: Cause,
+    ) -> Result<ExternalInvalidation<'_>, InvalidateError> {
+        self.external(range, cause, Mode::Blocking)
+    }
+
+    /// The same, where handlers may not wait for locks.
+    ///
+    /// # Errors
+    /// [`InvalidateError::WouldBlock`](crate::InvalidateError::WouldBlock) besides.
+    pub fn try_begin_invalidation(
+        &self,
+        range: Range,
+        cause: Cause,
+    ) -> Result<ExternalInvalidation<'_>, InvalidateError> {
+        self.external(range, cause, Mode::Try)
+    }
+
+    fn external(
+        &self,
+        range: Range,
+        cause: Cause,
+        mode: Mode,
+    ) -> Result<ExternalInvalidation<'_>, InvalidateError> {
+        context::wait_refusal("begin_invalidation")?;
+        if self.space.exit_has_begun() {
+            return Err(InvalidateError::Exiting { range });
+        }
+        let what = What {
+            range,
+            sizes: PageSizes::all(),
+            cause,
+            segments: &[],
+        };
+        let invalidation = Invalidation::begin(&self.space, what, mode)?;
+        Ok(ExternalInvalidation { invalidation })
+    }
+}

@@ -1,0 +1,258 @@
+//! The table of mappings, and the spans that operations have claimed in it.
+
+use std::collections::BTreeMap;
+
+use super::MapError;
+use super::change::Change;
+use crate::addr::{Addr, PageSize, PageSizes, Range};
+use crate::events::Events;
+use crate::memory::{Memory, Rights};
+use crate::primitive::{Arc, Mutex};
+use crate::segment::SegmentInner;
+use crate::tlb::{Device, Health};
+
+/// What becomes of quarantined pages once no device can reach them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Then {
+    Unmap,
+    Keep,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    Mapped,
+    Quarantined { then: Then },
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Vma {
+    pub(super) last: Addr,
+    pub(super) page: PageSize,
+    pub(super) rights: Rights,
+    pub(super) state: State,
+    /// These are addresses of a segment, with no memory behind them.
+    pub(super) segment: Option<Arc<SegmentInner>>,
+}
+
+/// A range that is waited for by quarantine, with the devices that did not acknowledge.
+#[derive(Debug)]
+pub(super) struct Sick {
+    pub(super) range: Range,
+    pub(super) devices: Vec<Device>,
+}
+
+/// What an operation finds in its range.
+#[derive(Debug)]
+pub(super) struct Found {
+    pub(super) sizes: PageSizes,
+    /// Those that are not over.
+    pub(super) segments: Vec<Arc<SegmentInner>>,
+    /// There is memory, not only segments.
+    pub(super) memory: bool,
+}
+
+impl Default for Found {
+    fn default() -> Self {
+        Self {
+            sizes: PageSizes::empty(),
+            segments: Vec::new(),
+            memory: false,
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Mappings {
+    pub(super) by_start: BTreeMap<Addr, Vma>,
+    pub(super) spans: Vec<Range>,
+    pub(super) sick: Vec<Sick>,
+    /// No free address lies below.
+    pub(super) hint: u64,
+    /// Exit has begun: no span is claimed any more.
+    pub(super) closed: bool,
+}
+
+#[derive(Debug)]
+pub(crate) struct Table {
+    pub(super) arena: Option<Range>,
+    pub(super) mappings: Mutex<Mappings>,
+}
+
+impl Mappings {
+    pub(super) fn overlapping(&self, range: Range) -> impl Iterator<Item = (Range, &Vma)> {
+        let before = self.by_start.range(..=range.start()).next_back();
+        let first = before.map_or(range.start(), |(start, _)| *start);
+        self.by_start
+            .range(first..=range.last())
+            .filter_map(move |(start, vma)| {
+                let whole = Range::inclusive(*start, vma.last).ok()?;
+                whole.overlaps(range).then_some((whole, vma))
+            })
+    }
+
+    pub(super) fn is_claimed(&self, range: Range) -> bool {
+        self.spans.iter().any(|span| span.overlaps(range))
+    }
+
+    /// What is in `range`; refuses what is not mapped as a whole, or not as `change` needs it.
+    pub(super) fn check(&self, range: Range, change: Change) -> Result<Found, MapError> {
+        let mut next = range.start();
+        let mut found = Found::default();
+        for (whole, vma) in self.overlapping(range) {
+            if whole.start() > next {
+                return Err(MapError::NotMapped { range, hole: next });
+            }
+            if vma.state != State::Mapped && change != Change::Recover {
+                return Err(MapError::InQuarantine {
+                    range,
+                    quarantined: whole,
+                });
+            }
+            match &vma.segment {
+                Some(_) if !change.unmaps() => {
+                    return Err(MapError::Segment {
+                        range,
+                        segment: whole,
+                    });
+                }
+                Some(segment) if !segment.is_over() => found.segments.push(segment.clone()),
+                Some(_) => {}
+                None => found.memory = true,
+            }
+            // Entries may be as small as the device likes, and a page that was cut has become small ones.
+            found.sizes |= PageSize::ALL
+                .into_iter()
+                .filter(|size| *size <= vma.page)
+                .map(PageSizes::from)
+                .collect();
+            match whole.last().checked_add(1) {
+                Some(after) if whole.last() < range.last() => next = after,
+                _ => return Ok(found),
+            }
+        }
+        Err(MapError::NotMapped { range, hole: next })
+    }
+
+    /// Cuts mappings at both ends of the range.
+    pub(super) fn split(&mut self, range: Range) {
+        for at in [Some(range.start()), range.end()].into_iter().flatten() {
+            if let Some((start, vma)) = self.by_start.range_mut(..at).next_back()
+                && vma.last >= at
+                && *start < at
+            {
+                let rest = vma.clone();
+                vma.last = Addr::new(at.get() - 1);
+                self.by_start.insert(at, rest);
+            }
+        }
+    }
+
+    pub(super) fn each(&mut self, range: Range, edit: impl FnMut((&Addr, &mut Vma))) {
+        self.by_start
+            .range_mut(range.start()..=range.last())
+            .for_each(edit);
+    }
+
+    pub(super) fn remove(&mut self, range: Range) {
+        self.by_start.retain(|start, _| !range.holds(*start));
+        self.hint = self.hint.min(range.start().get());
+    }
+
+    /// The first free range from the hint on.
+    pub(super) fn find(&self, len: u64, page: PageSize, arena: Range) -> Option<Range> {
+        let mut from = self.hint.max(arena.start().get());
+        loop {
+            let start = from.checked_next_multiple_of(page.bytes())?;
+            let range = Range::new(start, len).ok()?;
+            if !arena.contains(range) {
+                return None;
+            }
+            let mapped = self.overlapping(range).map(|(whole, _)| whole);
+            let claimed = self
+                .spans
+                .iter()
+                .copied()
+                .filter(|span| span.overlaps(range));
+            match mapped.chain(claimed).map(|one| one.last().get()).max() {
+                None => return Some(range),
+                Some(last) => from = last.checked_add(1)?,
+            }
+        }
+    }
+}
+
+impl Table {
+    pub(crate) fn new(arena: Option<Range>) -> Self {
+        Self {
+            arena,
+            mappings: Mutex::new(Mappings::default()),
+        }
+    }
+
+    /// At exit: nothing is claimed from here on; waits until what was claimed is over. The segments that are left.
+    pub(crate) fn close(&self, events: &Events) -> Vec<Arc<SegmentInner>> {
+        self.mappings.lock().closed = true;
+        events.wait(None, || self.mappings.lock().spans.is_empty());
+        let mappings = self.mappings.lock();
+        let segments = mappings
+            .by_start
+            .values()
+            .filter_map(|vma| vma.segment.as_ref());
+        segments.filter(|one| !one.is_over()).cloned().collect()
+    }
+
+    /// At exit: everything goes that no device can reach; false if something stays.
+    pub(crate) fn clear(&self, memory: &dyn Memory) -> bool {
+        let mut mappings = self.mappings.lock();
+        mappings.by_start.retain(|start, vma| {
+            let whole = Range::inclusive(*start, vma.last);
+            let gone = match &vma.segment {
+                Some(segment) => segment.is_over(),
+                None => {
+                    vma.state == State::Mapped
+                        && whole.is_ok_and(|whole| memory.unmap(whole).is_ok())
+                }
+            };
+            !gone
+        });
+        mappings.by_start.is_empty()
+    }
+
+    /// Takes out what was in quarantine for devices that are healthy again.
+    pub(super) fn recovered(&self) -> Vec<Sick> {
+        let mut mappings = self.mappings.lock();
+        let (well, sick): (Vec<_>, Vec<_>) = std::mem::take(&mut mappings.sick)
+            .into_iter()
+            .partition(|one| {
+                // Without a device to recover nothing can tell that the pages are out of reach.
+                !one.devices.is_empty()
+                    && one
+                        .devices
+                        .iter()
+                        .all(|device| device.health() == Health::Healthy)
+            });
+        mappings.sick = sick;
+        well
+    }
+
+    /// The mappings that are left of a segment.
+    pub(crate) fn parts_of(&self, segment: &Arc<SegmentInner>) -> Vec<Range> {
+        let own = |vma: &Vma| matches!(&vma.segment, Some(one) if Arc::ptr_eq(one, segment));
+        let mappings = self.mappings.lock();
+        let overlapping = mappings.overlapping(segment.range);
+        overlapping
+            .filter(|(_, vma)| own(vma))
+            .map(|(whole, _)| whole)
+            .collect()
+    }
+
+    pub(super) fn quarantined(&self) -> u64 {
+        let mappings = self.mappings.lock();
+        let sick = mappings
+            .by_start
+            .iter()
+            .filter(|(_, vma)| vma.state != State::Mapped);
+        sick.map(|(start, vma)| vma.last.get() - start.get() + 1)
+            .sum()
+    }
+}

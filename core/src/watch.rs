@@ -1,0 +1,310 @@
+//! The watchdog: names the handler and the thread when a callback does not return.
+//!
+//! Deadlines bind hardware that is polled. A callback cannot be cut short: whoever overlaps its range waits for it, and what the
+//! author needs to know is which one it is. Each space has a *post* for every invalidation that can be in progress, and some for
+//! releases. A callback is noted there by two stores; no clock is read. One thread of the process looks at all posts now and then,
+//! and what it finds unchanged for longer than [`Deadlines::callback`](crate::Deadlines) it reports, once: as a `tracing` error and
+//! in [`Stats::overdue`](crate::Stats). It takes no lock that a callback can hold, and holds nothing of a space but its posts.
+
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use crate::active::SLOTS;
+use crate::primitive::atomic::{AtomicU64, Ordering, fence};
+use crate::primitive::home;
+
+/// Releases that are watched at once; more run unwatched.
+const RELEASES: usize = 16;
+const POSTS: usize = SLOTS + RELEASES;
+/// Looks within one deadline.
+const LOOKS: u32 = 8;
+
+/// What runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub(crate) enum Stage {
+    Quiesce = 1,
+    Drained,
+    Flush,
+    CutOff,
+    Unload,
+    End,
+    Release,
+    Reset,
+}
+
+impl Stage {
+    const ALL: [(Self, &'static str); 8] = [
+        (Self::Quiesce, "quiesce"),
+        (Self::Drained, "drained"),
+        (Self::Flush, "flush"),
+        (Self::CutOff, "cut_off"),
+        (Self::Unload, "unload"),
+        (Self::End, "end"),
+        (Self::Release, "release"),
+        (Self::Reset, "reset"),
+    ];
+}
+
+/// A name that the watchdog can say: its place in the list of all names.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Name(u64);
+
+impl Name {
+    /// Allocates, the first time.
+    pub(crate) fn new(name: &'static str) -> Self {
+        let mut names = lock(&NAMES);
+        let known = names.iter().position(|one| *one == name);
+        let at = known.unwrap_or_else(|| {
+            names.push(name);
+            names.len() - 1
+        });
+        Self((at as u64).min(0xffff))
+    }
+}
+
+/// A number of the calling thread, as the kernel knows it.
+fn thread() -> u64 {
+    use std::cell::Cell;
+    std::thread_local! {
+        static THREAD: Cell<u64> = const { Cell::new(0) };
+    }
+    THREAD.with(|thread| {
+        if thread.get() == 0 {
+            // SAFETY: no arguments, no memory; always succeeds.
+            thread.set(unsafe { libc::syscall(libc::SYS_gettid) } as u64);
+        }
+        thread.get()
+    })
+}
+
+#[repr(align(64))]
+#[derive(Debug)]
+struct Post {
+    /// 0 while nothing runs; else a number that never comes twice, and the stage.
+    run: AtomicU64,
+    /// The registration, and the name of its handler.
+    who: AtomicU64,
+    thread: AtomicU64,
+    /// The numbers given so far.
+    given: AtomicU64,
+}
+
+/// The posts of one space.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    space: u64,
+    after: Duration,
+    posts: Box<[Post]>,
+    overdue: AtomicU64,
+}
+
+/// A post that is one thread's for as long as this lives.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PostId(usize);
+
+/// A callback runs for as long as this lives.
+#[derive(Debug)]
+pub(crate) struct Running<'w>(&'w Post);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        // Relaxed: nothing is concluded from it.
+        self.0.run.store(0, Ordering::Relaxed);
+    }
+}
+
+impl Watch {
+    pub(crate) fn new(space: u64, after: Duration) -> Arc<Self> {
+        let post = |_| Post {
+            run: AtomicU64::new(0),
+            who: AtomicU64::new(0),
+            thread: AtomicU64::new(0),
+            given: AtomicU64::new(0),
+        };
+        let this = Arc::new(Self {
+            space,
+            after,
+            posts: (0..if cfg!(loom) { 0 } else { POSTS }).map(post).collect(),
+            overdue: AtomicU64::new(0),
+        });
+        if !cfg!(loom) {
+            Watchdog::watch(&this);
+        }
+        this
+    }
+
+    /// The post of the invalidation that has claimed `slot`, for this thread.
+    pub(crate) fn post(&self, slot: usize) -> PostId {
+        if let Some(post) = self.posts.get(slot) {
+            post.thread.store(thread(), Ordering::Relaxed);
+        }
+        PostId(slot)
+    }
+
+    /// Notes that a callback begins. None under the checker, for which posts would only add states.
+    pub(crate) fn enter(
+        &self,
+        post: PostId,
+        stage: Stage,
+        registration: u64,
+        name: Name,
+    ) -> Option<Running<'_>> {
+        let post = self.posts.get(post.0)?;
+        // Only this thread writes to the post.
+        let number = post.given.load(Ordering::Relaxed) + 1;
+        post.given.store(number, Ordering::Relaxed);
+        post.who
+            .store(registration << 16 | name.0, Ordering::Relaxed);
+        // Release, with the Acquire of the look: who sees the run sees who it is.
+        post.run
+            .store(number << 8 | stage as u64, Ordering::Release);
+        Some(Running(post))
+    }
+
+    /// Notes that a release begins, if there is a post for it.
+    pub(crate) fn enter_release(&self, registration: u64, name: Name) -> Option<Running<'_>> {
+        let home = home();
+        (0..RELEASES.min(self.posts.len())).find_map(|nth| {
+            let at = SLOTS + (home + nth) % RELEASES;
+            let post = &self.posts[at];
+            // Acquire: what its last owner wrote is over. The mark is overwritten by `enter`.
+            post.run
+                .compare_exchange(0, u64::MAX, Ordering::Acquire, Ordering::Relaxed)
+                .ok()?;
+            self.enter(self.post(at), Stage::Release, registration, name)
+        })
+    }
+
+    /// Callbacks that did not return in time.
+    pub(crate) fn overdue(&self) -> u64 {
+        self.overdue.load(Ordering::Relaxed)
+    }
+
+    /// Reports what has not changed since it was first seen too long ago.
+    fn look(&self, seen: &mut [Option<Seen>; POSTS]) {
+        for (post, seen) in self.posts.iter().zip(seen) {
+            let run = post.run.load(Ordering::Acquire);
+            let Some((_, stage)) = Stage::ALL
+                .into_iter()
+                .find(|(stage, _)| *stage as u64 == run & 0xff)
+            else {
+                *seen = None;
+                continue;
+            };
+            let last = match seen {
+                Some(last) if last.run == run => last,
+                _ => {
+                    *seen = Some(Seen {
+                        run,
+                        since: Instant::now(),
+                        reported: false,
+                    });
+                    continue;
+                }
+            };
+            let waited = last.since.elapsed();
+            if last.reported || waited < self.after {
+                continue;
+            }
+            let (who, thread) = (
+                post.who.load(Ordering::Relaxed),
+                post.thread.load(Ordering::Relaxed),
+            );
+            // The two belong to this run, or it is over: with the Release in `enter`.
+            fence(Ordering::Acquire);
+            if post.run.load(Ordering::Relaxed) != run {
+                continue;
+            }
+            last.reported = true;
+            self.overdue.fetch_add(1, Ordering::Relaxed);
+            let handler = lock(&NAMES).get((who & 0xffff) as usize).copied();
+            let name = std::fs::read_to_string(format!("/proc/self/task/{thread}/comm"));
+            tracing::error!(
+                space = self.space,
+                registration = who >> 16,
+                handler = handler.unwrap_or("?"),
+                stage,
+                thread,
+                thread_name = name.as_deref().unwrap_or("?").trim(),
+                waited_ms = waited.as_millis() as u64,
+                "a callback does not return: whatever overlaps its range waits for it"
+            );
+        }
+    }
+}
+
+struct Seen {
+    run: u64,
+    since: Instant,
+    reported: bool,
+}
+
+/// What the thread watches.
+type Watched = Vec<(Weak<Watch>, Box<[Option<Seen>; POSTS]>)>;
+
+static NAMES: Mutex<Vec<&'static str>> = Mutex::new(Vec::new());
+static WATCHDOG: Mutex<Watchdog> = Mutex::new(Watchdog {
+    new: Vec::new(),
+    thread: None,
+});
+
+/// The thread, and what it has not taken up yet.
+struct Watchdog {
+    new: Vec<Weak<Watch>>,
+    thread: Option<std::thread::Thread>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // Changed by single pushes and assignments.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Watchdog {
+    fn watch(watch: &Arc<Watch>) {
+        let mut this = lock(&WATCHDOG);
+        this.new.push(Arc::downgrade(watch));
+        match &this.thread {
+            // Awake at once if this one has a shorter deadline than those that it sleeps for.
+            Some(thread) => thread.unpark(),
+            None => {
+                let spawned = std::thread::Builder::new()
+                    .name("shootdown-watchdog".to_owned())
+                    .spawn(Self::run);
+                match spawned {
+                    Ok(handle) => this.thread = Some(handle.thread().clone()),
+                    Err(error) => {
+                        tracing::warn!(%error, "no watchdog: callbacks that do not return are not named");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Sleeps for good while there is nothing to watch.
+    fn run() {
+        let mut watched: Watched = Vec::new();
+        loop {
+            let fresh = std::mem::take(&mut lock(&WATCHDOG).new);
+            watched.extend(
+                fresh
+                    .into_iter()
+                    .map(|one| (one, Box::new([const { None }; POSTS]))),
+            );
+            let mut nap: Option<Duration> = None;
+            watched.retain_mut(|(watch, seen)| {
+                let Some(watch) = watch.upgrade() else {
+                    return false;
+                };
+                watch.look(seen);
+                let next = (watch.after / LOOKS).max(Duration::from_millis(1));
+                nap = Some(nap.map_or(next, |nap| nap.min(next)));
+                true
+            });
+            match nap {
+                Some(nap) => std::thread::park_timeout(nap),
+                None => std::thread::park(),
+            }
+        }
+    }
+}

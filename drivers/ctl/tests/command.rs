@@ -1,0 +1,222 @@
+//! The command, as its user sees it: what it prints, and its exit status.
+
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use serde_json::Value;
+
+fn shootdown(arguments: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_shootdown"));
+    command
+        .args(arguments.split_whitespace())
+        .stdin(Stdio::null());
+    command
+}
+
+/// Exit status, standard output, standard error.
+fn ended(output: Output) -> (Option<i32>, String, String) {
+    let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
+    (
+        output.status.code(),
+        text(output.stdout),
+        text(output.stderr),
+    )
+}
+
+fn run(arguments: &str) -> (Option<i32>, String, String) {
+    ended(shootdown(arguments).output().expect("it starts"))
+}
+
+/// The one object on standard output.
+fn object(stdout: &str) -> Value {
+    assert_eq!(stdout.lines().count(), 1, "{stdout}");
+    serde_json::from_str(stdout).expect("JSON")
+}
+
+/// Ctrl-C for `child`, after it has run for a while.
+fn interrupt(child: Child) -> (Option<i32>, String, String) {
+    std::thread::sleep(Duration::from_millis(1500));
+    // SAFETY: a signal to a child that has not been waited for, so that the number is its own.
+    let sent = unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) };
+    assert_eq!(sent, 0);
+    ended(child.wait_with_output().expect("it ends"))
+}
+
+fn start(arguments: &str) -> Child {
+    let mut command = shootdown(arguments);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.spawn().expect("it starts")
+}
+
+#[test]
+fn a_clean_run_passes_and_reports_everything() {
+    let (code, stdout, stderr) = run("--seconds 3 --seed 7 --json");
+    let report = object(&stdout);
+    assert_eq!(code, Some(0), "{report:#}");
+    assert_eq!(stderr, "");
+    for (key, want) in [("seed", 7), ("threads", 4), ("devices", 4)] {
+        assert_eq!(report[key], want, "{key}");
+    }
+    for key in ["data_mismatches", "stale_accesses", "quarantined"] {
+        assert_eq!(report[key], 0, "{key}");
+    }
+    for key in ["frames", "registrations", "contexts", "asids"] {
+        assert_eq!(report["leaked"][key], 0, "{key}");
+    }
+    assert!(report["seconds"].as_f64() >= Some(3.0));
+    // Exit unloads the contexts first, and then has nothing to flush.
+    assert!(report["fault_retries"].is_u64() && report["full_flushes"].is_u64());
+    assert_eq!(report["releases"], report["releases_expected"]);
+    let happens = [
+        "/device_ops",
+        "/bytes_verified",
+        "/shootdowns",
+        "/flush_ops",
+        "/faults_resolved",
+        "/releases",
+        "/unregisters/plain",
+        "/unregisters/map_lock_held",
+        "/unregisters/inside_own_callback",
+        "/unregisters/inside_other_callback",
+        "/unregisters/during_release",
+    ];
+    let latencies = ["shootdown", "unregister", "fault"].into_iter();
+    let latencies = latencies.flat_map(|kind| {
+        ["p50", "p99", "p999", "max"].map(|value| format!("/latency_ns/{kind}/{value}"))
+    });
+    for path in happens.map(str::to_owned).into_iter().chain(latencies) {
+        let value = report.pointer(&path).and_then(Value::as_u64);
+        assert!(value > Some(0), "{path}: {value:?}");
+    }
+    assert_eq!(report["findings"], Value::Array(Vec::new()));
+    assert_eq!(report["verdict"], "pass");
+}
+
+#[test]
+fn a_planted_bug_ends_the_run_and_its_race_is_named() {
+    let (code, stdout, _) = run("run --plant no-flush --seconds 20 --json");
+    let report = object(&stdout);
+    assert_eq!(code, Some(1), "{report:#}");
+    assert_eq!(report["plant"]["race"], "R14");
+    let after = report["plant"]["found_after_seconds"].as_f64();
+    assert!(after.is_some_and(|seconds| seconds < 20.0), "{after:?}");
+    assert!(report["stale_accesses"].as_u64() > Some(0));
+    assert_eq!(report["verdict"], "fail");
+    let findings = report["findings"].as_array().expect("a list");
+    let named = |finding: &Value| {
+        let text = finding.as_str().unwrap_or_default();
+        text.starts_with("R14 (no-flush): ") && text.contains("stale translation")
+    };
+    assert!(findings.iter().any(named), "{findings:?}");
+}
+
+#[test]
+fn the_list_of_plants_names_each_with_its_race() {
+    let (code, stdout, _) = run("--plant list");
+    assert_eq!(code, Some(0));
+    let names: Vec<_> = stdout
+        .lines()
+        .filter_map(|line| line.split_whitespace().next())
+        .collect();
+    assert_eq!(
+        names,
+        [
+            "no-flush",
+            "flush-not-waited",
+            "retry-not-checked",
+            "wrong-range",
+            "drop-in-not-cancelled",
+            "asid-reused",
+            "context-not-unloaded",
+            "lost-completion"
+        ]
+    );
+    assert!(stdout.lines().all(|line| line.contains("(R")), "{stdout}");
+}
+
+#[test]
+fn wrong_usage_is_status_2_and_names_what_is_wrong() {
+    for (arguments, said) in [
+        ("--no-such-flag", "--no-such-flag"),
+        ("--seconds 0", "'0'"),
+        ("--threads many", "'many'"),
+        ("--devices 1 --segments 99", "99 segments"),
+        ("--plant unheard-of", "\"unheard-of\""),
+        ("plants --seeds 0", "'0'"),
+        (
+            "--trace /no/such/folder/trace.json",
+            "/no/such/folder/trace.json",
+        ),
+    ] {
+        let (code, stdout, stderr) = run(arguments);
+        assert_eq!(code, Some(2), "{arguments}: {stderr}");
+        assert_eq!(stdout, "", "{arguments}");
+        assert!(stderr.contains(said), "{arguments}: {stderr}");
+    }
+}
+
+#[test]
+fn a_trace_that_cannot_be_written_is_status_3_after_the_report() {
+    let (code, stdout, stderr) = run("--seconds 1 --json --trace /dev/full");
+    assert_eq!(code, Some(3), "{stderr}");
+    assert_eq!(object(&stdout)["verdict"], "pass");
+    assert!(stderr.contains("/dev/full"), "{stderr}");
+}
+
+#[test]
+fn help_is_status_0_and_names_every_option() {
+    let (code, stdout, _) = run("run --help");
+    assert_eq!(code, Some(0));
+    for option in [
+        "--seconds",
+        "--threads",
+        "--devices",
+        "--segments",
+        "--seed",
+        "--plant",
+        "--json",
+        "--trace",
+        "--verbose",
+    ] {
+        assert!(stdout.contains(option), "{option}: {stdout}");
+    }
+    let (_, stdout, _) = run("--help");
+    assert!(stdout.contains("plants"), "{stdout}");
+}
+
+#[test]
+fn ctrl_c_ends_a_run_which_still_reports() {
+    let (code, stdout, _) = interrupt(start("--seconds 600 --json"));
+    let report = object(&stdout);
+    assert_eq!(code, Some(0), "{report:#}");
+    assert_eq!(report["interrupted"], true);
+    assert!(report["shootdowns"].as_u64() > Some(0));
+    let seconds = report["seconds"].as_f64();
+    assert!(seconds.is_some_and(|seconds| seconds < 60.0), "{seconds:?}");
+}
+
+#[test]
+fn ctrl_c_ends_plants_which_report_what_was_done() {
+    let (code, stdout, _) = interrupt(start("plants --seeds 9999 --json"));
+    let campaign = object(&stdout);
+    assert_eq!(code, Some(0), "{campaign:#}");
+    assert_eq!(campaign["interrupted"], true);
+    let first = &campaign["plants"][0];
+    assert_eq!(first["name"], "no-flush");
+    assert!(first["runs"].as_u64() > Some(0));
+    assert_eq!(first["good"], first["runs"]);
+}
+
+#[test]
+fn a_trace_has_the_phases() {
+    let path = std::env::temp_dir().join(format!("shootdown-{}.json", std::process::id()));
+    let (code, _, stderr) = run(&format!("--seconds 1 --trace {}", path.display()));
+    assert_eq!(code, Some(0), "{stderr}");
+    let text = std::fs::read(&path).expect("the trace");
+    std::fs::remove_file(&path).expect("it is there");
+    let trace: Value = serde_json::from_slice(&text).expect("JSON");
+    let events = trace["traceEvents"].as_array().expect("a list");
+    for phase in ["quiesce", "issue", "sync"] {
+        assert!(events.iter().any(|event| event["name"] == phase), "{phase}");
+    }
+}

@@ -16,7 +16,7 @@ pub(crate) fn devices(options: &DevicesOptions) -> ExitCode {
     }
 }
 
-/// Runs the check, and gives the device back whatever happens: Ctrl-C is let pass, as a check ends by itself soon.
+/// Runs the check, and gives the device back whatever happens: Ctrl-C and SIGTERM are let pass, as a check ends by itself soon.
 pub(crate) fn attach(options: &AttachOptions) -> ExitCode {
     // What cannot be given back, or be unmapped, is said in the log.
     tracing_subscriber::fmt()

@@ -2,6 +2,7 @@
 
 mod between;
 mod child;
+mod command;
 mod device;
 mod devices;
 mod drivers;
@@ -30,6 +31,7 @@ pub(crate) const CHECKS: &[&[Check]] = &[
     kinds::CHECKS,
     drivers::CHECKS,
     together::CHECKS,
+    command::CHECKS,
     flight::CONTROL,
     windows::CONTROL,
     drivers::CONTROL,

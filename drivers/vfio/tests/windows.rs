@@ -502,3 +502,27 @@ fn a_use_that_a_shootdown_has_overtaken_begins_anew() {
     assert_eq!(lost.load(SeqCst), 0, "taken away under a user");
     assert_eq!(rig.memory.violations.load(SeqCst), 0);
 }
+
+#[test]
+fn a_shootdown_does_not_wait_until_all_of_a_large_window_is_mapped() {
+    let rig = rig(1);
+    let memory = pages(&rig, 4096);
+    let window = open(&rig, memory, 4096);
+    rig.space.discard(memory).unwrap();
+    rig.endpoints[0].slowness.store(50, SeqCst);
+    let touched = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            window.touch(memory, SECOND * 60).unwrap();
+            touched.store(true, SeqCst);
+        });
+        while rig.endpoints[0].granules() == 0 {
+            std::thread::yield_now();
+        }
+        rig.space.discard(page(memory, 0)).unwrap();
+        assert!(!touched.load(SeqCst), "it waited for all of it");
+    });
+    // What the shootdown took away behind the touch's back is there again.
+    assert!(window.is_mapped(memory).unwrap());
+    assert_eq!(rig.memory.violations.load(SeqCst), 0);
+}

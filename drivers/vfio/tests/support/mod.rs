@@ -51,6 +51,8 @@ pub(crate) struct FakeEndpoint {
     pub(crate) mapped: Mutex<Vec<(Range, Range)>>,
     /// The next so many maps succeed, then one fails.
     pub(crate) maps_left: AtomicU64,
+    /// How long a map takes, in microseconds.
+    pub(crate) slowness: AtomicU64,
     /// Unmaps fail.
     pub(crate) stuck: AtomicBool,
     /// Says that it unmapped, and does not.
@@ -63,6 +65,7 @@ impl FakeEndpoint {
             log: log.clone(),
             mapped: Mutex::new(Vec::with_capacity(1 << 16)),
             maps_left: AtomicU64::new(u64::MAX),
+            slowness: AtomicU64::new(0),
             stuck: AtomicBool::new(false),
             lies: AtomicBool::new(false),
         })
@@ -90,6 +93,10 @@ impl DmaWindow for FakeEndpoint {
     }
 
     fn map(&self, iova: Range, memory: Range, _: Rights) -> Result<(), DeviceError> {
+        let slowness = self.slowness.load(SeqCst);
+        if slowness > 0 {
+            std::thread::sleep(Duration::from_micros(slowness));
+        }
         let mut mapped = self.mapped.lock().unwrap();
         if mapped.iter().any(|(one, _)| one.overlaps(iova)) {
             return Err(DeviceError::Overlap { iova });

@@ -54,6 +54,8 @@ pub(crate) fn build() -> Result<Programs, Error> {
         // It is copied into the guest at each boot: no symbols.
         .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
         .env("CARGO_PROFILE_RELEASE_STRIP", "symbols")
+        // Little of it is hot, and most of a first run is spent building it.
+        .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1")
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .env_remove("CARGO_BUILD_TARGET");

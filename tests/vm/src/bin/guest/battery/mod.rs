@@ -7,6 +7,7 @@ mod device;
 mod devices;
 mod drivers;
 mod flight;
+mod handed;
 mod hole;
 mod kernel;
 mod kinds;
@@ -26,6 +27,7 @@ pub(crate) const CHECKS: &[&[Check]] = &[
     flight::CHECKS,
     transport::CHECKS,
     device::CHECKS,
+    handed::CHECKS,
     windows::CHECKS,
     path::CHECKS,
     kinds::CHECKS,

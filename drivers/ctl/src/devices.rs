@@ -166,8 +166,7 @@ impl fmt::Display for Devices {
                 mark("pri", one.pri),
                 mark("pasid", one.pasid)
             );
-            writeln!(
-                f,
+            let line = format!(
                 "{:<13} {:04x}:{:04x} {:06x} {:>5} {:<11} {:<6} {:<12} {:<15} {}",
                 one.address,
                 one.vendor,
@@ -183,7 +182,8 @@ impl fmt::Display for Devices {
                 },
                 translation,
                 if one.missing.is_empty() { "ready" } else { "" },
-            )?;
+            );
+            writeln!(f, "{}", line.trim_end())?;
             if !one.with.is_empty() {
                 writeln!(f, "{:14}shares its group with {}", "", one.with.join(", "))?;
             }

@@ -1,5 +1,4 @@
-//! Builds what runs in the guest, linked statically, as the guest has no libraries: the same package's other binary, and the
-//! project's command.
+//! Builds what runs in the guest, linked statically, as the guest has no libraries: its first process, and the project's command.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -35,9 +34,8 @@ pub(crate) fn build() -> Result<Programs, Error> {
             "--release",
             "--quiet",
             "--locked",
-            "--no-default-features",
             "--package",
-            "shootdown-vm",
+            "shootdown-vm-guest",
             "--package",
             "shootdown-cli",
             "--bin",

@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use shootdown::{
-    Addr, AddressSpace, Deadlines, DeviceError, DmaWindow, Memory, MemoryError, PageSize,
+    Addr, AddressSpace, Deadlines, DeviceError, DmaWindow, Map, Memory, MemoryError, PageSize,
     PageSizes, ProcessMemory, Range, Rights, Translation, WouldBlock,
 };
-use shootdown_vfio::{DeviceWork, InFlight};
+use shootdown_vfio::{DeviceWork, InFlight, Window, WindowOptions};
 
 /// What happened, in order.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -297,4 +297,34 @@ pub(crate) fn rig(endpoints: usize) -> Rig {
         endpoints,
         log,
     }
+}
+
+pub(crate) const SECOND: Duration = Duration::from_secs(1);
+
+pub(crate) fn options(granule: u64) -> WindowOptions {
+    WindowOptions {
+        granule,
+        deadline: SECOND,
+        ..WindowOptions::default()
+    }
+}
+
+pub(crate) fn open(rig: &Rig, memory: Range, granule: u64) -> Window {
+    Window::open(
+        &rig.iommu,
+        &rig.space,
+        memory,
+        rig.work.clone(),
+        options(granule),
+    )
+    .unwrap()
+}
+
+pub(crate) fn pages(rig: &Rig, count: u64) -> Range {
+    rig.space.map(Map::anonymous(count << 12)).unwrap()
+}
+
+/// The `nth` page of `range`.
+pub(crate) fn page(range: Range, nth: u64) -> Range {
+    Range::new(range.start().get() + (nth << 12), 4096).unwrap()
 }

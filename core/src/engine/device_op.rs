@@ -44,6 +44,9 @@ impl DeviceOp {
             return;
         }
         if self.len == most {
+            if planted!("r19-command") {
+                return;
+            }
             self.set_whole();
         } else {
             self.commands[self.len] = command;
@@ -127,7 +130,7 @@ impl Deadline {
 
 /// Polls all devices together until each has acknowledged or the deadline is over.
 pub(super) fn sync(devices: &mut Chain<DeviceOp>, deadline: &mut Deadline) {
-    if planted!("sync") {
+    if planted!("r21-sync") {
         devices.for_each(|one| one.state = Ack::Done);
         return;
     }

@@ -96,6 +96,8 @@ pub(crate) fn run(
     mode: Mode,
     change: impl FnOnce() -> Result<(), MemoryError>,
 ) -> Result<(), InvalidateError> {
+    // Not held: disjoint invalidations run in parallel (R28).
+    let _whole = planted!("r28").then(|| space.map_lock.write("invalidate"));
     let mut invalidation = Invalidation::begin(space, what, mode)?;
     match change() {
         Ok(()) => {
@@ -103,7 +105,11 @@ pub(crate) fn run(
             invalidation.panic_at_end()
         }
         Err(error) => {
-            invalidation.end(Outcome::Unchanged);
+            invalidation.end(if planted!("r27") {
+                Outcome::Changed
+            } else {
+                Outcome::Unchanged
+            });
             Err(error.into())
         }
     }
@@ -208,7 +214,7 @@ impl<'s> Invalidation<'s> {
                 used: Some(used),
             };
             if let Err(Hit { used, logged, .. }) = hits.push(hit) {
-                room = false;
+                room = planted!("r19-hit");
                 if let Some(used) = used {
                     used.recent.end(logged);
                     used.leave();
@@ -246,7 +252,7 @@ impl<'s> Invalidation<'s> {
         } = self;
         hits.for_each(|hit| {
             let Some(used) = &hit.used else { return };
-            if trouble.would_block {
+            if trouble.would_block || planted!("r22-others") && trouble.panicked {
                 return;
             }
             hit.quiesced = true;
@@ -529,7 +535,7 @@ impl<'s> Invalidation<'s> {
         let hit_any = !hits.is_empty();
         hits.for_each(|hit| {
             let Some(used) = hit.used.take() else { return };
-            if hit.quiesced {
+            if hit.quiesced && !(planted!("r13") && trouble.would_block) {
                 let op = Op::new(core, hit.part);
                 if call(space, &used, core, Stage::End, || {
                     used.notifier.end(&op, outcome)
@@ -596,7 +602,11 @@ fn call<R>(
     let result = {
         let _watched = space.watch.enter(core.post, stage, inner.id, inner.name);
         let _callback = InCallback::handler(inner.key());
-        catch_unwind(AssertUnwindSafe(handler))
+        if planted!("r22") {
+            Ok(handler())
+        } else {
+            catch_unwind(AssertUnwindSafe(handler))
+        }
     };
     result.map_err(|_| space.note_panic(inner, core.id)).ok()
 }

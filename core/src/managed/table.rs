@@ -237,7 +237,9 @@ impl Table {
 
     /// The mappings that are left of a segment.
     pub(crate) fn parts_of(&self, segment: &Arc<SegmentInner>) -> Vec<Range> {
-        let own = |vma: &Vma| matches!(&vma.segment, Some(one) if Arc::ptr_eq(one, segment));
+        let own = |vma: &Vma| {
+            planted!("r14") || matches!(&vma.segment, Some(one) if Arc::ptr_eq(one, segment))
+        };
         let mappings = self.mappings.lock();
         let overlapping = mappings.overlapping(segment.range);
         overlapping

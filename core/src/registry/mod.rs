@@ -106,6 +106,14 @@ impl<T> Registry<T> {
     }
 
     fn publish(&self, root: Arc<Node<T>>) {
+        if planted!("r10") {
+            // In two steps, as whoever changes an index in place.
+            self.replace(Arc::new(Node::empty()));
+        }
+        self.replace(root);
+    }
+
+    fn replace(&self, root: Arc<Node<T>>) {
         let new = Box::into_raw(Self::tree(root));
         // Release, with the Acquire in `walk`.
         let old = self.tree.swap(new, Ordering::Release);

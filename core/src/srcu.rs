@@ -77,7 +77,7 @@ impl<T> Srcu<T> {
                         .compare_exchange(0, epoch, Ordering::Acquire, Ordering::Relaxed)
                         .is_ok()
                 {
-                    if !planted!("srcu-fence") {
+                    if !planted!("r5-fence") {
                         fence(Ordering::SeqCst); // (A)
                     }
                     return Section(slot);
@@ -115,7 +115,7 @@ impl<T> Srcu<T> {
 
     /// The oldest epoch that a running section may have begun in; the largest number when none runs.
     fn oldest_reader(&self) -> u64 {
-        if planted!("srcu-grace") {
+        if planted!("r5-grace") {
             return u64::MAX;
         }
         let running = self.slots.iter().filter_map(|slot| {

@@ -52,6 +52,9 @@ impl DeviceOp {
             return;
         }
         if self.len == most {
+            if planted!("r19-command") {
+                return;
+            }
             self.set_whole();
         } else {
             self.commands[self.len] = command;
@@ -137,7 +140,7 @@ impl Deadline {
 
 /// Polls all devices together until each has acknowledged or the deadline is over.
 pub(super) fn sync(devices: &mut Chain<'_, DeviceOp>, deadline: &mut Deadline) {
-    if planted!("sync") {
+    if planted!("r21-sync") {
         devices.for_each(|one| one.state = Ack::Done);
         return;
     }

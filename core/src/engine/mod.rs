@@ -141,6 +141,9 @@ pub(crate) fn run<'s>(
     mode: Mode,
     change: impl FnOnce() -> Result<(), MemoryError>,
 ) -> Result<(), Failed<'s>> {
+    // Not held: disjoint invalidations run in parallel (R28).
+    static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let _whole = planted!("r28").then(|| ONE_AT_A_TIME.lock());
     let mut invalidation = Invalidation::begin(space, what, mode)?;
     let changed = catch_unwind(AssertUnwindSafe(change));
     // What a memory that panicked has done nobody knows.
@@ -153,6 +156,7 @@ pub(crate) fn run<'s>(
         Err(error) => {
             invalidation.end(match error {
                 MemoryError::Panicked => Outcome::Quarantined,
+                _ if planted!("r27") => Outcome::Changed,
                 _ => Outcome::Unchanged,
             });
             Err(invalidation.failed(error.into()))
@@ -282,7 +286,7 @@ impl<'s> Invalidation<'s> {
                 used: Some(used),
             };
             if let Err(Hit { used, logged, .. }) = hits.push(hit) {
-                room = false;
+                room = planted!("r19-hit");
                 if let Some(used) = used {
                     used.recent.end(logged);
                     used.leave();
@@ -323,7 +327,7 @@ impl<'s> Invalidation<'s> {
         } = self;
         hits.for_each(|hit| {
             let Some(used) = &hit.used else { return };
-            if trouble.would_block {
+            if trouble.would_block || planted!("r22-others") && trouble.panicked {
                 return;
             }
             hit.quiesced = true;
@@ -621,7 +625,7 @@ impl<'s> Invalidation<'s> {
         let hit_any = !hits.is_empty();
         hits.for_each(|hit| {
             let Some(used) = hit.used.take() else { return };
-            if hit.quiesced {
+            if hit.quiesced && !(planted!("r13") && trouble.would_block) {
                 let op = Op::new(core, hit.part);
                 let end = || used.notifier.end(&op, outcome);
                 if call(space, &used, core, Stage::End, end).is_none() {
@@ -709,7 +713,11 @@ fn watched<R>(
     let result = {
         let _watched = space.watch.enter(core.post, stage, id, name);
         let _callback = InCallback::handler(inner.key());
-        catch_unwind(AssertUnwindSafe(handler))
+        if planted!("r22") {
+            Ok(handler())
+        } else {
+            catch_unwind(AssertUnwindSafe(handler))
+        }
     };
     result.map_err(|_| space.note_panic(inner, core.id)).ok()
 }

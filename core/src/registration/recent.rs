@@ -149,7 +149,7 @@ impl Recent {
             return false;
         }
         let log = self.log.lock();
-        log.forgotten > seen
+        log.forgotten > seen && !planted!("r14-fault")
             || log
                 .entries
                 .iter()

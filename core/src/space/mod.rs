@@ -191,7 +191,11 @@ impl AddressSpace {
     ) -> Result<Prepared, Refused> {
         context::callback_refusal("prepare")?;
         let word = StateWord::new();
-        Ok(Prepared::new(&self.space, range, notifier, targets, word))
+        let prepared = Prepared::new(&self.space, range, notifier, targets, word);
+        if planted!("r25") {
+            let _ = prepared.admit();
+        }
+        Ok(prepared)
     }
 
     /// Prepares and inserts.

@@ -401,3 +401,55 @@ fn bad_options_are_typed_errors_and_leave_nothing() {
         Err(WindowError::Outside { .. })
     ));
 }
+
+/// R26: the pages go only when every endpoint has been unmapped, by what it did and not by what it said. An endpoint that is not
+/// visited, or whose answer is taken for granted, is one that says it unmapped.
+fn pages_that_changed_under_the_device(lies: bool) -> u64 {
+    let rig = rig(2);
+    let memory = pages(&rig, 4);
+    let window = open(&rig, memory, 4096);
+    rig.endpoints[1].lies.store(lies, SeqCst);
+    rig.space.unmap(page(memory, 1)).unwrap();
+    let changed = rig.memory.violations.load(SeqCst);
+    rig.endpoints[1].lies.store(false, SeqCst);
+    drop(window);
+    changed
+}
+
+#[test]
+fn no_page_changes_before_every_endpoint_is_unmapped() {
+    assert_eq!(pages_that_changed_under_the_device(false), 0);
+}
+
+#[test]
+fn an_endpoint_that_says_unmapped_and_is_not_is_found() {
+    assert_eq!(pages_that_changed_under_the_device(true), 1);
+}
+
+/// R36: a window is closed and another one opened, at the IOVA that was given back if `again`. What a late access of the device at
+/// the old IOVA hits.
+fn late_access_hits(again: bool) -> Option<Range> {
+    let rig = rig(1);
+    let window = open(&rig, pages(&rig, 1), 4096);
+    let iova = window.iova();
+    window.close().unwrap();
+    let wanted = WindowOptions {
+        at: again.then(|| iova.start()),
+        ..options(4096)
+    };
+    let other = pages(&rig, 1);
+    let _other = Window::open(&rig.iommu, &rig.space, other, rig.work.clone(), wanted).unwrap();
+    let mapped = rig.endpoints[0].mapped.lock().unwrap();
+    let hit = mapped.iter().find(|(one, _)| one.overlaps(iova));
+    hit.map(|(_, memory)| *memory)
+}
+
+#[test]
+fn a_late_access_at_an_iova_that_was_given_back_hits_nothing() {
+    assert_eq!(late_access_hits(false), None);
+}
+
+#[test]
+fn a_late_access_at_an_iova_that_was_reused_at_once_is_found() {
+    assert!(late_access_hits(true).is_some());
+}

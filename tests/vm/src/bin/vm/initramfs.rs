@@ -9,7 +9,8 @@ use crate::program::Programs;
 const DIRECTORY: u32 = 0o040_755;
 const FILE: u32 = 0o100_755;
 
-/// The guest program as `/init`, the command as `/shootdown`, and the modules, in the order in which they are to be inserted, as `/modules/N-NAME`.
+/// The guest program as `/init`, the command as `/shootdown`, and the modules, in the order in which they are to be inserted, as
+/// `/modules/N-NAME`.
 pub(crate) fn write(target: &Path, programs: &Programs, modules: &[PathBuf]) -> Result<(), Error> {
     let mut archive = Newc {
         out: Vec::new(),
@@ -21,10 +22,10 @@ pub(crate) fn write(target: &Path, programs: &Programs, modules: &[PathBuf]) -> 
     for (name, program) in [("init", &programs.guest), ("shootdown", &programs.command)] {
         archive.entry(name, FILE, &at(program, std::fs::read(program))?);
     }
-    for (at_, module) in modules.iter().enumerate() {
+    for (nth, module) in modules.iter().enumerate() {
         let name = module.file_name().unwrap_or_default().to_string_lossy();
         archive.entry(
-            &format!("modules/{at_}-{name}"),
+            &format!("modules/{nth}-{name}"),
             FILE,
             &at(module, std::fs::read(module))?,
         );

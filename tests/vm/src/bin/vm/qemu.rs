@@ -56,6 +56,8 @@ impl Boot<'_> {
         let [fast, slow] = self.disks;
         let mut command = Command::new(&machine.loader);
         command
+            // Up to 7.2 the emulated CPU is a module.
+            .env("QEMU_MODULE_DIR", user.join("qemu"))
             .arg("--library-path")
             .arg(format!("{}:{}", system.display(), user.display()))
             .arg(&machine.qemu);

@@ -296,7 +296,7 @@ fn a_context_that_does_not_unload_costs_its_device_a_reset() {
     rig.context.fails.store(1, SeqCst);
     segment.unmap().unwrap();
     assert_eq!(rig.context.unloads().len(), 2);
-    assert_eq!(rig.device.stats().recovered_by_reset, 1);
+    assert_eq!(rig.device.stats().resets, 1);
     assert_eq!(rig.device.health(), Health::Healthy);
 }
 

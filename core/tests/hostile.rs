@@ -64,7 +64,7 @@ impl DeviceTlb for Liar {
         match self.lie {
             Lie::Tickets if ticket.0 < u64::MAX / 2 => Completion::Done,
             Lie::Backwards if nth % 2 == 1 => Completion::Failed,
-            Lie::Backwards if nth % 4 == 0 => Completion::Done,
+            Lie::Backwards if nth.is_multiple_of(4) => Completion::Done,
             _ => Completion::Pending,
         }
     }
@@ -215,4 +215,18 @@ fn a_device_that_was_flushed_as_a_whole_to_begin_with_has_recovered_from_nothing
     let stats =
         [lossy.stats(), whole.stats()].map(|stats| (stats.timeouts, stats.recovered_by_flush));
     assert_eq!(stats, [(1, 1), (0, 0)]);
+}
+
+#[test]
+fn what_an_exit_cannot_give_back_is_counted() {
+    let space = space();
+    let buffer = space.map(Map::anonymous(3 << 12)).unwrap();
+    let bad = liar(Lie::Tickets, false);
+    let _one = space.register(buffer, Arc::new(Counting::default()), &on(&bad));
+    space.exit().unwrap();
+    assert_eq!(space.quarantined_bytes(), 3 << 12);
+    assert!(matches!(
+        space.map(Map::anonymous(1 << 12)),
+        Err(MapError::Exiting)
+    ));
 }

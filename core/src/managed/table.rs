@@ -218,6 +218,13 @@ impl Table {
         mappings.by_start.is_empty()
     }
 
+    /// At exit: what is left stays, in quarantine.
+    pub(crate) fn keep(&self) {
+        for vma in self.mappings.lock().by_start.values_mut() {
+            vma.state = State::Quarantined { then: Then::Keep };
+        }
+    }
+
     /// Takes out what was in quarantine for devices that are healthy again.
     pub(super) fn recovered(&self) -> Vec<Sick> {
         let mut mappings = self.mappings.lock();
@@ -251,7 +258,7 @@ impl Table {
         let sick = mappings
             .by_start
             .iter()
-            .filter(|(_, vma)| vma.state != State::Mapped);
+            .filter(|(_, vma)| vma.state != State::Mapped && vma.segment.is_none());
         sick.map(|(start, vma)| vma.last.get() - start.get() + 1)
             .sum()
     }

@@ -301,6 +301,7 @@ impl Space {
             && (reached || !this.table.clear(&**memory))
         {
             // A device that did not acknowledge may reach these pages for as long as the process lives: so long they stay.
+            this.table.keep();
             std::mem::forget(memory.clone());
         }
         if first {

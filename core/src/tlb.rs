@@ -213,12 +213,15 @@ pub struct DeviceStats {
     pub full_flushes: u64,
     /// Doorbells.
     pub dispatches: u64,
-    /// Deadlines missed, each followed by a wider flush.
+    /// Deadlines of a flush that were missed, each followed by a wider flush. Those that neither recovered were left to
+    /// quarantine.
     pub timeouts: u64,
-    /// Wider flushes that were acknowledged.
+    /// Of those, recovered by the wider flush.
     pub recovered_by_flush: u64,
-    /// Resets that succeeded.
+    /// Of those, recovered by a reset.
     pub recovered_by_reset: u64,
+    /// Resets that succeeded, whatever they were for.
+    pub resets: u64,
     /// Times that the device went into quarantine.
     pub quarantined: u64,
 }
@@ -236,6 +239,7 @@ struct Inner {
     timeouts: AtomicU64,
     recovered_by_flush: AtomicU64,
     recovered_by_reset: AtomicU64,
+    resets: AtomicU64,
     quarantined: AtomicU64,
 }
 
@@ -281,6 +285,7 @@ impl Device {
                 timeouts: AtomicU64::new(0),
                 recovered_by_flush: AtomicU64::new(0),
                 recovered_by_reset: AtomicU64::new(0),
+                resets: AtomicU64::new(0),
                 quarantined: AtomicU64::new(0),
             }),
         }
@@ -321,6 +326,7 @@ impl Device {
             timeouts: get(&self.inner.timeouts),
             recovered_by_flush: get(&self.inner.recovered_by_flush),
             recovered_by_reset: get(&self.inner.recovered_by_reset),
+            resets: get(&self.inner.resets),
             quarantined: get(&self.inner.quarantined),
         }
     }
@@ -411,9 +417,7 @@ impl Device {
 
     pub(crate) fn reset(&self, deadline: Duration) -> Result<(), ResetError> {
         self.contain(Err(ResetError::Panicked), |tlb| tlb.reset(deadline))?;
-        self.inner
-            .recovered_by_reset
-            .fetch_add(1, Ordering::Relaxed);
+        self.inner.resets.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 
@@ -424,6 +428,12 @@ impl Device {
     pub(crate) fn note_recovered_by_flush(&self) {
         self.inner
             .recovered_by_flush
+            .fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn note_recovered_by_reset(&self) {
+        self.inner
+            .recovered_by_reset
             .fetch_add(1, Ordering::Relaxed);
     }
 

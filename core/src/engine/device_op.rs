@@ -11,14 +11,19 @@ pub(crate) struct DeviceOp {
     pub(super) device: Device,
     commands: [FlushCommand; BATCH],
     pub(super) len: usize,
+    /// The first command that is not issued yet, and whether one before it was queued.
+    next: usize,
+    queued: bool,
     ticket: Option<Ticket>,
     pub(super) state: Ack,
-    /// It missed its deadline, and its commands became one for the whole device.
-    pub(super) widened: bool,
+    /// It missed the deadline of its flush, and something wider was tried.
+    pub(super) missed: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Ack {
+    /// There was no room yet for all of its commands.
+    Issuing,
     Waiting,
     Done,
     Missed,
@@ -34,15 +39,12 @@ impl DeviceOp {
             device,
             commands: [nothing; BATCH],
             len: 0,
+            next: 0,
+            queued: false,
             ticket: None,
             state: Ack::Waiting,
-            widened: false,
+            missed: false,
         }
-    }
-
-    pub(super) fn widen(&mut self) {
-        self.set_whole();
-        self.widened = true;
     }
 
     /// More commands than a batch holds become one for the whole device.
@@ -66,7 +68,7 @@ impl DeviceOp {
         self.len == 1 && self.commands[0].scope == Scope::Device
     }
 
-    fn set_whole(&mut self) {
+    pub(super) fn set_whole(&mut self) {
         self.commands[0] = FlushCommand {
             tag: 0,
             scope: Scope::Device,
@@ -74,40 +76,49 @@ impl DeviceOp {
         self.len = 1;
     }
 
-    /// Queues the commands and rings the doorbell, waiting for room where there is none.
-    pub(super) fn issue(&mut self, deadline: &mut Deadline) {
-        let mut queued = false;
-        self.state = Ack::Waiting;
-        self.ticket = None;
-        for nth in 0..self.len {
-            let mut backoff = Backoff::new();
-            loop {
-                match self.device.issue(self.commands[nth]) {
-                    Issue::Queued => queued = true,
-                    Issue::NothingCached => {}
-                    Issue::Busy => {
-                        // One that has panicked is in quarantine.
-                        let dead = self.device.health() == Health::Quarantined;
-                        if dead || deadline.is_over(&backoff) {
-                            self.state = Ack::Missed;
-                            return;
-                        }
+    /// Queues the commands and rings the doorbell. Where there is no room [`sync`] goes on with it: others are not kept waiting.
+    pub(super) fn issue(&mut self) {
+        self.state = Ack::Issuing;
+        (self.next, self.queued, self.ticket) = (0, false, None);
+        self.go_on();
+    }
+
+    fn go_on(&mut self) {
+        while self.next < self.len {
+            match self.device.issue(self.commands[self.next]) {
+                Issue::Queued => self.queued = true,
+                Issue::NothingCached => {}
+                Issue::Busy => {
+                    // One that has panicked is in quarantine.
+                    if self.device.health() == Health::Quarantined {
+                        self.state = Ack::Missed;
+                    } else {
                         self.device.dispatch();
-                        backoff.wait();
-                        continue;
                     }
+                    return;
                 }
-                break;
             }
+            self.next += 1;
         }
-        if queued {
+        self.state = if self.queued {
             self.ticket = Some(self.device.dispatch());
+            // Or what panicked was the doorbell, and nobody's ticket is anything worth.
+            match self.device.health() {
+                Health::Healthy => Ack::Waiting,
+                Health::Quarantined => Ack::Missed,
+            }
+        } else if self.missed {
+            // "Nothing cached" cannot answer for commands that were accepted before.
+            Ack::Missed
         } else {
-            self.state = Ack::Done;
-        }
+            Ack::Done
+        };
     }
 
     fn poll(&mut self) {
+        if self.state == Ack::Issuing {
+            self.go_on();
+        }
         if let (Ack::Waiting, Some(ticket)) = (self.state, self.ticket) {
             self.state = match self.device.poll(ticket) {
                 Completion::Done => Ack::Done,
@@ -150,7 +161,7 @@ pub(super) fn sync(devices: &mut Chain<'_, DeviceOp>, deadline: &mut Deadline) {
         let mut waiting = false;
         devices.for_each(|one| {
             one.poll();
-            if one.state == Ack::Waiting {
+            if matches!(one.state, Ack::Issuing | Ack::Waiting) {
                 waiting = true;
                 if over {
                     one.state = Ack::Missed;

@@ -438,7 +438,7 @@ impl<'s> Invalidation<'s> {
             } else if one.device.health() == Health::Quarantined {
                 one.state = Ack::Missed; // It is not waited for again.
             } else {
-                one.issue(&mut deadline);
+                one.issue();
             }
         });
         if devices.is_empty() {
@@ -471,21 +471,21 @@ impl<'s> Invalidation<'s> {
             if one.state == Ack::Missed && healthy(one) {
                 space.recorder.record(Kind::Deadline, core.id, 1, 0);
                 one.device.note_timeout();
-                one.widen();
-                one.issue(&mut deadline);
-                if one.state == Ack::Done {
-                    // "Nothing cached" cannot answer for commands that were accepted before.
-                    one.state = Ack::Missed;
-                }
+                one.missed = true;
+                one.set_whole();
+                one.issue();
             }
         });
         sync(devices, &mut deadline);
         devices.for_each(|one| match one.state {
-            Ack::Done if one.widened => one.device.note_recovered_by_flush(),
+            Ack::Done if one.missed => one.device.note_recovered_by_flush(),
             Ack::Missed if healthy(one) => {
                 space.recorder.record(Kind::Deadline, core.id, 2, 0);
                 if reset(space, core, (0, one.device.watched_as()), &one.device) {
                     one.state = Ack::Done;
+                    if one.missed {
+                        one.device.note_recovered_by_reset();
+                    }
                 } else {
                     space.recorder.record(Kind::Deadline, core.id, 3, 0);
                     space.recorder.record(Kind::Quarantine, core.id, 0, 0);

@@ -180,7 +180,8 @@ impl AddressSpace {
         self.space.memory.as_ref()?.translate(addr)
     }
 
-    /// Bytes of memory in quarantine.
+    /// Bytes of memory in quarantine; after the exit, those that stay for as long as the process lives. Addresses of segments
+    /// are no memory.
     pub fn quarantined_bytes(&self) -> u64 {
         self.space.table.quarantined()
     }

@@ -251,6 +251,10 @@ impl Table {
                         && whole.is_ok_and(|whole| memory.unmap(whole).is_ok())
                 }
             };
+            if !gone && vma.segment.is_none() {
+                // It stays for as long as the process lives.
+                vma.state = State::Quarantined { then: Then::Keep };
+            }
             !gone
         });
         let empty = all.is_empty();
@@ -282,7 +286,7 @@ impl Table {
         let sick = mappings
             .by_start
             .iter()
-            .filter(|(_, vma)| vma.state != State::Mapped);
+            .filter(|(_, vma)| vma.state != State::Mapped && vma.segment.is_none());
         sick.map(|(start, vma)| vma.last.get() - start.get() + 1)
             .sum()
     }

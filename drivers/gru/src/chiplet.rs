@@ -9,7 +9,9 @@
 //!
 //! # Reset
 //! It ends every context. The *epoch* is odd while a reset is in progress and another one afterwards; a context remembers the
-//! epoch that it was loaded in, and is lost in any other.
+//! epoch that it was loaded in, and is lost in any other. One reset serves all who ask for one before it is over. A chiplet that
+//! does not come back is *dead*: the epoch stays odd, so that nothing is loaded, and nothing counts as acknowledged, until a
+//! later reset succeeds.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -26,7 +28,7 @@ use crate::context::Context;
 use crate::error::GruError;
 use crate::handle::Backoff;
 use crate::layout::{CONTEXTS, RESET, page_code, tgh};
-use crate::purge::{Purge, Purges};
+use crate::purge::{Purge, Purges, Unended};
 use crate::stats::{Counters, Latencies};
 
 /// A context that is taken.
@@ -53,6 +55,12 @@ pub(crate) struct Chiplet {
     pub(crate) served: AtomicBool,
     purges: Purges,
     epoch: AtomicU64,
+    /// Held during a reset.
+    resetting: Mutex<()>,
+    /// Resets that are over, well or not.
+    resets_over: AtomicU64,
+    /// The last one failed.
+    dead: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -83,6 +91,9 @@ impl Chiplet {
             served: AtomicBool::new(false),
             purges: Purges::default(),
             epoch: AtomicU64::new(0),
+            resetting: Mutex::new(()),
+            resets_over: AtomicU64::new(0),
+            dead: AtomicBool::new(false),
             state: Mutex::new(State {
                 asids: Asids::new(config.asids.clone(), reuse),
                 slots: std::array::from_fn(|_| None),
@@ -119,32 +130,36 @@ impl Chiplet {
         Some(Arc::clone(&owner.context))
     }
 
-    /// Empties the TLB and waits for that.
+    /// What became of purges that did not end by themselves.
+    pub(crate) fn unended(&self) -> Unended {
+        self.purges.unended(&*self.registers)
+    }
+
+    /// Empties the TLB and waits for that. A purge that is not acknowledged in half of the time is asked for once more.
     ///
     /// # Errors
     /// It is not acknowledged within the handle deadline.
     pub(crate) fn flush_all(&self) -> Result<(), GruError> {
         let registers = &*self.registers;
         let deadline = self.config.handle_deadline;
-        let timeout = GruError::HandleTimeout {
+        for _ in 0..2 {
+            let (begun, mut backoff) = (Instant::now(), Backoff::default());
+            let mut ticket = None;
+            while begun.elapsed() < deadline / 2 {
+                if ticket.is_none() && self.purges.issue(registers, &Purge::whole())? {
+                    ticket = Some(self.purges.ticket());
+                }
+                let done = |ticket| self.purges.poll(registers, ticket) == Completion::Done;
+                if ticket.is_some_and(done) {
+                    return Ok(());
+                }
+                backoff.wait();
+            }
+        }
+        Err(GruError::HandleTimeout {
             what: "the flush of a whole TLB",
             deadline,
-        };
-        let (begun, mut backoff) = (Instant::now(), Backoff::default());
-        while !self.purges.issue(registers, &Purge::whole())? {
-            if begun.elapsed() >= deadline {
-                return Err(timeout);
-            }
-            backoff.wait();
-        }
-        let ticket = self.purges.ticket();
-        while self.purges.poll(registers, ticket) != Completion::Done {
-            if begun.elapsed() >= deadline {
-                return Err(timeout);
-            }
-            backoff.wait();
-        }
-        Ok(())
+        })
     }
 
     /// What `command` is for this chiplet; `None` if it can hold nothing of it.
@@ -176,28 +191,49 @@ impl Chiplet {
 
     fn reset(&self, deadline: Duration) -> Result<(), ResetError> {
         let timeout = ResetError::Timeout { deadline };
-        let ticket = self.purges.ticket();
-        // AcqRel: contexts are lost from here on. Two resets at a time would make it even too early, so the bit is set.
-        let before = self.epoch.fetch_or(1, Ordering::AcqRel);
-        let registers = &*self.registers;
-        registers.write(RESET, 1).map_err(|_| timeout)?;
+        // Acquire, with the release below.
+        let seen = self.resets_over.load(Ordering::Acquire);
+        let _one = self
+            .resetting
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if self.resets_over.load(Ordering::Acquire) == seen {
+            let ticket = self.purges.ticket();
+            // AcqRel: contexts are lost from here on.
+            self.epoch.fetch_or(1, Ordering::AcqRel);
+            let dead = self.try_reset(deadline).is_none();
+            let counters = &self.counters;
+            if dead {
+                counters.resets_failed.hit();
+            } else {
+                self.purges.reset(&*self.registers, ticket);
+                counters.resets.hit();
+                // AcqRel: contexts can be loaded again.
+                self.epoch.fetch_add(1, Ordering::AcqRel);
+            }
+            // Release, both: who sees that it is over sees what came of it.
+            self.dead.store(dead, Ordering::Release);
+            self.resets_over.fetch_add(1, Ordering::Release);
+        }
+        if self.is_dead() { Err(timeout) } else { Ok(()) }
+    }
+
+    /// Whether the last reset has failed.
+    fn is_dead(&self) -> bool {
+        self.dead.load(Ordering::Acquire)
+    }
+
+    /// `None` if the chiplet does not come back in time, or is gone.
+    fn try_reset(&self, deadline: Duration) -> Option<()> {
+        self.registers.write(RESET, 1).ok()?;
         let (begun, mut backoff) = (Instant::now(), Backoff::default());
-        while registers.read(RESET).map_err(|_| timeout)? & 1 == 1 {
+        while self.registers.read(RESET).ok()? & 1 == 1 {
             if begun.elapsed() >= deadline {
-                return Err(timeout);
+                return None;
             }
             backoff.wait();
         }
-        self.purges.reset(registers, ticket);
-        self.counters.resets.hit();
-        // AcqRel: a failure means that another thread has ended this epoch.
-        let _ = self.epoch.compare_exchange(
-            before | 1,
-            (before | 1) + 1,
-            Ordering::AcqRel,
-            Ordering::Relaxed,
-        );
-        Ok(())
+        Some(())
     }
 }
 
@@ -234,6 +270,9 @@ impl DeviceTlb for ChipletTlb {
         let chiplet = &*self.0;
         if chiplet.planted(Plant::FLUSH_NOT_WAITED) {
             return Completion::Done;
+        }
+        if chiplet.is_dead() || chiplet.purges.is_exhausted() {
+            return Completion::Failed;
         }
         chiplet.purges.poll(&*chiplet.registers, ticket.0)
     }

@@ -25,7 +25,7 @@ use shootdown::{Cause, Device, DeviceContext, Op, Share, UnloadFailed};
 use crate::chiplet::{Chiplet, Slot, State};
 use crate::config::Plant;
 use crate::error::{Ended, GruError};
-use crate::handle;
+use crate::handle::{self, Backoff};
 use crate::layout::{
     CB_WORDS, CBS_PER_UNIT, CONTEXTS, DATA_PER_UNIT, FAULT_MAP, SEGMENT_BYTES, cch, configuration,
     control_block, data, fault, slots, tfh,
@@ -124,9 +124,11 @@ impl Context {
             leaked: false,
         });
         if let Err(error) = context.start() {
+            // What a reset makes of the handle's operations is no news.
+            let lost = context.check_epoch();
             let freed = context.stop();
             context.leave(&mut state, freed.is_ok());
-            return Err(error);
+            return Err(lost.err().unwrap_or(error));
         }
         chiplet.counters.contexts_loaded.hit();
         Ok(Some(context))
@@ -254,7 +256,7 @@ impl Context {
     /// Stops the context and gives its resources back to the hardware, in whatever state it is.
     fn stop(&self) -> Result<(), GruError> {
         let deadline = self.chiplet.config.handle_deadline;
-        let begun = Instant::now();
+        let (begun, mut backoff) = (Instant::now(), Backoff::default());
         loop {
             let epoch = self.chiplet.epoch();
             if epoch != self.epoch && epoch.is_multiple_of(2) {
@@ -271,7 +273,7 @@ impl Context {
             match stopped {
                 Err(GruError::HandleException {
                     cause: cch::LOCKED, ..
-                }) if begun.elapsed() < deadline => {}
+                }) if begun.elapsed() < deadline => backoff.wait(),
                 result => return result,
             }
         }

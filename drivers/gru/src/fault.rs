@@ -3,8 +3,9 @@
 //! Both do the same: map lock for read, begin over the *whole* entry (R34), translate, let the map lock go, retry under the
 //! driver lock, write the entry under it and wait until it is in (R9; what else keeps a late entry out, and why the miss is
 //! looked at before the sequence, says [`LateDropIns`](crate::LateDropIns)). What has been disturbed begins anew, from the map
-//! lock on. The service thread only tries the map lock: if it is not to be had, or invalidations go on for too long, the miss
-//! is left to its user (R33). Nothing mapped, or a store that is not allowed, ends the instruction with an exception.
+//! lock on. The service thread only tries the map lock: if it is not to be had, invalidations go on for too long, or a device of
+//! the registration is in quarantine, the miss is left to its user (R33), who is told. Nothing mapped, or a store that is not
+//! allowed, ends the instruction with an exception.
 //!
 //! Order of holding, the first longest: owner of the space → gate of the context → driver lock. The map lock is taken before
 //! the gate is entered, as who ends a context may hold it and waits for the gate, and let go before the driver lock is taken,
@@ -70,7 +71,9 @@ fn service(context: &Arc<Context>, slot: usize) -> Result<(), GruError> {
         match resolve(context, slot, &space, map, tfh::MISS_MAP, begun) {
             Ok(true) => return Ok(()),
             Ok(false) => {}
-            Err(GruError::Fault(FaultError::Deadline { .. })) => break,
+            Err(GruError::Fault(
+                FaultError::Deadline { .. } | FaultError::DeviceQuarantined { .. },
+            )) => break,
             Err(error) => return Err(error),
         }
     }
@@ -159,7 +162,9 @@ fn resolve(
             return Ok(false);
         }
         Ok(Fill::NotAllowed) => answer(context, slot, tfh::EXCEPTION)?,
-        Err(GruError::Fault(error @ FaultError::Deadline { .. })) => return Err(error.into()),
+        Err(GruError::Fault(
+            error @ (FaultError::Deadline { .. } | FaultError::DeviceQuarantined { .. }),
+        )) => return Err(error.into()),
         Err(GruError::Fault(error)) => {
             tracing::warn!(%error, "fault ends with an exception");
             answer(context, slot, tfh::EXCEPTION)?;

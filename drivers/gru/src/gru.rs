@@ -145,6 +145,10 @@ impl Gru {
         for chiplet in &self.fabric.chiplets {
             stats.contexts_in_use += chiplet.taken() as u64;
             stats.asids_in_use += chiplet.words.in_use();
+            let unended = chiplet.unended();
+            stats.purges_covered += unended.covered;
+            stats.purges_reset += unended.reset;
+            stats.purges_open += unended.open;
         }
         stats
     }

@@ -9,9 +9,14 @@
 //! # Wider purges
 //! A purge of the whole device does what every purge with a lower number was asked for: its acknowledgement counts for those
 //! too. Handles that still carry one are put out of service (OUT) until the hardware lets go of them or is reset. The last
-//! handle is kept for purges of the whole device, so that there is one when all others are stuck.
+//! handle is kept for purges of the whole device, so that there is one when all others are stuck. Once they are, the handles are
+//! *exhausted*, which only a reset mends.
+//!
+//! # Which purges never ended
+//! A handle that has become idle by itself still holds its opcode; one that a reset has made idle does not. So it is counted,
+//! once for each purge, what stood in for an end that never came: a wider purge, or a reset.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use shootdown::{Completion, DeviceError, Registers};
 
@@ -54,6 +59,23 @@ pub(crate) struct Purges {
     /// Purges up to this number are covered by a wider one, or by a reset.
     covered: AtomicU64,
     handles: [AtomicU64; PURGES],
+    /// No handle is left in service but the one for the whole device.
+    exhausted: AtomicBool,
+    /// Purges that never ended and that a wider purge stood in for, as far as a reset has shown them.
+    never_ended: AtomicU64,
+    /// Purges that a reset ended.
+    reset: AtomicU64,
+}
+
+/// What became of purges that did not end by themselves.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub(crate) struct Unended {
+    /// A wider purge stood in for them.
+    pub(crate) covered: u64,
+    /// A reset ended them.
+    pub(crate) reset: u64,
+    /// They are at work.
+    pub(crate) open: u64,
 }
 
 impl Purges {
@@ -141,22 +163,39 @@ impl Purges {
         let handle = &self.handles[index];
         // Acquire: with the stores of `issue`.
         let word = handle.load(Ordering::Acquire);
-        let state = match word & PHASE {
+        match word & PHASE {
             FREE => return Completion::Done,
             STARTING => return Completion::Pending,
-            _ => registers.read(purge(index)).map(status::of),
+            _ => {}
+        }
+        let Ok(dw0) = registers.read(purge(index)) else {
+            return Completion::Failed;
         };
-        match state {
-            Ok(status::IDLE) => {
-                if word & WHOLE != 0 && word & PHASE == RUNNING {
+        let running = word & PHASE == RUNNING;
+        match status::of(dw0) {
+            status::IDLE => {
+                let ended = tgh::has_ended(dw0);
+                if ended && running && word & WHOLE != 0 {
                     self.cover(word >> SHIFT);
                 }
                 // Release: the next owner's claim comes after what was seen here. A failure means that somebody else
                 // has freed it.
-                let _ = handle.compare_exchange(word, FREE, Ordering::AcqRel, Ordering::Relaxed);
+                let freed =
+                    handle.compare_exchange(word, FREE, Ordering::AcqRel, Ordering::Relaxed);
+                if freed.is_ok() && !ended {
+                    let counter = if running {
+                        &self.reset
+                    } else {
+                        &self.never_ended
+                    };
+                    counter.fetch_add(1, Ordering::Relaxed);
+                }
+                if freed.is_ok() && !running {
+                    self.exhausted.store(false, Ordering::Relaxed);
+                }
                 Completion::Done
             }
-            Ok(status::ACTIVE) if word & PHASE == RUNNING => Completion::Pending,
+            status::ACTIVE if running => Completion::Pending,
             _ => Completion::Failed,
         }
     }
@@ -177,6 +216,35 @@ impl Purges {
                 );
             }
         }
+        // Relaxed: it hastens a reset, and nothing else is concluded from it.
+        if self.out_of_service() == PURGES - 1 {
+            self.exhausted.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether no handle is left in service but the one for the whole device.
+    pub(crate) fn is_exhausted(&self) -> bool {
+        self.exhausted.load(Ordering::Relaxed)
+    }
+
+    /// What became of purges that did not end by themselves.
+    pub(crate) fn unended(&self, registers: &dyn Registers) -> Unended {
+        for index in 0..PURGES {
+            self.observe(registers, index);
+        }
+        let mut unended = Unended {
+            covered: self.never_ended.load(Ordering::Relaxed),
+            reset: self.reset.load(Ordering::Relaxed),
+            open: 0,
+        };
+        for handle in &self.handles {
+            match handle.load(Ordering::Acquire) & PHASE {
+                OUT => unended.covered += 1,
+                RUNNING => unended.open += 1,
+                _ => {}
+            }
+        }
+        unended
     }
 
     /// The chiplet was reset after `ticket` had been taken: all of that is done, and its handles are idle.
@@ -185,11 +253,11 @@ impl Purges {
         for index in 0..PURGES {
             self.observe(registers, index);
         }
+        self.exhausted.store(false, Ordering::Relaxed);
     }
 
     /// How many handles are out of service.
-    #[cfg(test)]
-    pub(crate) fn out_of_service(&self) -> usize {
+    fn out_of_service(&self) -> usize {
         let out = |handle: &&AtomicU64| handle.load(Ordering::Acquire) & PHASE == OUT;
         self.handles.iter().filter(out).count()
     }
@@ -219,6 +287,9 @@ mod tests {
         }
     }
 
+    /// The first word of a handle whose purge has ended.
+    const ENDED: u64 = tgh::INVALIDATE << 8;
+
     fn some() -> Purge {
         Purge {
             address: 0,
@@ -235,7 +306,7 @@ mod tests {
         let ticket = purges.ticket();
         assert!(purges.issue(&fake, &some()).unwrap());
         assert_eq!(purges.poll(&fake, ticket), Completion::Pending);
-        fake.write(purge(0), 0).unwrap();
+        fake.write(purge(0), ENDED).unwrap();
         assert_eq!(purges.poll(&fake, ticket), Completion::Done);
         assert_eq!(purges.poll(&fake, purges.ticket()), Completion::Pending);
     }
@@ -250,13 +321,44 @@ mod tests {
             "one handle is kept for it"
         );
         assert_eq!(purges.poll(&fake, ticket), Completion::Pending);
-        fake.write(purge(PURGES - 1), 0).unwrap();
+        fake.write(purge(PURGES - 1), ENDED).unwrap();
         assert_eq!(purges.poll(&fake, purges.ticket()), Completion::Done);
         assert_eq!(purges.poll(&fake, ticket), Completion::Done);
         assert_eq!(purges.out_of_service(), PURGES - 1);
-        fake.write(purge(3), 0).unwrap();
+        assert!(purges.is_exhausted());
+        fake.write(purge(3), ENDED).unwrap();
         assert!(purges.issue(&fake, &some()).unwrap());
         assert!(!purges.issue(&fake, &some()).unwrap());
+        assert!(!purges.is_exhausted());
+    }
+
+    #[test]
+    fn each_purge_that_never_ended_is_counted_once_with_what_stood_in_for_it() {
+        let (fake, purges) = (Fake::default(), Purges::default());
+        for _ in 0..3 {
+            assert!(purges.issue(&fake, &some()).unwrap());
+        }
+        fake.write(purge(0), ENDED).unwrap();
+        assert!(purges.issue(&fake, &Purge::whole()).unwrap());
+        let unended = |covered, reset, open| Unended {
+            covered,
+            reset,
+            open,
+        };
+        assert_eq!(purges.unended(&fake), unended(0, 0, 3));
+        let whole = (0..PURGES).find(|&index| {
+            index != 1 && index != 2 && status::of(fake.read(purge(index)).unwrap()) != status::IDLE
+        });
+        fake.write(purge(whole.unwrap()), ENDED).unwrap();
+        assert_eq!(purges.unended(&fake), unended(2, 0, 0));
+        // One comes late after all, the other is shown by a reset, as is a third that nothing stood in for.
+        fake.write(purge(1), ENDED).unwrap();
+        assert_eq!(purges.unended(&fake), unended(1, 0, 0));
+        assert!(purges.issue(&fake, &some()).unwrap());
+        let ticket = purges.ticket();
+        (0..PURGES).for_each(|index| fake.write(purge(index), 0).unwrap());
+        purges.reset(&fake, ticket);
+        assert_eq!(purges.unended(&fake), unended(1, 1, 0));
     }
 
     #[test]

@@ -164,7 +164,7 @@ impl Segment {
     ///
     /// # Errors
     /// As [`Segment::submit`]; [`GruError::Refused`] where the map lock cannot be taken; [`GruError::Fault`] when
-    /// invalidations go on past the deadline, after which it can be called again.
+    /// invalidations go on past the deadline, or a chiplet of the driver is in quarantine; it can be called again afterwards.
     pub fn resolve(&self, cb: usize) -> Result<(), GruError> {
         let slot = self.slot(cb)?;
         drop(self.context.mapped()?);

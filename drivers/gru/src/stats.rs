@@ -22,6 +22,13 @@ macro_rules! counters {
             pub contexts_in_use: u64,
             /// ASIDs that belong to an address space now, over all chiplets.
             pub asids_in_use: u64,
+            /// Purges that never ended, or have not yet, and that a wider purge stood in for. Their handles are out of service
+            /// until the next reset.
+            pub purges_covered: u64,
+            /// Purges that a reset ended.
+            pub purges_reset: u64,
+            /// Purges that are at work now.
+            pub purges_open: u64,
         }
 
         impl Counters {
@@ -96,4 +103,6 @@ counters! {
     contexts_leaked,
     /// Resets of a chiplet.
     resets,
+    /// Resets that a chiplet did not come back from in time.
+    resets_failed,
 }

@@ -22,7 +22,8 @@ pub struct Latency {
     pub access: Duration,
 }
 
-/// Hardware faults, drawn from a seed. A probability is in 0.0..=1.0, for each purge; the default is a healthy chiplet.
+/// Hardware faults, drawn from a seed. A probability is in 0.0..=1.0, for each purge unless it says otherwise; the default
+/// is a healthy chiplet.
 ///
 /// For a handle that software polls, message faults take these shapes:
 /// - *lost*: the entries are removed, but the handle stays ACTIVE until the chiplet is reset;
@@ -30,6 +31,11 @@ pub struct Latency {
 /// - *late*: removal and completion come `late_by` after their time;
 /// - *reordered*: each purge takes up to `jitter` longer, at random, so that later ones overtake earlier ones;
 /// - *duplicated*: `duplicate_after` its completion the purge happens again, unasked, and cancels misses as well.
+///
+/// The rest is not of purges:
+/// - *purge in a miss*: a purge that nobody here asked for covers a miss before its drop-in can be written, which is ignored;
+/// - *delayed*: a step takes up to `delay` longer: an operation of a handle, a reset, an access, the interrupt of a miss;
+/// - *surviving a reset*: the chiplet goes on, and its reset register reads 1 until a later write of 1 is heeded.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct FaultPlan {
     /// Seed of all draws, those of [`Eviction::Random`] included.
@@ -48,8 +54,14 @@ pub struct FaultPlan {
     pub duplicated: f64,
     /// How long after the first time.
     pub duplicate_after: Duration,
-    /// The chiplet goes on when it is told to reset; the reset register then reads 1 for ever.
-    pub survives_reset: bool,
+    /// Probability, for each miss, of a purge between it and its drop-in.
+    pub purge_in_miss: f64,
+    /// Probability, for each step, of a delay.
+    pub delayed: f64,
+    /// The longest delay.
+    pub delay: Duration,
+    /// Probability, for each write of 1 to the reset register, that the chiplet goes on.
+    pub survives_reset: f64,
 }
 
 bitflags::bitflags! {

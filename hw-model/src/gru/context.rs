@@ -135,11 +135,7 @@ impl Core {
             return false;
         }
         let starts = handle.opcode() == START;
-        self.submit(
-            control,
-            Operation::Context(index),
-            self.config.latency.handle,
-        );
+        self.submit_handle(control, Operation::Context(index));
         starts
     }
 

@@ -10,8 +10,8 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rand::SeedableRng;
 use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
 
 use super::config::ChipletConfig;
 use super::context::Context;
@@ -22,7 +22,7 @@ use super::layout::{
     ACTIVE, CAUSE, COMMAND, CONTEXTS, EXCEPTION, HANDLE_WORDS, IDLE, OPCODE, SLOTS, STATUS, TFMS,
     TGHS,
 };
-use super::purge::Tgh;
+use super::purge::{Tgh, draw};
 use super::segment::Segment;
 use super::stats::Counters;
 use super::tlb::{Purge, Tlb, TlbKey};
@@ -103,6 +103,8 @@ pub(super) enum Operation {
     Repeat(Purge),
     /// Of a fault handle.
     Fault(usize),
+    /// The interrupt of a miss, to a vector.
+    Interrupt(usize),
     /// Of the chiplet.
     Reset,
 }
@@ -129,22 +131,28 @@ pub(super) struct Control {
     pub(super) missing: u128,
     pub(super) in_flight: Option<InFlight>,
     pub(super) rng: SmallRng,
+    /// Purges that were started.
+    pub(super) purges: u64,
     /// A reset has been asked for.
     pub(super) reset_asked: bool,
+    /// It was not heeded.
+    survived: bool,
     /// A reset waits for the access in flight; nothing new begins.
     pub(super) resetting: bool,
-    /// Operations by the time when they take effect, then in the order of their start.
-    pending: BTreeMap<(Instant, u64), Operation>,
+    /// Operations by the time when they take effect, then in the order of their start, and whether that time is an injected
+    /// fault.
+    pending: BTreeMap<(Instant, u64), (Operation, bool)>,
     started: u64,
     /// Operations that have begun and wait for the access in flight.
     draining: Vec<Operation>,
 }
 
 impl Control {
-    /// Files `operation`, to take effect at `ready`.
-    pub(super) fn file(&mut self, ready: Instant, operation: Operation) {
+    /// Files `operation`, to take effect at `ready`, which is a fault if it is `injected`.
+    pub(super) fn file(&mut self, ready: Instant, operation: Operation, injected: bool) {
         self.started += 1;
-        self.pending.insert((ready, self.started), operation);
+        let key = (ready, self.started);
+        self.pending.insert(key, (operation, injected));
     }
 
     /// Whether `operation` has begun and waits for the access in flight.
@@ -162,7 +170,7 @@ impl Control {
         !self.pending.is_empty() || !self.draining.is_empty()
     }
 
-    fn take_due(&mut self, now: Instant) -> Option<Operation> {
+    fn take_due(&mut self, now: Instant) -> Option<(Operation, bool)> {
         let first = self.pending.first_entry()?;
         (first.key().0 <= now).then(|| first.remove())
     }
@@ -191,7 +199,9 @@ impl Core {
             missing: 0,
             in_flight: None,
             rng: SmallRng::seed_from_u64(config.faults.seed),
+            purges: 0,
             reset_asked: false,
+            survived: false,
             resetting: false,
             pending: BTreeMap::new(),
             started: 0,
@@ -221,9 +231,31 @@ impl Core {
         control
     }
 
-    /// Files an operation that takes `latency`, and carries out what is due.
-    pub(super) fn submit(&self, control: &mut Control, operation: Operation, latency: Duration) {
-        control.file(Instant::now() + latency, operation);
+    /// How much longer a step takes than it should.
+    pub(super) fn delay(&self, control: &mut Control) -> Option<Duration> {
+        let faults = self.config.faults;
+        draw(control, faults.delayed).then(|| {
+            self.counters.steps_delayed.hit();
+            faults.delay.mul_f64(control.rng.random::<f64>())
+        })
+    }
+
+    /// Files an operation of a context or fault handle, or a reset, and carries out what is due.
+    pub(super) fn submit_handle(&self, control: &mut Control, operation: Operation) {
+        let delay = self.delay(control);
+        let latency = self.config.latency.handle + delay.unwrap_or_default();
+        self.submit(control, operation, latency, delay.is_some());
+    }
+
+    /// Files an operation that takes `latency`, which is a fault if it is `injected`, and carries out what is due.
+    pub(super) fn submit(
+        &self,
+        control: &mut Control,
+        operation: Operation,
+        latency: Duration,
+        injected: bool,
+    ) {
+        control.file(Instant::now() + latency, operation, injected);
         self.settle(control);
         if control.has_operations() {
             self.doorbell.poke();
@@ -236,7 +268,8 @@ impl Core {
             return;
         }
         let now = Instant::now();
-        while let Some(operation) = control.take_due(now) {
+        while let Some((operation, injected)) = control.take_due(now) {
+            self.counters.faults_over.add(injected.into());
             if self.begin(control, operation) {
                 control.draining.push(operation);
             }
@@ -268,6 +301,10 @@ impl Core {
                 self.run_fault(control, slot);
                 return false;
             }
+            Operation::Interrupt(vector) => {
+                self.vectors.fire(vector);
+                return false;
+            }
             Operation::Reset => control.resetting = true,
         }
         true
@@ -289,7 +326,7 @@ impl Core {
             Operation::Context(index) => in_flight.context == index,
             Operation::Purge(index) => through(&control.tghs[index].purge()),
             Operation::Repeat(purge) => through(&purge),
-            Operation::Fault(_) => false,
+            Operation::Fault(_) | Operation::Interrupt(_) => false,
             Operation::Reset => true,
         }
     }
@@ -303,20 +340,22 @@ impl Core {
                 self.remove(control, &purge);
                 self.counters.purges_repeated.hit();
             }
-            Operation::Fault(_) => {}
+            Operation::Fault(_) | Operation::Interrupt(_) => {}
             Operation::Reset => self.end_reset(control),
         }
     }
 
-    /// A write of 1 to the reset register.
+    /// A write of 1 to the reset register. One that comes while a reset is in progress is part of it.
     pub(super) fn reset(&self, control: &mut Control) {
-        if control.reset_asked {
+        if control.reset_asked && !control.survived {
             return;
         }
         control.reset_asked = true;
-        if !self.config.faults.survives_reset {
-            self.submit(control, Operation::Reset, self.config.latency.handle);
+        control.survived = draw(control, self.config.faults.survives_reset);
+        if control.survived {
+            return self.counters.resets_survived.hit();
         }
+        self.submit_handle(control, Operation::Reset);
     }
 
     /// Nothing is in flight: puts everything but counters and random numbers into its first state.
@@ -327,6 +366,10 @@ impl Core {
         }
         self.doorbell.clear_all();
         self.segment.clear();
+        let purges = control.tghs.iter().filter(|tgh| tgh.ends()).count();
+        self.counters.purges_cut_short.add(purges as u64);
+        let faults = control.pending.values().filter(|(_, injected)| *injected);
+        self.counters.faults_cut_short.add(faults.count() as u64);
         control.contexts = Default::default();
         control.tghs = Default::default();
         control.faults.fill_with(Fault::default);

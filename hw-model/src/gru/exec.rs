@@ -225,12 +225,14 @@ impl Core {
     /// Performs the access without the lock.
     fn fly<'a>(
         &'a self,
-        control: MutexGuard<'a, Control>,
+        mut control: MutexGuard<'a, Control>,
         step: &Step,
         buffer: &mut [u8; PAGE as usize],
     ) -> (Outcome, MutexGuard<'a, Control>) {
+        let delay = self.delay(&mut control);
         drop(control);
-        pause(self.config.latency.access);
+        pause(self.config.latency.access + delay.unwrap_or_default());
+        self.counters.faults_over.add(delay.is_some().into());
         let outcome = match step.instruction.kind {
             Kind::Nop => Outcome::of(step.count, 0),
             Kind::Copy => self.copy(step, buffer),

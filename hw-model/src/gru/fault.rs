@@ -5,6 +5,8 @@
 //! the purge. The control block is restarted all the same, and misses again. A purge of other page sizes at other addresses
 //! of a large entry does *not* cancel its drop-in: to see that coming is up to software (race R34).
 
+use std::time::Instant;
+
 use super::config::Plant;
 use super::control::{Control, Core, Handle, Operation};
 use super::layout::{
@@ -16,6 +18,7 @@ use super::layout::{
         WRITE_RESTART,
     },
 };
+use super::purge::draw;
 use super::tlb::{Purge, TlbEntry, TlbKey};
 use shootdown::Addr;
 
@@ -175,7 +178,7 @@ impl Core {
             return;
         }
         if control.faults[slot].handle.write(word, value, 0) {
-            self.submit(control, Operation::Fault(slot), self.config.latency.handle);
+            self.submit_handle(control, Operation::Fault(slot));
         }
     }
 
@@ -198,13 +201,24 @@ impl Core {
             overflow: false,
         });
         control.missing |= 1 << slot;
+        if draw(control, self.config.faults.purge_in_miss) {
+            self.counters.purges_in_miss.hit();
+            self.remove(control, &Purge::page(miss.asid, miss.vaddr));
+            self.counters.faults_over.hit();
+        }
         self.doorbell.clear(slot);
         match mode {
             Mode::UserPolling => self.segment.set_status(slot, CALL_OS, 0),
             Mode::FaultMap => {
                 let map = control.contexts[context].fault_map;
                 control.fault_maps[map].faults |= 1 << slot;
-                self.vectors.fire(map);
+                match self.delay(control) {
+                    // The executor, which is here, looks at what is due before it sleeps.
+                    Some(delay) => {
+                        control.file(Instant::now() + delay, Operation::Interrupt(map), true);
+                    }
+                    None => self.vectors.fire(map),
+                }
             }
         }
     }

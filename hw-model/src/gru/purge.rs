@@ -29,9 +29,18 @@ pub(super) struct Tgh {
     handle: Handle,
     /// The purge has been done and its completion was lost.
     lost: bool,
+    /// The purge never begins.
+    stuck: bool,
+    /// Which purge of the chiplet it is.
+    number: u64,
 }
 
 impl Tgh {
+    /// Whether it is at work on a purge that ends.
+    pub(super) fn ends(&self) -> bool {
+        self.handle.is_active() && !self.lost && !self.stuck
+    }
+
     /// What the handle's words describe. The address mask and the context bitmap have no meaning in the model: it always
     /// looks at everything.
     pub(super) fn purge(&self) -> Purge {
@@ -89,20 +98,24 @@ impl Core {
             _ => self.counters.purges_pages.hit(),
         }
         let faults = self.config.faults;
-        if draw(control, faults.stuck) {
+        control.purges += 1;
+        let stuck = draw(control, faults.stuck);
+        let tgh = &mut control.tghs[index];
+        (tgh.lost, tgh.stuck, tgh.number) = (false, stuck, control.purges);
+        if stuck {
             return self.counters.purges_stuck.hit();
         }
-        control.tghs[index].lost = false;
         cancel(control, &purge);
         let mut latency = self.config.latency.purge;
         if !faults.jitter.is_zero() {
             latency += faults.jitter.mul_f64(control.rng.random::<f64>());
         }
-        if draw(control, faults.late) {
+        let late = draw(control, faults.late);
+        if late {
             self.counters.completions_late.hit();
             latency += faults.late_by;
         }
-        self.submit(control, Operation::Purge(index), latency);
+        self.submit(control, Operation::Purge(index), latency, late);
     }
 
     /// Removes the entries.
@@ -116,11 +129,15 @@ impl Core {
         let purge = control.tghs[index].purge();
         self.remove(control, &purge);
         let faults = self.config.faults;
+        let number = control.tghs[index].number;
+        if (control.tghs.iter()).any(|earlier| earlier.number < number && earlier.ends()) {
+            self.counters.completions_reordered.hit();
+            self.counters.faults_over.hit();
+        }
         if draw(control, faults.duplicated) {
-            control.file(
-                Instant::now() + faults.duplicate_after,
-                Operation::Repeat(purge),
-            );
+            self.counters.purges_duplicated.hit();
+            let ready = Instant::now() + faults.duplicate_after;
+            control.file(ready, Operation::Repeat(purge), true);
         }
         if draw(control, faults.lost) {
             self.counters.completions_lost.hit();
@@ -148,6 +165,6 @@ fn cancel(control: &mut Control, purge: &Purge) {
 }
 
 /// True with `probability`.
-fn draw(control: &mut Control, probability: f64) -> bool {
+pub(super) fn draw(control: &mut Control, probability: f64) -> bool {
     probability > 0.0 && control.rng.random_bool(probability.min(1.0))
 }

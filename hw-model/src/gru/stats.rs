@@ -54,8 +54,24 @@ counters! {
     completions_late,
     /// Injected: purges that never begin.
     purges_stuck,
-    /// Injected: purges that happened again.
+    /// Injected: purges that overtook an earlier one.
+    completions_reordered,
+    /// Injected: purges that are to happen again.
+    purges_duplicated,
+    /// Of those, how many have happened again.
     purges_repeated,
+    /// Injected: purges between a miss and its drop-in.
+    purges_in_miss,
+    /// Injected: steps delayed.
+    steps_delayed,
+    /// Injected: resets that the chiplet survived.
+    resets_survived,
+    /// Of what was injected and ends by itself (late, reordered, duplicated, in a miss, delayed), how much has ended.
+    faults_over,
+    /// Of that, how much a reset has ended instead.
+    faults_cut_short,
+    /// Purges that a reset ended and that were neither lost nor stuck.
+    purges_cut_short,
     /// Resets that were done.
     resets,
 }

@@ -2,6 +2,7 @@
 
 mod contexts;
 mod faults;
+mod injected;
 mod instructions;
 mod interpreter;
 mod purges;

@@ -76,6 +76,18 @@ pub(super) struct Purge {
 }
 
 impl Purge {
+    /// The 4 KiB page of `asid` that holds `vaddr`.
+    pub(super) fn page(asid: u32, vaddr: u64) -> Self {
+        let page = TlbKey::of(asid, 0, vaddr).range();
+        Self {
+            asid: Some(asid),
+            code: 0,
+            first: page.start().get(),
+            last: page.last().get(),
+            complete: false,
+        }
+    }
+
     fn of_asid(&self, asid: u32) -> bool {
         self.asid.is_none_or(|own| own == asid)
     }

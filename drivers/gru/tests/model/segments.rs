@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::support::{LONG, Rig, at, load};
+use crate::support::{LONG, Rig, at, load, short};
 use shootdown::{Health, Map, MapError, PageSize, Range, Rights, Unregistered};
 use shootdown_gru::{Atomic, Config, Element, Ended, GruError, Instruction};
 use shootdown_hw_model::gru::{ChipletConfig, FaultPlan, Latency};
@@ -306,7 +306,7 @@ fn purges_that_never_begin_end_in_a_reset_and_lost_contexts_are_typed_errors() {
 fn a_chiplet_that_is_dead_quarantines_and_hangs_nobody() {
     let faults = FaultPlan {
         stuck: 1.0,
-        survives_reset: true,
+        survives_reset: 1.0,
         ..FaultPlan::default()
     };
     let hardware = ChipletConfig {
@@ -324,4 +324,76 @@ fn a_chiplet_that_is_dead_quarantines_and_hangs_nobody() {
     assert!(rig.gru.segment(&space).is_err());
     drop(segment);
     assert_eq!(rig.stale(), 0);
+}
+
+#[test]
+fn a_chiplet_that_survived_its_reset_comes_back_with_a_later_one_and_all_its_contexts() {
+    let faults = FaultPlan {
+        seed: 1,
+        stuck: 0.6,
+        survives_reset: 0.5,
+        ..FaultPlan::default()
+    };
+    let hardware = ChipletConfig {
+        faults,
+        ..ChipletConfig::default()
+    };
+    let rig = Rig::new(1, hardware, Config::default());
+    let space = rig.space_with(short());
+    let device = &rig.gru.devices()[0];
+    for nth in 1..=6 {
+        while device.stats().quarantined < nth {
+            let buffer = space.map(Map::anonymous(4096)).unwrap();
+            let segment = rig.gru.segment(&space).unwrap();
+            segment.run(0, &set(buffer.start(), 1, 1), LONG).unwrap();
+            let _ = space.unmap(buffer);
+        }
+        assert!(matches!(
+            rig.gru.segment(&space),
+            Err(GruError::NoContext { .. })
+        ));
+        // Nor does it come back because a purge is acknowledged, which half of them are.
+        while device.recover(Duration::from_millis(20)).is_err() {}
+        space.drain().unwrap();
+        assert_eq!(space.quarantined_bytes(), 0);
+        let segments: Vec<_> = (0..16).map(|_| rig.gru.segment(&space).unwrap()).collect();
+        drop(segments);
+    }
+    let stats = rig.gru.stats();
+    let counts = rig.model.chiplets()[0].counts();
+    assert_eq!(
+        (stats.resets, stats.resets_failed),
+        (counts.resets, counts.resets_survived)
+    );
+    rig.clean();
+}
+
+#[test]
+fn each_lost_purge_is_made_up_for_by_a_wider_one_or_by_a_reset() {
+    let faults = FaultPlan {
+        seed: 3,
+        lost: 0.5,
+        ..FaultPlan::default()
+    };
+    let hardware = ChipletConfig {
+        faults,
+        ..ChipletConfig::default()
+    };
+    let rig = Rig::new(1, hardware, Config::default());
+    let space = rig.space_with(short());
+    let mut buffers = 0;
+    while rig.gru.stats().resets == 0 {
+        let buffer = space.map(Map::anonymous(4096)).unwrap();
+        let segment = rig.gru.segment(&space).unwrap();
+        segment.run(0, &set(buffer.start(), 1, 1), LONG).unwrap();
+        space.unmap(buffer).unwrap();
+        buffers += 1;
+    }
+    assert!(buffers < 200, "{buffers}");
+    let (stats, counts) = (rig.gru.stats(), rig.model.chiplets()[0].counts());
+    assert_eq!(
+        counts.completions_lost + counts.purges_cut_short,
+        stats.purges_covered + stats.purges_reset + stats.purges_open
+    );
+    rig.clean();
 }

@@ -32,8 +32,12 @@ impl Rig {
     }
 
     pub(crate) fn space(&self) -> AddressSpace {
+        self.space_with(Deadlines::default())
+    }
+
+    pub(crate) fn space_with(&self, deadlines: Deadlines) -> AddressSpace {
         let memory = ModelMemory::new(&self.bus, 64 << 20).unwrap();
-        AddressSpace::managed(memory, Deadlines::default())
+        AddressSpace::managed(memory, deadlines)
     }
 
     pub(crate) fn stale(&self) -> u64 {
@@ -51,6 +55,16 @@ impl Rig {
             "{stats:?}"
         );
         assert_eq!(stats.contexts_leaked, 0);
+    }
+}
+
+/// For hardware that misses them.
+pub(crate) fn short() -> Deadlines {
+    Deadlines {
+        flush: Duration::from_millis(5),
+        full_flush: Duration::from_millis(5),
+        reset: Duration::from_millis(20),
+        ..Deadlines::default()
     }
 }
 

@@ -7,24 +7,10 @@ use std::time::Duration;
 
 use shootdown::{PageSize, Range, Rights};
 
-use super::rig::{Instr, Misses, Rig, until};
+use super::rig::{Instr, Misses, Rig, set, until};
 use crate::gru::control::InFlight;
-use crate::gru::layout::{
-    ACTIVE, CALL_OS, EXCEPTION, IDLE, MANAGEMENT, RESET, page_code, page_shift, tfh, tgh,
-};
-use crate::gru::{ChipletConfig, Eviction, FaultPlan, Latency, Plant, TlbKey};
-
-fn set(base0: u64, value: u64) -> Instr {
-    Instr {
-        opcode: 6,
-        element: 3,
-        base0,
-        base1: value,
-        count: 1,
-        stride: 1,
-        ..Instr::default()
-    }
-}
+use crate::gru::layout::{ACTIVE, EXCEPTION, IDLE, page_code, page_shift, tfh, tgh};
+use crate::gru::{ChipletConfig, Eviction, Latency, Plant, TlbKey};
 
 #[test]
 fn page_size_codes_are_those_of_the_data_sheet() {
@@ -335,127 +321,4 @@ fn purges_race_with_a_running_context_and_no_access_is_stale() {
         }
     });
     rig.assert_no_stale_access();
-}
-
-#[test]
-fn a_lost_completion_stays_active_and_another_handle_still_purges() {
-    let faults = FaultPlan {
-        lost: 0.5,
-        seed: 3,
-        ..FaultPlan::default()
-    };
-    let (rig, base) = Rig::started(ChipletConfig {
-        faults,
-        ..ChipletConfig::default()
-    });
-    let mut lost = 0;
-    for handle in 0..24 {
-        rig.run(0, &set(base, 1)).unwrap();
-        rig.purge(handle, 8, base, PageSize::FourKiB, 1);
-        lost += u64::from(rig.purge_status(handle) == ACTIVE);
-        // Done it is.
-        assert!(!rig.holds(8, base));
-    }
-    assert!((1..24).contains(&lost), "{lost} of 24");
-    assert_eq!(rig.chiplet.counts().completions_lost, lost);
-}
-
-#[test]
-fn a_stuck_purge_removes_nothing_until_another_handle_or_a_reset_does() {
-    let faults = FaultPlan {
-        stuck: 0.5,
-        seed: 5,
-        ..FaultPlan::default()
-    };
-    let (rig, base) = Rig::started(ChipletConfig {
-        faults,
-        ..ChipletConfig::default()
-    });
-    rig.run(0, &set(base, 1)).unwrap();
-    let mut handle = 0;
-    loop {
-        rig.purge(handle, 8, base, PageSize::FourKiB, 1);
-        if rig.purge_status(handle) == IDLE {
-            break;
-        }
-        assert!(rig.holds(8, base));
-        // A busy handle takes no command.
-        rig.purge_all(handle);
-        assert_eq!(rig.purge_status(handle), ACTIVE);
-        handle += 1;
-    }
-    assert!(handle > 0 && !rig.holds(8, base));
-    assert_eq!(rig.chiplet.counts().purges_stuck, handle);
-    rig.write(MANAGEMENT + RESET, 1);
-    rig.await_reset();
-    assert!((0..24).all(|handle| rig.purge_status(handle) == IDLE));
-}
-
-#[test]
-fn late_and_reordered_completions_come_in_the_end_and_a_repeated_purge_is_harmless() {
-    let faults = FaultPlan {
-        seed: 7,
-        late: 0.5,
-        late_by: Duration::from_millis(2),
-        jitter: Duration::from_millis(1),
-        duplicated: 1.0,
-        duplicate_after: Duration::from_millis(1),
-        ..FaultPlan::default()
-    };
-    let (rig, base) = Rig::started(ChipletConfig {
-        faults,
-        ..ChipletConfig::default()
-    });
-    for handle in 0..24 {
-        rig.run(0, &set(base + handle % 16 * 4096, 1)).unwrap();
-        rig.purge(handle, 8, base + handle % 16 * 4096, PageSize::FourKiB, 1);
-    }
-    (0..24).for_each(|handle| rig.await_purge(handle));
-    until("the repetitions", || {
-        rig.purge_status(0);
-        rig.chiplet.counts().purges_repeated == 24
-    });
-    assert!((1..24).contains(&rig.chiplet.counts().completions_late));
-    rig.run(0, &set(base, 9)).unwrap();
-    rig.assert_no_stale_access();
-}
-
-#[test]
-fn a_reset_waits_for_the_access_in_flight_and_then_nothing_is_left() {
-    let (rig, base) = Rig::started(ChipletConfig::default());
-    rig.run(0, &set(base, 1)).unwrap();
-    rig.issue(0, 1, &set(base + 4096, 1));
-    rig.await_miss(Rig::slot(0, 1));
-    rig.chiplet.core.lock().in_flight = Some(InFlight {
-        context: 0,
-        pages: [None; 2],
-    });
-    rig.chiplet.reset();
-    assert_eq!(rig.read(MANAGEMENT + RESET), 1);
-    rig.chiplet.core.lock().in_flight = None;
-    assert_eq!(rig.read(MANAGEMENT + RESET), 0);
-    assert!(rig.chiplet.tlb_entries().is_empty());
-    assert_eq!((rig.state(0), rig.read(Rig::tfm(0, 0))), (0, 0));
-    assert_eq!(rig.fault_state(Rig::slot(0, 1)), tfh::STATE_INACTIVE);
-    // The executor goes on.
-    rig.start(0, 8, Misses::UserPolling);
-    rig.run(0, &set(base, 2)).unwrap();
-    assert_ne!(rig.status(0, 0), CALL_OS);
-}
-
-#[test]
-fn a_device_that_survives_its_reset_never_says_that_it_is_done() {
-    let faults = FaultPlan {
-        survives_reset: true,
-        ..FaultPlan::default()
-    };
-    let (rig, base) = Rig::started(ChipletConfig {
-        faults,
-        ..ChipletConfig::default()
-    });
-    rig.write(MANAGEMENT + RESET, 1);
-    assert_eq!(rig.read(MANAGEMENT + RESET), 1);
-    rig.run(0, &set(base, 1)).unwrap();
-    assert_eq!(rig.read(MANAGEMENT + RESET), 1);
-    assert_eq!(rig.chiplet.counts().resets, 0);
 }

@@ -63,6 +63,19 @@ impl Instr {
     }
 }
 
+/// Sets one double word.
+pub(super) fn set(base0: u64, value: u64) -> Instr {
+    Instr {
+        opcode: 6,
+        element: 3,
+        base0,
+        base1: value,
+        count: 1,
+        stride: 1,
+        ..Instr::default()
+    }
+}
+
 /// How a miss of the rig's contexts is reported.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Misses {

@@ -1,0 +1,232 @@
+//! Devices that lie: what they say costs them their own standing, and nobody else anything.
+
+mod support;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::time::{Duration, Instant};
+
+use shootdown::{
+    AddressSpace, Completion, Deadlines, Device, DeviceTlb, ExitError, FlushCommand, Health,
+    InvalidateError, Issue, Limits, Map, MapError, PageSizes, Range, ResetError, Scope, Ticket,
+};
+use support::{Counting, fake, on, short, space};
+
+/// What a device says, whatever is true.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Lie {
+    /// There is never room.
+    Busy,
+    /// Tickets that nobody was given, and never the same twice.
+    Tickets,
+    /// That it failed, then that it is done, then that it is pending, and so on.
+    Backwards,
+    /// That nothing is cached, after it has accepted commands.
+    NothingAfterAll,
+    /// That a reset came to its end, after a time far beyond any deadline.
+    LateReset,
+}
+
+struct Liar {
+    lie: Lie,
+    calls: Arc<AtomicU64>,
+    resets: bool,
+}
+
+impl DeviceTlb for Liar {
+    fn limits(&self) -> Limits {
+        Limits {
+            entry_sizes: PageSizes::FOUR_KIB,
+            pages_per_command: 1024,
+            commands_per_batch: usize::MAX,
+            full_flush_cost: u64::MAX,
+        }
+    }
+
+    fn issue(&self, command: FlushCommand) -> Issue {
+        self.calls.fetch_add(1, SeqCst);
+        match self.lie {
+            Lie::Busy => Issue::Busy,
+            Lie::NothingAfterAll if command.scope == Scope::Device => Issue::NothingCached,
+            _ => Issue::Queued,
+        }
+    }
+
+    fn dispatch(&self) -> Ticket {
+        match self.lie {
+            Lie::Tickets => Ticket(u64::MAX - self.calls.fetch_add(1, SeqCst)),
+            _ => Ticket(0),
+        }
+    }
+
+    fn poll(&self, ticket: Ticket) -> Completion {
+        let nth = self.calls.fetch_add(1, SeqCst);
+        match self.lie {
+            Lie::Tickets if ticket.0 < u64::MAX / 2 => Completion::Done,
+            Lie::Backwards if nth % 2 == 1 => Completion::Failed,
+            Lie::Backwards if nth.is_multiple_of(4) => Completion::Done,
+            _ => Completion::Pending,
+        }
+    }
+
+    fn reset(&self, deadline: Duration) -> Result<(), ResetError> {
+        if self.lie == Lie::LateReset {
+            std::thread::sleep(10 * deadline);
+        }
+        if self.resets {
+            Ok(())
+        } else {
+            Err(ResetError::Timeout { deadline })
+        }
+    }
+}
+
+fn liar(lie: Lie, resets: bool) -> Device {
+    let calls = Arc::default();
+    Device::new(format!("that lies: {lie:?}"), Liar { lie, calls, resets })
+}
+
+/// Acknowledges after a while, as real ones do.
+struct Slow {
+    takes: Duration,
+    since: std::sync::Mutex<Option<Instant>>,
+}
+
+impl DeviceTlb for Slow {
+    fn limits(&self) -> Limits {
+        Limits {
+            entry_sizes: PageSizes::FOUR_KIB,
+            pages_per_command: 1024,
+            commands_per_batch: 8,
+            full_flush_cost: 4,
+        }
+    }
+    fn issue(&self, _: FlushCommand) -> Issue {
+        Issue::Queued
+    }
+    fn dispatch(&self) -> Ticket {
+        *self.since.lock().unwrap() = Some(Instant::now());
+        Ticket(0)
+    }
+    fn poll(&self, _: Ticket) -> Completion {
+        let since = self.since.lock().unwrap();
+        if since.is_some_and(|since| since.elapsed() >= self.takes) {
+            Completion::Done
+        } else {
+            Completion::Pending
+        }
+    }
+}
+
+/// Everything that one invalidation may wait for, with room for a loaded machine.
+fn most(deadlines: &Deadlines) -> Duration {
+    4 * (deadlines.flush + deadlines.full_flush + deadlines.reset) + Duration::from_secs(2)
+}
+
+fn page(space: &AddressSpace) -> Range {
+    space.map(Map::anonymous(1 << 12)).unwrap()
+}
+
+#[test]
+fn no_lie_outlives_the_deadlines_or_reaches_another_device() {
+    for lie in [
+        Lie::Busy,
+        Lie::Tickets,
+        Lie::Backwards,
+        Lie::NothingAfterAll,
+        Lie::LateReset,
+    ] {
+        let space = space();
+        let (buffer, other) = (page(&space), page(&space));
+        let (bad, (good, _)) = (liar(lie, false), fake("honest"));
+        let handler = Arc::new(Counting::default());
+        let one = space.register(buffer, handler.clone(), &on(&bad)).unwrap();
+        let two = space.register(other, handler.clone(), &on(&good)).unwrap();
+        let begun = Instant::now();
+        let result = space.unmap(buffer);
+        assert!(begun.elapsed() < most(&short()), "{lie:?}");
+        match &result {
+            Err(MapError::Invalidate(InvalidateError::Quarantined { device, .. })) => {
+                assert_eq!(device.name(), bad.name());
+            }
+            result => panic!("{lie:?}: {result:?}"),
+        }
+        assert_eq!(space.quarantined_bytes(), 1 << 12, "{lie:?}");
+        assert_eq!(bad.health(), Health::Quarantined);
+        space.unmap(other).unwrap();
+        let next = page(&space);
+        space.unmap(next).unwrap();
+        assert_eq!(good.stats().timeouts, 0, "{lie:?}");
+        one.unregister().unwrap();
+        two.unregister().unwrap();
+        assert_eq!(handler.starts.load(SeqCst), handler.ends.load(SeqCst));
+        assert_eq!(handler.releases.load(SeqCst), 2);
+        assert!(matches!(space.exit(), Err(ExitError::Reached { .. })));
+    }
+}
+
+#[test]
+fn a_device_that_is_busy_for_ever_takes_no_time_from_one_that_answers() {
+    let deadlines = Deadlines {
+        flush: Duration::from_millis(100),
+        full_flush: Duration::from_millis(100),
+        ..short()
+    };
+    let space = AddressSpace::without_memory(deadlines);
+    let range = Range::new(0x1000u64, 0x1000).unwrap();
+    let (bad, slow) = (
+        liar(Lie::Busy, true),
+        Slow {
+            takes: Duration::from_millis(10),
+            since: Default::default(),
+        },
+    );
+    let good = Device::new("slow", slow);
+    let handler = Arc::new(Counting::default());
+    let _one = space.register(range, handler.clone(), &on(&bad)).unwrap();
+    let _two = space.register(range, handler, &on(&good)).unwrap();
+    let guard = space.begin_invalidation(range, shootdown::Cause::External);
+    guard.unwrap().end(shootdown::Outcome::Changed).unwrap();
+    assert_eq!(
+        (bad.stats().timeouts, bad.stats().recovered_by_reset),
+        (1, 1)
+    );
+    assert_eq!(good.stats().timeouts, 0, "its deadline was its own");
+}
+
+#[test]
+fn a_device_that_was_flushed_as_a_whole_to_begin_with_has_recovered_from_nothing() {
+    let space = space();
+    let (lossy, behaviour) = fake("loses range flushes");
+    behaviour.loses_ranges.store(true, SeqCst);
+    let (whole, _) = fake("flushed as a whole");
+    let buffer = page(&space);
+    let handler = Arc::new(Counting::default());
+    // More tags than a batch has commands.
+    let tags = (0..9).map(|tag| shootdown::Target {
+        device: whole.clone(),
+        tag,
+    });
+    let _one = space
+        .register(buffer, handler.clone(), &tags.collect::<Vec<_>>())
+        .unwrap();
+    let _two = space.register(buffer, handler, &on(&lossy)).unwrap();
+    space.discard(buffer).unwrap();
+    let stats =
+        [lossy.stats(), whole.stats()].map(|stats| (stats.timeouts, stats.recovered_by_flush));
+    assert_eq!(stats, [(1, 1), (0, 0)]);
+}
+
+#[test]
+fn what_an_exit_cannot_give_back_is_counted() {
+    let space = space();
+    let buffer = space.map(Map::anonymous(3 << 12)).unwrap();
+    let bad = liar(Lie::Tickets, false);
+    let _one = space.register(buffer, Arc::new(Counting::default()), &on(&bad));
+    assert!(matches!(space.exit(), Err(ExitError::Reached { .. })));
+    assert_eq!(space.quarantined_bytes(), 3 << 12);
+    assert!(matches!(
+        space.map(Map::anonymous(1 << 12)),
+        Err(MapError::Exiting)
+    ));
+}

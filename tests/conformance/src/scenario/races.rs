@@ -86,14 +86,29 @@ fn disturbed<D: Driver>(
     Ok(())
 }
 
-/// At the very moment when the pages change the device misses on them.
+/// At the very moment when pages change the device misses: on them, and beside them in the same huge page.
 pub(super) fn during<D: Driver>(lab: Lab<D>) -> Result<(), Failure> {
-    let data = lab.map(16 << 12, PageSize::FourKiB)?;
-    let open = lab.open(data)?;
-    let page = part(data, 3..4);
+    missing(&lab, PageSize::FourKiB, 3, 3, Rule::Begin)?;
+    if !lab.log.has_found() {
+        missing(&lab, PageSize::TwoMiB, 0, 5, Rule::WholeEntry)?;
+    }
+    lab.finish(Rule::Begin);
+    Ok(())
+}
+
+fn missing<D: Driver>(
+    lab: &Lab<D>,
+    size: PageSize,
+    miss: u64,
+    victim: u64,
+    rule: Rule,
+) -> Result<(), Failure> {
     let threads = Arc::new(Beside::default());
     for round in 0..ROUNDS {
-        lab.touch(&open.session, page);
+        let data = lab.map(size.bytes().max(16 << 12), size)?;
+        let open = lab.open(data)?;
+        let (miss, victim) = (part(data, miss..miss + 1), part(data, victim..victim + 1));
+        lab.touch(&open.session, miss);
         let (session, memory, log) = (
             Arc::clone(&open.session),
             Arc::clone(&lab.memory),
@@ -101,41 +116,45 @@ pub(super) fn during<D: Driver>(lab: Lab<D>) -> Result<(), Failure> {
         );
         let started = Arc::clone(&threads);
         lab.memory.on_change(Some(Arc::new(move |part: Range| {
-            if part != page {
+            if part != victim {
                 return;
             }
-            log.step(|| format!("every device has acknowledged; before the pages change the device misses on {page}"));
+            log.step(|| {
+                format!("every device has acknowledged; before {victim} changes the device misses on {miss}")
+            });
             let session = Arc::clone(&session);
             // Whatever comes of it: it waits for the end of the operation, and then finds what is there.
-            started.run(Duration::ZERO, move || drop(session.write(page.start(), 99)));
+            started.run(Duration::ZERO, move || drop(session.write(miss.start(), 99)));
             let mut found = None;
             wait_for(MOMENT / 4, || {
-                found = memory.reach(page);
+                found = memory.reach(victim);
                 found.is_some()
             });
             if let Some(reach) = found {
                 let (_, how) = judge(reach);
-                log.find(Rule::Begin, || format!("between the flush of {page} and its change, {how}"));
+                log.find(rule, || {
+                    format!("between the flush of {victim} and its change, {how}")
+                });
             }
         })));
         if round % 2 == 0 {
-            lab.space.discard(page)?;
+            lab.space.discard(victim)?;
         } else {
-            lab.space.unmap(page)?;
+            lab.space.unmap(victim)?;
         }
         lab.memory.on_change(None);
         threads.join();
-        lab.judge(Rule::Begin);
+        lab.judge(rule);
         if round % 2 == 1 {
-            lab.space
-                .map(shootdown::Map::anonymous(4096).at(page.start()))?;
+            let again = shootdown::Map::anonymous(victim.len() as u64).at(victim.start());
+            lab.space.map(again)?;
         }
+        lab.close(open);
+        lab.space.unmap(data)?;
         if lab.log.has_found() {
             break;
         }
     }
-    lab.close(open);
-    lab.finish(Rule::Begin);
     Ok(())
 }
 

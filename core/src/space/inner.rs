@@ -225,7 +225,11 @@ impl Space {
         let next = self.put_off_next.lock().take();
         // AcqRel, not a plain store: it reads the swap of whoever completed something and found the space queued already, so that
         // what was put on the completed list before is seen by the run that follows.
-        self.put_off.swap(false, Ordering::AcqRel);
+        if planted!("r3-put-off") {
+            self.put_off.store(false, Ordering::Release);
+        } else {
+            self.put_off.swap(false, Ordering::AcqRel);
+        }
         next
     }
 

@@ -23,6 +23,12 @@ pub(crate) const TABLE: &[Entry] = &[
         "model::exit_and_unregister_release_once_and_return_after_it",
     ),
     model(
+        "R3",
+        "r3-put-off",
+        "whoever takes a space off its list has seen what others completed (space::inner, unqueue)",
+        "model::no_completion_is_lost_between_two_threads",
+    ),
+    model(
         "R4",
         "r4",
         "exit waits for every release that has begun (space::inner, exit)",
@@ -227,6 +233,12 @@ pub(crate) const TABLE: &[Entry] = &[
         "r21",
         "whoever is woken looks whether what it waits for is done (events)",
         "model::waits::a_wait_outlasts_the_end_of_something_else",
+    ),
+    model(
+        "R21",
+        "r21-sync",
+        "only the device's answer is an acknowledgement (engine::device_op, sync)",
+        "model::phases::pages_change_after_the_acknowledgement_of_their_flush",
     ),
     test(
         "R21",

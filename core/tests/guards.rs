@@ -10,8 +10,9 @@ use std::thread;
 use std::time::Duration;
 
 use shootdown::{
-    Addr, AddressSpace, Cause, Device, DeviceContext, InvalidateError, Map, MapError, NotifierLock,
-    Op, Outcome, Range, RangeError, Scope, Target, UnloadFailed,
+    Addr, AddressSpace, Cause, Completion, Device, DeviceContext, DeviceTlb, FlushCommand,
+    InvalidateError, Issue, Limits, Map, MapError, NotifierLock, Op, Outcome, PageSizes,
+    ProcessMemory, Range, RangeError, Scope, Target, Ticket, UnloadFailed,
 };
 use support::{Counting, fake, on, short, space};
 
@@ -158,6 +159,79 @@ fn an_invalidation_without_room_is_refused_and_passes_nobody_over() {
     }
     assert!((1..60).contains(&begun), "the pools were not what ran out");
     drop(registrations);
+}
+
+/// Accepts a flush of pages and never acknowledges it; asked for more it says that nothing is cached.
+struct Denies;
+
+impl DeviceTlb for Denies {
+    fn limits(&self) -> Limits {
+        Limits {
+            entry_sizes: PageSizes::all(),
+            pages_per_command: 1024,
+            commands_per_batch: 8,
+            full_flush_cost: 4,
+        }
+    }
+    fn issue(&self, command: FlushCommand) -> Issue {
+        match command.scope {
+            Scope::Pages { .. } => Issue::Queued,
+            Scope::Tag | Scope::Device => Issue::NothingCached,
+        }
+    }
+    fn dispatch(&self) -> Ticket {
+        Ticket(0)
+    }
+    fn poll(&self, _: Ticket) -> Completion {
+        Completion::Pending
+    }
+}
+
+/// R20: that nothing is cached now says nothing of a flush that was accepted before, and of the accesses that it stands for.
+#[test]
+fn nothing_cached_does_not_answer_for_a_flush_that_was_lost() {
+    let space = space();
+    let device = Device::new("denies", Denies);
+    let buffer = space.map(Map::anonymous(1 << 12)).unwrap();
+    let _registration = space
+        .register(buffer, Arc::new(Counting::default()), &on(&device))
+        .unwrap();
+    let error = space.unmap(buffer).expect_err("nobody acknowledged");
+    assert!(
+        matches!(
+            error,
+            MapError::Invalidate(InvalidateError::Quarantined { .. })
+        ),
+        "{error}"
+    );
+    assert_eq!(space.quarantined_bytes(), 1 << 12);
+}
+
+/// R20: what a dead device may reach outlives the space, and everybody else who knew of it.
+#[test]
+fn pages_in_quarantine_outlive_their_space() {
+    let memory = Arc::new(ProcessMemory::reserve(1 << 20).unwrap());
+    let left = Arc::downgrade(&memory);
+    let space = AddressSpace::managed(memory, short());
+    let (device, behaviour) = fake("dead");
+    behaviour.loses_all.store(true, SeqCst);
+    let buffer = space.map(Map::anonymous(1 << 12)).unwrap();
+    store(buffer.start(), 5);
+    let registration = space
+        .register(buffer, Arc::new(Counting::default()), &on(&device))
+        .unwrap();
+    space.unmap(buffer).unwrap_err();
+    space.exit().unwrap();
+    drop((registration, space));
+    assert!(left.upgrade().is_some(), "the pages are gone");
+    assert_eq!(load(buffer.start()), 5);
+
+    let memory = Arc::new(ProcessMemory::reserve(1 << 20).unwrap());
+    let gone = Arc::downgrade(&memory);
+    let space = AddressSpace::managed(memory, short());
+    space.map(Map::anonymous(1 << 12)).unwrap();
+    drop(space);
+    assert!(gone.upgrade().is_none(), "nothing else is kept");
 }
 
 /// R22: whoever shoots down is told by an error; nothing unwinds through it.

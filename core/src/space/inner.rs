@@ -187,7 +187,9 @@ impl Space {
         let space = &inner.space;
         space.completed.push(inner.clone());
         space.events.ended();
-        context::completed(inner);
+        if !planted!("r3-put-off") {
+            context::completed(inner);
+        }
     }
 
     pub(crate) fn has_completed(&self) -> bool {
@@ -303,7 +305,7 @@ impl Space {
         if first {
             if let Some(memory) = &this.memory {
                 reached |= !this.table.clear(&**memory, reached);
-                if reached {
+                if reached && !planted!("r20-exit") {
                     // A device that did not acknowledge may reach these pages for as long as the process lives: so long they stay.
                     std::mem::forget(memory.clone());
                 }

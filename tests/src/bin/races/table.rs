@@ -23,6 +23,12 @@ pub(crate) const TABLE: &[Entry] = &[
         "model::exit_and_unregister_release_once_and_return_after_it",
     ),
     model(
+        "R3",
+        "r3-put-off",
+        "whoever completes a registration remembers to release it (space::inner, complete)",
+        "model::no_completion_is_lost_between_two_threads",
+    ),
+    model(
         "R4",
         "r4",
         "exit waits for every release that has begun (space::inner, exit)",
@@ -222,11 +228,45 @@ pub(crate) const TABLE: &[Entry] = &[
         "shootdown",
         "a_dead_device_quarantines_the_pages_and_is_not_waited_for_twice",
     ),
+    test(
+        "R20",
+        "r20-twice",
+        "a device in quarantine is not waited for again (engine, flush)",
+        "shootdown",
+        "a_dead_device_quarantines_the_pages_and_is_not_waited_for_twice",
+    ),
+    test(
+        "R20",
+        "r20-cached",
+        "nothing cached does not answer for a flush that was accepted before (engine, escalate)",
+        "guards",
+        "nothing_cached_does_not_answer_for_a_flush_that_was_lost",
+    ),
+    test(
+        "R20",
+        "r20-exit",
+        "pages in quarantine outlive their space (space::inner, exit)",
+        "guards",
+        "pages_in_quarantine_outlive_their_space",
+    ),
+    test(
+        "R20",
+        "r20-fault",
+        "nothing is installed in a device in quarantine (fault)",
+        "shootdown",
+        "a_dead_device_quarantines_the_pages_and_is_not_waited_for_twice",
+    ),
     model(
         "R21",
         "r21",
         "whoever is woken looks whether what it waits for is done (events)",
         "model::waits::a_wait_outlasts_the_end_of_something_else",
+    ),
+    model(
+        "R21",
+        "r21-sync",
+        "only the device's answer is an acknowledgement (engine::device_op, sync)",
+        "model::phases::pages_change_after_the_acknowledgement_of_their_flush",
     ),
     test(
         "R21",

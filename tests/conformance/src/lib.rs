@@ -39,8 +39,6 @@
 //! # Allocation
 //! With [`Watched`] as the test program's allocator the kit finds callbacks that allocate, or free, and says where.
 
-#![warn(missing_docs)]
-
 mod accelerator;
 mod alloc;
 mod author;
@@ -52,6 +50,7 @@ mod rule;
 mod scenario;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 pub use accelerator::{Accelerator, QUEUE, SLOTS, WorkId, WorkState};
 pub use alloc::{Watched, outside};
@@ -75,6 +74,7 @@ where
 #[derive(Clone, Copy, Debug)]
 pub struct Kit {
     seed: u64,
+    patience: Duration,
 }
 
 impl Default for Kit {
@@ -96,13 +96,23 @@ impl Kit {
                 Err(_) => panic!("{SEED}={text}: a number is needed, as a report prints it"),
             },
         };
-        Self { seed }
+        Self {
+            seed,
+            patience: Duration::from_secs(60),
+        }
     }
 
     /// With another seed.
     #[must_use]
     pub fn seed(self, seed: u64) -> Self {
-        Self { seed }
+        Self { seed, ..self }
+    }
+
+    /// With another time for one scenario to be over: 60 s, and far more than any takes. What is not over by then is a finding, and
+    /// the last one; its threads are left behind, as nothing can cut a callback short.
+    #[must_use]
+    pub fn patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
     }
 
     /// Runs everything.
@@ -117,7 +127,7 @@ impl Kit {
             driver: std::any::type_name::<D>(),
             ..Report::default()
         };
-        scenario::run(&probe, self.seed, |seen| {
+        scenario::run(&probe, (self.seed, self.patience), |seen| {
             report.findings.extend(seen.finding);
             report.skipped.extend(seen.skipped);
             report.accesses += seen.accesses;

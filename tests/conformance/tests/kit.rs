@@ -2,6 +2,8 @@
 
 mod driver;
 
+use std::time::Duration;
+
 use conformance::{Kit, Report, Rule};
 use driver::{Bug, MyAccelerator};
 
@@ -32,6 +34,15 @@ fn breaks(bug: Bug, rule: Rule) {
         said.contains(rule.text()) && said.contains("SHOOTDOWN_CONFORMANCE_SEED=1"),
         "{said}"
     );
+}
+
+#[test]
+fn a_handler_that_never_returns_is_named_and_ends_the_run() {
+    let report = Kit::new()
+        .patience(Duration::from_secs(6))
+        .run(|hardware| MyAccelerator::with(hardware, Bug::NeverReturns));
+    assert_eq!(report.rules(), [Rule::Blocks], "{report}");
+    assert!(report.findings[0].did.contains("`quiesce`"), "{report}");
 }
 
 macro_rules! bad {

@@ -17,9 +17,6 @@ use crate::lab::{Lab, Plan, Probe, impatient, patient};
 use crate::log::{Log, Seen};
 use crate::rule::Rule;
 
-/// Far more than any scenario takes.
-const PATIENCE: Duration = Duration::from_secs(60);
-
 /// A scenario.
 struct Scenario<D: Driver> {
     name: &'static str,
@@ -75,8 +72,12 @@ fn all<D: Driver>() -> Vec<Scenario<D>> {
     ]
 }
 
-/// Runs everything; calls `each` with what a scenario has seen.
-pub(crate) fn run<D: Driver>(probe: Probe<'_, D>, seed: u64, mut each: impl FnMut(Seen)) {
+/// Runs everything, from a seed, each scenario for so long at most; calls `each` with what a scenario has seen.
+pub(crate) fn run<D: Driver>(
+    probe: Probe<'_, D>,
+    (seed, patience): (u64, Duration),
+    mut each: impl FnMut(Seen),
+) {
     let mut found = false;
     for Scenario { name, run } in all::<D>() {
         let plan = Plan {
@@ -84,7 +85,7 @@ pub(crate) fn run<D: Driver>(probe: Probe<'_, D>, seed: u64, mut each: impl FnMu
             fault: None,
             deadlines: patient(),
         };
-        let Ran { seen, hangs } = one(probe, name, plan, run);
+        let Ran { seen, hangs } = one(probe, name, plan, patience, run);
         found |= seen.finding.is_some();
         each(seen);
         if hangs {
@@ -124,7 +125,7 @@ pub(crate) fn run<D: Driver>(probe: Probe<'_, D>, seed: u64, mut each: impl FnMu
                 patient()
             },
         };
-        let Ran { seen, hangs } = one(probe, name, plan, run);
+        let Ran { seen, hangs } = one(probe, name, plan, patience, run);
         each(seen);
         if hangs {
             return;
@@ -143,6 +144,7 @@ fn one<D: Driver>(
     probe: Probe<'_, D>,
     name: &'static str,
     plan: Plan,
+    patience: Duration,
     run: fn(Lab<D>) -> Result<(), Failure>,
 ) -> Ran {
     let log = Arc::new(Log::new(name));
@@ -162,7 +164,7 @@ fn one<D: Driver>(
         .name("scenario".to_owned())
         .spawn(move || {
             if let Err(error) = run(lab) {
-                let rule = if own.panics() > 0 {
+                let rule = if own.stats().is_some_and(|stats| stats.panics > 0) {
                     Rule::Panics
                 } else {
                     Rule::Works
@@ -173,13 +175,15 @@ fn one<D: Driver>(
             drop(over);
         });
     let hangs = match thread {
-        Ok(thread) => match waits.recv_timeout(PATIENCE) {
+        Ok(thread) => match waits.recv_timeout(patience) {
             Err(RecvTimeoutError::Timeout) => {
-                log.find(Rule::Hangs, || {
-                    format!(
-                        "after {PATIENCE:?} it was not over; the newest record: {}",
-                        log.newest()
-                    )
+                let rule = if log.stats().is_some_and(|stats| stats.overdue > 0) {
+                    Rule::Blocks
+                } else {
+                    Rule::Hangs
+                };
+                log.find(rule, || {
+                    format!("after {patience:?} it was not over: {}", log.newest())
                 });
                 true
             }

@@ -32,6 +32,7 @@ pub(crate) enum Bug {
     AllocatesInQuiesce,
     WaitsForAllWork,
     Panics,
+    NeverReturns,
     CountsCompletions,
     TakesTheLastCompletion,
     ResetNotAwaited,
@@ -89,7 +90,10 @@ impl Core {
                 Bug::CountsCompletions => {
                     self.doorbells.counted.fetch_add(1, Ordering::AcqRel);
                 }
-                Bug::TakesTheLastCompletion => {
+                // Out of order they are not the sum of what came before.
+                Bug::TakesTheLastCompletion
+                    if number <= self.doorbells.last.load(Ordering::Acquire) =>
+                {
                     self.doorbells.counted.fetch_max(number, Ordering::AcqRel);
                 }
                 _ => {}
@@ -279,6 +283,9 @@ impl Notifier for Handler {
                     std::thread::sleep(Duration::from_micros(50));
                 }
             }
+            Bug::NeverReturns if op.cause() == Cause::Discard => loop {
+                std::thread::sleep(LONG);
+            },
             Bug::Panics if op.cause() == Cause::Discard => panic!("planned"),
             _ => {}
         }

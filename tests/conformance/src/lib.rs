@@ -2,14 +2,16 @@
 //!
 //! # The author's three lines
 //! ```
-//! # mod my { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/driver/mod.rs")); }
-//! # use my::MyAccelerator;
+//! # mod tlb { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/driver/tlb.rs")); }
+//! # mod handler { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/driver/handler.rs")); }
+//! # mod session { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/driver/session.rs")); }
+//! # use session::MyAccelerator;
 //! # fn main() {
 //! conformance::run(MyAccelerator::probe).assert();
 //! # }
 //! ```
 //! `probe` is given the model of the device and makes the driver. `assert` panics with the whole report; [`Report::findings`] has it as
-//! values. For these lines the author has implemented [`Driver`] and [`Session`], some twenty lines that say how a process opens
+//! values. For these lines the author has implemented [`Driver`] and [`Session`], some forty lines that say how a process opens
 //! the driver, has the device write, and begins work. The model is the kit's [`Accelerator`], or one of the author's own device for which
 //! [`Hardware`] is implemented.
 //!
@@ -75,6 +77,7 @@ where
 pub struct Kit {
     seed: u64,
     patience: Duration,
+    only: &'static str,
 }
 
 impl Default for Kit {
@@ -99,6 +102,7 @@ impl Kit {
         Self {
             seed,
             patience: Duration::from_secs(60),
+            only: "",
         }
     }
 
@@ -115,6 +119,12 @@ impl Kit {
         Self { patience, ..self }
     }
 
+    /// Only the scenarios whose names contain this, as a report has them.
+    #[must_use]
+    pub fn only(self, only: &'static str) -> Self {
+        Self { only, ..self }
+    }
+
     /// Runs everything.
     pub fn run<D, E>(self, probe: impl Fn(Arc<D::Hardware>) -> Result<D, E> + Sync) -> Report
     where
@@ -127,7 +137,12 @@ impl Kit {
             driver: std::any::type_name::<D>(),
             ..Report::default()
         };
-        scenario::run(&probe, (self.seed, self.patience), |seen| {
+        let how = scenario::How {
+            seed: self.seed,
+            patience: self.patience,
+            only: self.only,
+        };
+        scenario::run(&probe, &how, |seen| {
             report.findings.extend(seen.finding);
             report.skipped.extend(seen.skipped);
             report.accesses += seen.accesses;

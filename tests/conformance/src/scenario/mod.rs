@@ -20,91 +20,79 @@ use crate::rule::Rule;
 /// A scenario.
 struct Scenario<D: Driver> {
     name: &'static str,
-    run: fn(Lab<D>) -> Result<(), Failure>,
+    fault: Option<Fault>,
+    run: Run<D>,
 }
 
-fn all<D: Driver>() -> Vec<Scenario<D>> {
-    vec![
-        Scenario {
-            name: "pages change, in whole and in part",
-            run: changes::run,
-        },
-        Scenario {
-            name: "pages change between their translation and the entry",
-            run: races::between,
-        },
-        Scenario {
-            name: "a miss while the pages change",
-            run: races::during,
-        },
-        Scenario {
-            name: "a page changes while its entry is being installed",
-            run: races::installing,
-        },
-        Scenario {
-            name: "pages change below work in flight",
-            run: flight::below,
-        },
-        Scenario {
-            name: "pages change beside work in flight",
-            run: flight::elsewhere,
-        },
-        Scenario {
-            name: "non-blocking operations are refused",
-            run: refusal::by_others,
-        },
-        Scenario {
-            name: "a non-blocking operation meets the driver's lock",
-            run: refusal::by_the_driver,
-        },
-        Scenario {
-            name: "the segment itself is unmapped",
-            run: places::segment,
-        },
-        Scenario {
-            name: "the session is given up, in each place",
-            run: places::each,
-        },
-        Scenario {
-            name: "the space exits with work in flight",
-            run: places::exit,
-        },
-    ]
-}
+/// What a scenario does with its lab.
+type Run<D> = fn(Lab<D>) -> Result<(), Failure>;
 
-/// Runs everything, from a seed, each scenario for so long at most; calls `each` with what a scenario has seen.
-pub(crate) fn run<D: Driver>(
-    probe: Probe<'_, D>,
-    (seed, patience): (u64, Duration),
-    mut each: impl FnMut(Seen),
-) {
-    let mut found = false;
-    for Scenario { name, run } in all::<D>() {
-        let plan = Plan {
-            seed,
-            fault: None,
-            deadlines: patient(),
-        };
-        let Ran { seen, hangs } = one(probe, name, plan, patience, run);
-        found |= seen.finding.is_some();
-        each(seen);
-        if hangs {
-            return;
-        }
-    }
-    let mut left = vec![(None, "everything at once", stress::run as fn(Lab<D>) -> _)];
-    left.extend(Fault::ALL.map(|fault| {
-        let run = match fault {
-            Fault::Endless => faults::endless,
+const EVERYTHING: &str = "everything at once";
+
+fn all<D: Driver>() -> impl Iterator<Item = Scenario<D>> {
+    let healthy = [
+        ("pages change, in whole and in part", changes::run as Run<D>),
+        (
+            "pages change between their translation and the entry",
+            races::between,
+        ),
+        ("a miss while the pages change", races::during),
+        (
+            "a page changes while its entry is being installed",
+            races::installing,
+        ),
+        ("pages change below work in flight", flight::below),
+        ("pages change beside work in flight", flight::elsewhere),
+        ("non-blocking operations are refused", refusal::by_others),
+        (
+            "a non-blocking operation meets the driver's lock",
+            refusal::by_the_driver,
+        ),
+        ("the segment itself is unmapped", places::segment),
+        ("the session is given up, in each place", places::each),
+        ("the space exits with work in flight", places::exit),
+        (EVERYTHING, stress::run),
+    ];
+    let healthy = healthy.map(|(name, run)| Scenario {
+        name,
+        fault: None,
+        run,
+    });
+    let sick = Fault::ALL.map(|fault| Scenario {
+        name: fault.name(),
+        fault: Some(fault),
+        run: match fault {
+            Fault::Endless => faults::endless as Run<D>,
             Fault::Dead => faults::dead,
             _ => faults::recovers,
-        };
-        (Some(fault), fault.name(), run as _)
-    }));
-    for (fault, name, run) in left {
+        },
+    });
+    healthy.into_iter().chain(sick)
+}
+
+/// How everything is run.
+pub(crate) struct How<'h> {
+    pub(crate) seed: u64,
+    /// For each scenario.
+    pub(crate) patience: Duration,
+    /// What a scenario's name has to contain.
+    pub(crate) only: &'h str,
+}
+
+/// Runs everything; calls `each` with what a scenario has seen.
+pub(crate) fn run<D: Driver>(probe: Probe<'_, D>, how: &How<'_>, mut each: impl FnMut(Seen)) {
+    let mut found = false;
+    for Scenario { name, fault, run } in all::<D>() {
+        if !name.contains(how.only) {
+            continue;
+        }
+        // A healthy device, one step at a time.
+        let simple = fault.is_none() && name != EVERYTHING;
         let why = match fault {
             // Whatever it found could be another face of that.
-            _ if found => Some("a rule is broken already on a healthy device, one step at a time"),
+            _ if found && !simple => {
+                Some("a rule is broken already on a healthy device, one step at a time")
+            }
             Some(fault) if !D::Hardware::FAULTS.contains(&fault) => {
                 Some("the model of the device cannot do this")
             }
@@ -117,7 +105,7 @@ pub(crate) fn run<D: Driver>(
             continue;
         }
         let plan = Plan {
-            seed,
+            seed: how.seed,
             fault,
             deadlines: if fault.is_some() {
                 impatient()
@@ -125,7 +113,8 @@ pub(crate) fn run<D: Driver>(
                 patient()
             },
         };
-        let Ran { seen, hangs } = one(probe, name, plan, patience, run);
+        let Ran { seen, hangs } = one(probe, name, plan, how.patience, run);
+        found |= simple && seen.finding.is_some();
         each(seen);
         if hangs {
             return;
@@ -145,7 +134,7 @@ fn one<D: Driver>(
     name: &'static str,
     plan: Plan,
     patience: Duration,
-    run: fn(Lab<D>) -> Result<(), Failure>,
+    run: Run<D>,
 ) -> Ran {
     let log = Arc::new(Log::new(name));
     let lab = match Lab::new(probe, &log, &plan) {

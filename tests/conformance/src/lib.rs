@@ -2,14 +2,16 @@
 //!
 //! # The author's three lines
 //! ```
-//! # mod my { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/driver/mod.rs")); }
-//! # use my::MyAccelerator;
+//! # mod tlb { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/driver/tlb.rs")); }
+//! # mod handler { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/driver/handler.rs")); }
+//! # mod session { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/driver/session.rs")); }
+//! # use session::MyAccelerator;
 //! # fn main() {
 //! conformance::run(MyAccelerator::probe).assert();
 //! # }
 //! ```
 //! `probe` is given the model of the device and makes the driver. `assert` panics with the whole report; [`Report::findings`] has it as
-//! values. For these lines the author has implemented [`Driver`] and [`Session`], some twenty lines that say how a process opens
+//! values. For these lines the author has implemented [`Driver`] and [`Session`], some forty lines that say how a process opens
 //! the driver, has the device write, and begins work. The model is the kit's [`Accelerator`], or one of the author's own device for which
 //! [`Hardware`] is implemented.
 //!
@@ -39,8 +41,6 @@
 //! # Allocation
 //! With [`Watched`] as the test program's allocator the kit finds callbacks that allocate, or free, and says where.
 
-#![warn(missing_docs)]
-
 mod accelerator;
 mod alloc;
 mod author;
@@ -52,6 +52,7 @@ mod rule;
 mod scenario;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 pub use accelerator::{Accelerator, QUEUE, SLOTS, WorkId, WorkState};
 pub use alloc::{Watched, outside};
@@ -75,6 +76,8 @@ where
 #[derive(Clone, Copy, Debug)]
 pub struct Kit {
     seed: u64,
+    patience: Duration,
+    only: &'static str,
 }
 
 impl Default for Kit {
@@ -96,13 +99,30 @@ impl Kit {
                 Err(_) => panic!("{SEED}={text}: a number is needed, as a report prints it"),
             },
         };
-        Self { seed }
+        Self {
+            seed,
+            patience: Duration::from_secs(60),
+            only: "",
+        }
     }
 
     /// With another seed.
     #[must_use]
     pub fn seed(self, seed: u64) -> Self {
-        Self { seed }
+        Self { seed, ..self }
+    }
+
+    /// With another time for one scenario to be over: 60 s, and far more than any takes. What is not over by then is a finding, and
+    /// the last one; its threads are left behind, as nothing can cut a callback short.
+    #[must_use]
+    pub fn patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
+    }
+
+    /// Only the scenarios whose names contain this, as a report has them.
+    #[must_use]
+    pub fn only(self, only: &'static str) -> Self {
+        Self { only, ..self }
     }
 
     /// Runs everything.
@@ -117,7 +137,12 @@ impl Kit {
             driver: std::any::type_name::<D>(),
             ..Report::default()
         };
-        scenario::run(&probe, self.seed, |seen| {
+        let how = scenario::How {
+            seed: self.seed,
+            patience: self.patience,
+            only: self.only,
+        };
+        scenario::run(&probe, &how, |seen| {
             report.findings.extend(seen.finding);
             report.skipped.extend(seen.skipped);
             report.accesses += seen.accesses;

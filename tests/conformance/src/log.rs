@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use shootdown::AddressSpace;
+use shootdown::{AddressSpace, Kind, Stats};
 
 use crate::alloc::outside;
 use crate::report::{Finding, Moment, Skipped};
@@ -128,10 +128,8 @@ impl Log {
         });
     }
 
-    /// Callbacks that have panicked.
-    pub(crate) fn panics(&self) -> u64 {
-        let state = self.lock();
-        state.space.as_ref().map_or(0, |space| space.stats().panics)
+    pub(crate) fn stats(&self) -> Option<Stats> {
+        self.lock().space.as_ref().map(AddressSpace::stats)
     }
 
     pub(crate) fn has_found(&self) -> bool {
@@ -155,14 +153,21 @@ impl Log {
     /// Where the newest operation is, for one that does not return.
     pub(crate) fn newest(&self) -> String {
         let state = self.lock();
-        let records = state
-            .space
-            .as_ref()
-            .map(AddressSpace::records)
-            .unwrap_or_default();
-        records.last().map_or_else(
-            || "nothing is recorded".to_owned(),
-            |one| Moment::of(one).what,
+        let records = state.space.as_ref().map(AddressSpace::records);
+        let Some(last) = records.as_ref().and_then(|records| records.last()) else {
+            return "nothing is recorded".to_owned();
+        };
+        let stage = match last.kind {
+            Kind::Start => "in `quiesce` or `drained`",
+            Kind::Quiesced => "in `flush`, or issuing flushes",
+            Kind::Dispatched => "in `poll` or `reset`",
+            Kind::Flushed => "in `cut_off`, `unload` or `end`",
+            Kind::Unregister => "in a callback before the release, or in `release`",
+            _ => "outside of an operation",
+        };
+        format!(
+            "the newest record is \"{}\", so it is {stage}",
+            Moment::of(last).what
         )
     }
 

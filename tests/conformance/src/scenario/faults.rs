@@ -57,7 +57,7 @@ fn legal(result: &Result<(), MapError>) -> bool {
     )
 }
 
-/// Flushes go wrong; a wider one or a reset helps.
+/// Flushes go wrong, two at a time; a wider one or a reset helps.
 pub(super) fn recovers<D: Driver>(lab: Lab<D>) -> Result<(), Failure> {
     let data = lab.map(PAGES * PAGE, PageSize::FourKiB)?;
     let mut again = Again {
@@ -66,28 +66,33 @@ pub(super) fn recovers<D: Driver>(lab: Lab<D>) -> Result<(), Failure> {
         open: None,
     };
     for round in 0..ROUNDS {
-        let page = part(data, round..round + 1);
-        again.write(round, 1)?;
-        again.write((round + 1) % PAGES, 2)?;
-        lab.log.step(|| format!("round {round}: {page} changes"));
-        let result = if round % 2 == 0 {
-            lab.space.unmap(page)
-        } else {
-            lab.space.discard(page)
-        };
-        if !legal(&result) {
-            lab.log.find(Rule::Escalate, || {
-                format!("the change of {page} came to {result:?}")
-            });
+        let numbers = [round % PAGES, (round + PAGES / 2) % PAGES];
+        for nth in numbers {
+            again.write(nth, 1)?;
         }
-        match result {
-            Ok(()) if round % 2 == 0 => {
-                lab.space.map(Map::anonymous(PAGE).at(page.start()))?;
+        let pages = numbers.map(|nth| part(data, nth..nth + 1));
+        lab.log.step(|| {
+            format!(
+                "round {round}: {} and {} change at the same time",
+                pages[0], pages[1]
+            )
+        });
+        let results = std::thread::scope(|scope| {
+            let lab = &lab;
+            let changes = pages.map(|page| scope.spawn(move || change(lab, page, round % 2 == 0)));
+            changes.map(|change| change.join().unwrap_or(false))
+        });
+        if results.contains(&false) {
+            recover(&lab)?;
+        }
+        for page in pages {
+            // What was unmapped, now or in the recovery, is mapped again.
+            match lab.space.map(Map::anonymous(PAGE).at(page.start())) {
+                Ok(_) | Err(MapError::Occupied { .. }) => {}
+                Err(error) => return Err(error.into()),
             }
-            Ok(()) => {}
-            Err(_) => recover(&lab)?,
         }
-        if again.write((round + 1) % PAGES, 3)? == Access::Fault {
+        if again.write(numbers[0], 3)? == Access::Fault {
             lab.log.find(Rule::Works, || {
                 "after the fault the device does not work on mapped memory".to_owned()
             });
@@ -102,6 +107,21 @@ pub(super) fn recovers<D: Driver>(lab: Lab<D>) -> Result<(), Failure> {
     }
     lab.finish(Rule::Escalate);
     Ok(())
+}
+
+/// Changes a page; whether it has changed.
+fn change<D: Driver>(lab: &Lab<D>, page: Range, unmap: bool) -> bool {
+    let result = if unmap {
+        lab.space.unmap(page)
+    } else {
+        lab.space.discard(page)
+    };
+    if !legal(&result) {
+        lab.log.find(Rule::Escalate, || {
+            format!("the change of {page} came to {result:?}")
+        });
+    }
+    result.is_ok()
 }
 
 /// Brings devices back that are in quarantine, and with them the memory.

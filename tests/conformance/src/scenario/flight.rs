@@ -115,7 +115,7 @@ pub(super) fn elsewhere<D: Driver>(lab: Lab<D>) -> Result<(), Failure> {
     if !threads.finished() {
         lab.log.find(Rule::Blocks, || {
             format!(
-                "an unmap of {other} waited for work on {busy}, says the watchdog: a callback did not return; the newest record: {}",
+                "an unmap of {other} waited for work on {busy}, says the watchdog: a callback did not return; {}",
                 lab.log.newest()
             )
         });

@@ -17,93 +17,82 @@ use crate::lab::{Lab, Plan, Probe, impatient, patient};
 use crate::log::{Log, Seen};
 use crate::rule::Rule;
 
-/// Far more than any scenario takes.
-const PATIENCE: Duration = Duration::from_secs(60);
-
 /// A scenario.
 struct Scenario<D: Driver> {
     name: &'static str,
-    run: fn(Lab<D>) -> Result<(), Failure>,
+    fault: Option<Fault>,
+    run: Run<D>,
 }
 
-fn all<D: Driver>() -> Vec<Scenario<D>> {
-    vec![
-        Scenario {
-            name: "pages change, in whole and in part",
-            run: changes::run,
+/// What a scenario does with its lab.
+type Run<D> = fn(Lab<D>) -> Result<(), Failure>;
+
+const EVERYTHING: &str = "everything at once";
+
+fn all<D: Driver>() -> impl Iterator<Item = Scenario<D>> {
+    let healthy = [
+        ("pages change, in whole and in part", changes::run as Run<D>),
+        (
+            "pages change between their translation and the entry",
+            races::between,
+        ),
+        ("a miss while the pages change", races::during),
+        (
+            "a page changes while its entry is being installed",
+            races::installing,
+        ),
+        ("pages change below work in flight", flight::below),
+        ("pages change beside work in flight", flight::elsewhere),
+        ("non-blocking operations are refused", refusal::by_others),
+        (
+            "a non-blocking operation meets the driver's lock",
+            refusal::by_the_driver,
+        ),
+        ("the segment itself is unmapped", places::segment),
+        ("the session is given up, in each place", places::each),
+        ("the space exits with work in flight", places::exit),
+        (EVERYTHING, stress::run),
+    ];
+    let healthy = healthy.map(|(name, run)| Scenario {
+        name,
+        fault: None,
+        run,
+    });
+    let sick = Fault::ALL.map(|fault| Scenario {
+        name: fault.name(),
+        fault: Some(fault),
+        run: match fault {
+            Fault::Endless => faults::endless as Run<D>,
+            Fault::Dead => faults::dead,
+            _ => faults::recovers,
         },
-        Scenario {
-            name: "pages change between their translation and the entry",
-            run: races::between,
-        },
-        Scenario {
-            name: "a miss while the pages change",
-            run: races::during,
-        },
-        Scenario {
-            name: "a page changes while its entry is being installed",
-            run: races::installing,
-        },
-        Scenario {
-            name: "pages change below work in flight",
-            run: flight::below,
-        },
-        Scenario {
-            name: "pages change beside work in flight",
-            run: flight::elsewhere,
-        },
-        Scenario {
-            name: "non-blocking operations are refused",
-            run: refusal::by_others,
-        },
-        Scenario {
-            name: "a non-blocking operation meets the driver's lock",
-            run: refusal::by_the_driver,
-        },
-        Scenario {
-            name: "the segment itself is unmapped",
-            run: places::segment,
-        },
-        Scenario {
-            name: "the session is given up, in each place",
-            run: places::each,
-        },
-        Scenario {
-            name: "the space exits with work in flight",
-            run: places::exit,
-        },
-    ]
+    });
+    healthy.into_iter().chain(sick)
+}
+
+/// How everything is run.
+pub(crate) struct How<'h> {
+    pub(crate) seed: u64,
+    /// For each scenario.
+    pub(crate) patience: Duration,
+    /// What a scenario's name has to contain.
+    pub(crate) only: &'h str,
 }
 
 /// Runs everything; calls `each` with what a scenario has seen.
-pub(crate) fn run<D: Driver>(probe: Probe<'_, D>, seed: u64, mut each: impl FnMut(Seen)) {
+pub(crate) fn run<D: Driver>(probe: Probe<'_, D>, how: &How<'_>, mut each: impl FnMut(Seen)) {
     let mut found = false;
-    for Scenario { name, run } in all::<D>() {
-        let plan = Plan {
-            seed,
-            fault: None,
-            deadlines: patient(),
-        };
-        let Ran { seen, hangs } = one(probe, name, plan, run);
-        found |= seen.finding.is_some();
-        each(seen);
-        if hangs {
-            return;
+    for Scenario { name, fault, run } in all::<D>() {
+        if !name.contains(how.only) {
+            continue;
         }
-    }
-    let mut left = vec![(None, "everything at once", stress::run as fn(Lab<D>) -> _)];
-    left.extend(Fault::ALL.map(|fault| {
-        let run = match fault {
-            Fault::Endless => faults::endless,
-            Fault::Dead => faults::dead,
-            _ => faults::recovers,
-        };
-        (Some(fault), fault.name(), run as _)
-    }));
-    for (fault, name, run) in left {
+        // A healthy device, one step at a time.
+        let simple = fault.is_none() && name != EVERYTHING;
         let why = match fault {
             // Whatever it found could be another face of that.
-            _ if found => Some("a rule is broken already on a healthy device, one step at a time"),
+            _ if found && !simple => {
+                Some("a rule is broken already on a healthy device, one step at a time")
+            }
             Some(fault) if !D::Hardware::FAULTS.contains(&fault) => {
                 Some("the model of the device cannot do this")
             }
@@ -116,7 +105,7 @@ pub(crate) fn run<D: Driver>(probe: Probe<'_, D>, seed: u64, mut each: impl FnMu
             continue;
         }
         let plan = Plan {
-            seed,
+            seed: how.seed,
             fault,
             deadlines: if fault.is_some() {
                 impatient()
@@ -124,7 +113,8 @@ pub(crate) fn run<D: Driver>(probe: Probe<'_, D>, seed: u64, mut each: impl FnMu
                 patient()
             },
         };
-        let Ran { seen, hangs } = one(probe, name, plan, run);
+        let Ran { seen, hangs } = one(probe, name, plan, how.patience, run);
+        found |= simple && seen.finding.is_some();
         each(seen);
         if hangs {
             return;
@@ -143,7 +133,8 @@ fn one<D: Driver>(
     probe: Probe<'_, D>,
     name: &'static str,
     plan: Plan,
-    run: fn(Lab<D>) -> Result<(), Failure>,
+    patience: Duration,
+    run: Run<D>,
 ) -> Ran {
     let log = Arc::new(Log::new(name));
     let lab = match Lab::new(probe, &log, &plan) {
@@ -162,7 +153,7 @@ fn one<D: Driver>(
         .name("scenario".to_owned())
         .spawn(move || {
             if let Err(error) = run(lab) {
-                let rule = if own.panics() > 0 {
+                let rule = if own.stats().is_some_and(|stats| stats.panics > 0) {
                     Rule::Panics
                 } else {
                     Rule::Works
@@ -173,13 +164,15 @@ fn one<D: Driver>(
             drop(over);
         });
     let hangs = match thread {
-        Ok(thread) => match waits.recv_timeout(PATIENCE) {
+        Ok(thread) => match waits.recv_timeout(patience) {
             Err(RecvTimeoutError::Timeout) => {
-                log.find(Rule::Hangs, || {
-                    format!(
-                        "after {PATIENCE:?} it was not over; the newest record: {}",
-                        log.newest()
-                    )
+                let rule = if log.stats().is_some_and(|stats| stats.overdue > 0) {
+                    Rule::Blocks
+                } else {
+                    Rule::Hangs
+                };
+                log.find(rule, || {
+                    format!("after {patience:?} it was not over: {}", log.newest())
                 });
                 true
             }

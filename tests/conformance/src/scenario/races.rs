@@ -19,10 +19,15 @@ const MISSES: u32 = 2;
 /// Discards `victim` on another thread at the `nth` time that `within` is translated, so that what the translation says is out of
 /// date when the driver gets it. A driver that holds the map lock meanwhile keeps the discard out, as it may.
 fn disturb<D: Driver>(lab: &Lab<D>, between: &Between, nth: u32, within: Range, victim: Range) {
-    let Between { threads, kept_out } = between.clone();
+    let Between {
+        threads,
+        kept_out,
+        seen,
+    } = between.clone();
     let times = AtomicU32::new(0);
     let (space, log) = (lab.space.clone(), Arc::clone(&lab.log));
     lab.memory.on_translate(Some(Arc::new(move |addr: Addr| {
+        seen.fetch_add(u32::from(within.holds(addr)), SeqCst);
         if !within.holds(addr)
             || times.fetch_add(1, SeqCst) != nth
             || kept_out.load(SeqCst) >= MISSES
@@ -45,6 +50,8 @@ fn disturb<D: Driver>(lab: &Lab<D>, between: &Between, nth: u32, within: Range, 
 struct Between {
     threads: Arc<Beside>,
     kept_out: Arc<AtomicU32>,
+    /// Translations of what is disturbed.
+    seen: Arc<AtomicU32>,
 }
 
 pub(super) fn between<D: Driver>(lab: Lab<D>) -> Result<(), Failure> {
@@ -82,6 +89,11 @@ fn disturbed<D: Driver>(
         if lab.log.has_found() {
             break;
         }
+    }
+    if between.seen.load(SeqCst) == 0 {
+        lab.log.skip(format!(
+            "the driver did not ask the space where pages of {size} are"
+        ));
     }
     Ok(())
 }

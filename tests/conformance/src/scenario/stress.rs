@@ -30,12 +30,9 @@ pub(super) fn run<D: Driver>(lab: Lab<D>) -> Result<(), Failure> {
             scope.spawn(move || {
                 let mut rng = SmallRng::seed_from_u64(seed ^ nth);
                 while !stop.load(Relaxed) {
-                    let page = rng.random_range(0..PAGES);
-                    let at =
-                        part(data, page..page + 1).start().get() + 8 * rng.random_range(0..512);
-                    if let Err(error) = open.session.write(at.into(), rng.random()) {
+                    if let Err(error) = work(&*open.session, &mut rng, data) {
                         lab.log
-                            .find(Rule::Works, || format!("a write beside changes: {error}"));
+                            .find(Rule::Works, || format!("work beside changes: {error}"));
                         return;
                     }
                 }
@@ -65,6 +62,18 @@ pub(super) fn run<D: Driver>(lab: Lab<D>) -> Result<(), Failure> {
     lab.close(second);
     lab.finish(Rule::Stale);
     Ok(())
+}
+
+/// A single access, or work on a few pages.
+fn work(session: &impl Session, rng: &mut SmallRng, data: Range) -> Result<(), Failure> {
+    let page = rng.random_range(0..PAGES - 4);
+    if rng.random_ratio(1, 4) {
+        // Where it is not mapped as a whole it may be that it cannot be begun.
+        let _ = session.start(part(data, page..page + 4));
+        return session.settle();
+    }
+    let at = part(data, page..page + 1).start().get() + 8 * rng.random_range(0..512);
+    session.write(at.into(), rng.random()).map(drop)
 }
 
 fn change<D: Driver>(lab: &Lab<D>, rng: &mut SmallRng, own: Range) -> Result<(), MapError> {

@@ -218,11 +218,21 @@ impl Table {
         mappings.by_start.is_empty()
     }
 
-    /// At exit: what is left stays, in quarantine.
+    /// At exit: the memory that is left stays, in quarantine. Segments and devices are let go of, as they hold the space, and
+    /// nobody asks for them any more.
     pub(crate) fn keep(&self) {
-        for vma in self.mappings.lock().by_start.values_mut() {
+        let mut mappings = self.mappings.lock();
+        let mut segments = Vec::new();
+        mappings.by_start.retain(|_, vma| {
             vma.state = State::Quarantined { then: Then::Keep };
-        }
+            let segment = vma.segment.take();
+            let memory = segment.is_none();
+            segments.extend(segment);
+            memory
+        });
+        let sick = std::mem::take(&mut mappings.sick);
+        drop(mappings);
+        drop((segments, sick));
     }
 
     /// Takes out what was in quarantine for devices that are healthy again.

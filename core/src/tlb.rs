@@ -6,6 +6,7 @@
 //! commands that the declared [`Limits`] allow, or one full flush where that is cheaper.
 
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use thiserror::Error;
@@ -98,7 +99,7 @@ pub struct Limits {
 ///
 /// All methods are called from the shootdown path, by several threads at once: they may not allocate, take no lock
 /// that is held while memory is allocated or the map lock is taken, and wait for nothing but their own registers. Only
-/// [`DeviceTlb::reset`] may wait, up to its deadline.
+/// [`DeviceTlb::reset`] may wait, up to its deadline. One that panics has its device quarantined.
 pub trait DeviceTlb: Send + Sync + 'static {
     /// What it can do; read once.
     fn limits(&self) -> Limits;
@@ -347,7 +348,9 @@ impl Device {
             self.dispatch();
             backoff.wait();
         }
-        let ticket = self.dispatch();
+        let Some(ticket) = self.dispatch() else {
+            return false;
+        };
         loop {
             match self.poll(ticket) {
                 Completion::Done => return true,
@@ -359,7 +362,7 @@ impl Device {
     }
 
     pub(crate) fn issue(&self, command: FlushCommand) -> Issue {
-        let issue = self.inner.tlb.issue(command);
+        let issue = self.call(|tlb| tlb.issue(command)).unwrap_or(Issue::Busy);
         if issue == Issue::Queued {
             let counter = match command.scope {
                 Scope::Pages { .. } => &self.inner.flush_ops,
@@ -370,17 +373,26 @@ impl Device {
         issue
     }
 
-    pub(crate) fn dispatch(&self) -> Ticket {
+    /// `None` if it panicked: then nothing tells what became of the commands.
+    pub(crate) fn dispatch(&self) -> Option<Ticket> {
         self.inner.dispatches.fetch_add(1, Ordering::Relaxed);
-        self.inner.tlb.dispatch()
+        self.call(DeviceTlb::dispatch)
     }
 
     pub(crate) fn poll(&self, ticket: Ticket) -> Completion {
-        self.inner.tlb.poll(ticket)
+        self.call(|tlb| tlb.poll(ticket))
+            .unwrap_or(Completion::Failed)
+    }
+
+    /// Calls the driver; `None` if it panicked, in which case the device is in quarantine.
+    fn call<R>(&self, method: impl FnOnce(&dyn DeviceTlb) -> R) -> Option<R> {
+        let result = catch_unwind(AssertUnwindSafe(|| method(&*self.inner.tlb)));
+        result.map_err(|_| self.quarantine()).ok()
     }
 
     pub(crate) fn reset(&self, deadline: Duration) -> Result<(), ResetError> {
-        self.inner.tlb.reset(deadline)?;
+        self.call(|tlb| tlb.reset(deadline))
+            .unwrap_or(Err(ResetError::Timeout { deadline }))?;
         self.inner.resets.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::pool::Chain;
 use crate::primitive::{Backoff, now};
-use crate::tlb::{BATCH, Completion, Device, FlushCommand, Issue, Scope, Ticket};
+use crate::tlb::{BATCH, Completion, Device, FlushCommand, Health, Issue, Scope, Ticket};
 
 /// One device in one invalidation.
 pub(crate) struct DeviceOp {
@@ -85,6 +85,10 @@ impl DeviceOp {
             match self.device.issue(self.commands[self.next]) {
                 Issue::Queued => self.queued = true,
                 Issue::NothingCached => {}
+                Issue::Busy if self.device.health() == Health::Quarantined => {
+                    self.state = Ack::Missed;
+                    return;
+                }
                 Issue::Busy => {
                     self.device.dispatch();
                     return;
@@ -93,8 +97,8 @@ impl DeviceOp {
             self.next += 1;
         }
         self.state = if self.queued {
-            self.ticket = Some(self.device.dispatch());
-            Ack::Waiting
+            self.ticket = self.device.dispatch();
+            self.ticket.map_or(Ack::Missed, |_| Ack::Waiting)
         } else if self.missed {
             // "Nothing cached" cannot answer for commands that were accepted before.
             Ack::Missed

@@ -103,7 +103,7 @@ pub struct Limits {
 ///
 /// All methods are called from the shootdown path, by several threads at once: they may not allocate, take no lock
 /// that is held while memory is allocated or the map lock is taken, and wait for nothing but their own registers. Only
-/// [`DeviceTlb::reset`] may wait, up to its deadline.
+/// [`DeviceTlb::reset`] may wait, up to its deadline. One that panics has its device quarantined.
 pub trait DeviceTlb: Send + Sync + 'static {
     /// What it can do; read once.
     fn limits(&self) -> Limits;
@@ -373,7 +373,9 @@ impl Device {
             self.dispatch();
             backoff.wait();
         }
-        let ticket = self.dispatch();
+        let Some(ticket) = self.dispatch() else {
+            return false;
+        };
         loop {
             match self.poll(ticket) {
                 Completion::Done => return true,
@@ -384,18 +386,8 @@ impl Device {
         }
     }
 
-    /// Calls the driver. What panics there puts the device into quarantine, and comes to `otherwise`, which is never an
-    /// acknowledgement.
-    fn contain<R>(&self, otherwise: R, call: impl FnOnce(&dyn DeviceTlb) -> R) -> R {
-        let result = catch_unwind(AssertUnwindSafe(|| call(&*self.inner.tlb)));
-        result.unwrap_or_else(|_| {
-            self.quarantine();
-            otherwise
-        })
-    }
-
     pub(crate) fn issue(&self, command: FlushCommand) -> Issue {
-        let issue = self.contain(Issue::Busy, |tlb| tlb.issue(command));
+        let issue = self.call(|tlb| tlb.issue(command)).unwrap_or(Issue::Busy);
         if issue == Issue::Queued {
             let counter = match command.scope {
                 Scope::Pages { .. } => &self.inner.flush_ops,
@@ -406,17 +398,26 @@ impl Device {
         issue
     }
 
-    pub(crate) fn dispatch(&self) -> Ticket {
+    /// `None` if it panicked: then nothing tells what became of the commands.
+    pub(crate) fn dispatch(&self) -> Option<Ticket> {
         self.inner.dispatches.fetch_add(1, Ordering::Relaxed);
-        self.contain(Ticket(u64::MAX), |tlb| tlb.dispatch())
+        self.call(DeviceTlb::dispatch)
     }
 
     pub(crate) fn poll(&self, ticket: Ticket) -> Completion {
-        self.contain(Completion::Failed, |tlb| tlb.poll(ticket))
+        self.call(|tlb| tlb.poll(ticket))
+            .unwrap_or(Completion::Failed)
+    }
+
+    /// Calls the driver; `None` if it panicked, in which case the device is in quarantine.
+    fn call<R>(&self, method: impl FnOnce(&dyn DeviceTlb) -> R) -> Option<R> {
+        let result = catch_unwind(AssertUnwindSafe(|| method(&*self.inner.tlb)));
+        result.map_err(|_| self.quarantine()).ok()
     }
 
     pub(crate) fn reset(&self, deadline: Duration) -> Result<(), ResetError> {
-        self.contain(Err(ResetError::Panicked), |tlb| tlb.reset(deadline))?;
+        self.call(|tlb| tlb.reset(deadline))
+            .unwrap_or(Err(ResetError::Panicked))?;
         self.inner.resets.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }

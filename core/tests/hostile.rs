@@ -3,12 +3,13 @@
 mod support;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use shootdown::{
-    AddressSpace, Completion, Deadlines, Device, DeviceTlb, ExitError, FlushCommand, Health,
-    InvalidateError, Issue, Limits, Map, MapError, PageSizes, Range, ResetError, Scope, Ticket,
+    AddressSpace, Completion, CutOffFailed, Deadlines, Device, DeviceTlb, Drain, ExitError,
+    FlushCommand, Gather, Health, InvalidateError, Issue, Issued, Limits, Map, MapError, Notifier,
+    Op, Outcome, PageSizes, Range, ResetError, Scope, Ticket, WouldBlock,
 };
 use support::{Counting, fake, on, short, space};
 
@@ -229,4 +230,180 @@ fn what_an_exit_cannot_give_back_is_counted() {
         space.map(Map::anonymous(1 << 12)),
         Err(MapError::Exiting)
     ));
+}
+
+/// Where a handler panics.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Site {
+    Quiesce,
+    Drained,
+    Flush,
+    CutOff,
+    End,
+    Release,
+}
+
+/// Panics once in one place.
+struct Panics {
+    at: Site,
+    armed: AtomicBool,
+}
+
+impl Panics {
+    fn panic_in(&self, site: Site) {
+        assert!(
+            self.at != site || !self.armed.swap(false, SeqCst),
+            "planned"
+        );
+    }
+}
+
+impl Notifier for Panics {
+    fn quiesce<'o>(&self, op: &Op<'o>) -> Result<Drain<'o>, WouldBlock> {
+        self.panic_in(Site::Quiesce);
+        Ok(op.drain())
+    }
+    fn drained(&self, _: &Op<'_>) -> bool {
+        self.panic_in(Site::Drained);
+        true
+    }
+    fn flush<'o>(&self, _: &Op<'o>, gather: Gather<'o>) -> Issued<'o> {
+        self.panic_in(Site::Flush);
+        gather.all()
+    }
+    fn cut_off(&self, _: &Op<'_>) -> Result<(), CutOffFailed> {
+        self.panic_in(Site::CutOff);
+        Ok(())
+    }
+    fn end(&self, _: &Op<'_>, _: Outcome) {
+        self.panic_in(Site::End);
+    }
+    fn release(&self) {
+        self.panic_in(Site::Release);
+    }
+}
+
+#[test]
+fn a_panic_in_any_callback_is_told_to_the_caller_and_costs_nobody_else_anything() {
+    for at in [
+        Site::Quiesce,
+        Site::Drained,
+        Site::Flush,
+        Site::CutOff,
+        Site::End,
+        Site::Release,
+    ] {
+        let space = space();
+        let (buffer, next) = (page(&space), page(&space));
+        let ((bad, _), (good, _)) = (fake("of the bad handler"), fake("of the good one"));
+        let armed = AtomicBool::new(true);
+        let handler = Arc::new(Panics { at, armed });
+        let counting = Arc::new(Counting::default());
+        let one = space.register(buffer, handler, &on(&bad)).unwrap();
+        let two = space
+            .register(Range::ALL, counting.clone(), &on(&good))
+            .unwrap();
+        match space.unmap(buffer) {
+            Ok(()) => assert_eq!(at, Site::Release),
+            Err(MapError::Invalidate(InvalidateError::HandlerPanicked { changed, .. })) => {
+                assert_eq!(changed, at == Site::End, "{at:?}");
+                assert_eq!(space.quarantined_bytes() == 0, changed, "{at:?}");
+            }
+            Err(error) => panic!("{at:?}: {error}"),
+        }
+        one.unregister().unwrap();
+        assert_eq!(bad.health(), Health::Quarantined, "{at:?}");
+        assert_eq!(space.stats().panics, 1, "{at:?}");
+        assert_eq!(
+            (counting.starts.load(SeqCst), counting.ends.load(SeqCst)),
+            (1, 1),
+            "{at:?}"
+        );
+        // The space goes on, and so does what was in quarantine once its device is well.
+        space.unmap(next).unwrap();
+        assert_eq!(good.health(), Health::Healthy);
+        bad.recover(Duration::from_millis(20)).unwrap();
+        space.drain().unwrap();
+        assert_eq!(space.quarantined_bytes(), 0, "{at:?}");
+        two.unregister().unwrap();
+        assert_eq!(space.registrations(), 0, "{at:?}");
+        assert_eq!(space.stats().releases, 2, "{at:?}");
+    }
+}
+
+/// A TLB whose driver panics, once, in the method with this number.
+struct PanickingTlb {
+    at: u32,
+    armed: AtomicBool,
+}
+
+impl PanickingTlb {
+    fn panic_in(&self, at: u32) {
+        assert!(self.at != at || !self.armed.swap(false, SeqCst), "planned");
+    }
+}
+
+impl DeviceTlb for PanickingTlb {
+    fn limits(&self) -> Limits {
+        Limits {
+            entry_sizes: PageSizes::FOUR_KIB,
+            pages_per_command: 1024,
+            commands_per_batch: 8,
+            full_flush_cost: 4,
+        }
+    }
+    fn issue(&self, _: FlushCommand) -> Issue {
+        self.panic_in(0);
+        Issue::Queued
+    }
+    fn dispatch(&self) -> Ticket {
+        self.panic_in(1);
+        Ticket(0)
+    }
+    fn poll(&self, _: Ticket) -> Completion {
+        self.panic_in(2);
+        if self.at == 3 && self.armed.load(SeqCst) {
+            return Completion::Failed;
+        }
+        Completion::Done
+    }
+    fn reset(&self, _: Duration) -> Result<(), ResetError> {
+        self.panic_in(3);
+        Ok(())
+    }
+}
+
+/// As with a handler: the device goes into quarantine, others go on, and the range is not claimed for ever.
+#[test]
+fn a_tlb_that_panics_is_quarantined_and_the_caller_told() {
+    for at in 0..4 {
+        let space = space();
+        let buffer = page(&space);
+        let armed = AtomicBool::new(true);
+        let bad = Device::new("bad", PanickingTlb { at, armed });
+        let (good, behaviour) = fake("good");
+        let counting = Arc::new(Counting::default());
+        let one = space.register(buffer, counting.clone(), &on(&bad)).unwrap();
+        let two = space
+            .register(buffer, counting.clone(), &on(&good))
+            .unwrap();
+        let result = space.unmap(buffer);
+        assert!(
+            matches!(
+                result,
+                Err(MapError::Invalidate(InvalidateError::Quarantined { .. }))
+            ),
+            "{at}: {result:?}"
+        );
+        assert_eq!(bad.health(), Health::Quarantined, "{at}");
+        assert_eq!(good.health(), Health::Healthy, "{at}");
+        assert_eq!(behaviour.dispatched.load(SeqCst), 1, "{at}");
+        assert_eq!(counting.starts.load(SeqCst), 2, "{at}");
+        assert_eq!(counting.ends.load(SeqCst), 2, "{at}");
+        bad.recover(Duration::from_millis(20)).unwrap();
+        space.drain().unwrap();
+        assert_eq!(space.quarantined_bytes(), 0, "{at}");
+        one.unregister().unwrap();
+        two.unregister().unwrap();
+    }
 }

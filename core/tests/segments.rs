@@ -339,6 +339,32 @@ fn a_context_that_never_unloads_is_quarantined_with_its_device_until_that_is_rec
         .unwrap();
 }
 
+/// The memory of an exited space stays for good where a device may reach it; the space itself and what it knew do not.
+#[test]
+fn a_context_that_does_not_unload_at_exit_does_not_keep_its_space() {
+    let rig = Rig::new();
+    let segment = rig.segment();
+    rig.context.fails.store(u64::MAX, SeqCst);
+    assert!(matches!(
+        rig.space.exit(),
+        Err(shootdown::ExitError::Reached { .. })
+    ));
+    assert_eq!(rig.device.health(), Health::Quarantined);
+    assert!(!segment.is_over());
+    let Rig {
+        space,
+        context,
+        handler,
+        share,
+        ..
+    } = rig;
+    drop((segment, share, space));
+    assert_eq!(
+        (Arc::strong_count(&context), Arc::strong_count(&handler)),
+        (1, 1)
+    );
+}
+
 #[test]
 fn a_context_that_panics_is_quarantined_and_the_caller_told() {
     let rig = Rig::new();

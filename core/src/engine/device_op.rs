@@ -88,25 +88,21 @@ impl DeviceOp {
             match self.device.issue(self.commands[self.next]) {
                 Issue::Queued => self.queued = true,
                 Issue::NothingCached => {}
+                // It has panicked.
+                Issue::Busy if self.device.health() == Health::Quarantined => {
+                    self.state = Ack::Missed;
+                    return;
+                }
                 Issue::Busy => {
-                    // One that has panicked is in quarantine.
-                    if self.device.health() == Health::Quarantined {
-                        self.state = Ack::Missed;
-                    } else {
-                        self.device.dispatch();
-                    }
+                    self.device.dispatch();
                     return;
                 }
             }
             self.next += 1;
         }
         self.state = if self.queued {
-            self.ticket = Some(self.device.dispatch());
-            // Or what panicked was the doorbell, and nobody's ticket is anything worth.
-            match self.device.health() {
-                Health::Healthy => Ack::Waiting,
-                Health::Quarantined => Ack::Missed,
-            }
+            self.ticket = self.device.dispatch();
+            self.ticket.map_or(Ack::Missed, |_| Ack::Waiting)
         } else if self.missed && !planted!("r20-cached") {
             // "Nothing cached" cannot answer for commands that were accepted before.
             Ack::Missed

@@ -236,30 +236,33 @@ impl Table {
         segments.filter(|one| !one.is_over()).cloned().collect()
     }
 
-    /// At exit: everything goes that no device can reach; false if something stays. If one may reach all of the memory, only the
-    /// segments that are over go.
+    /// At exit: everything goes that no device can reach; false if something stays, which then counts as quarantined. If a device may
+    /// reach all of the memory, that stays. Segments and sick devices are let go of in any case: they hold the space, and nobody asks
+    /// for them any more.
     pub(crate) fn clear(&self, memory: &dyn Memory, reached: bool) -> bool {
+        let (mut all, sick) = {
+            let mut mappings = self.mappings.lock();
+            let all = std::mem::take(&mut mappings.by_start);
+            (all, std::mem::take(&mut mappings.sick))
+        };
         // Nobody claims anything any more. Neither the memory nor what is dropped finds the table locked.
-        let mut all = std::mem::take(&mut self.mappings.lock().by_start);
+        let mut everything = !reached;
         all.retain(|start, vma| {
-            let whole = Range::inclusive(*start, vma.last);
-            let gone = match &vma.segment {
-                Some(segment) => segment.is_over(),
-                None => {
-                    !reached
-                        && vma.state == State::Mapped
-                        && whole.is_ok_and(|whole| memory.unmap(whole).is_ok())
-                }
-            };
-            if !gone && vma.segment.is_none() {
-                // It stays for as long as the process lives.
-                vma.state = State::Quarantined { then: Then::Keep };
+            if let Some(segment) = &vma.segment {
+                everything &= segment.is_over();
+                return false;
             }
+            let whole = Range::inclusive(*start, vma.last);
+            let gone = !reached
+                && vma.state == State::Mapped
+                && whole.is_ok_and(|whole| memory.unmap(whole).is_ok());
+            everything &= gone;
+            vma.state = State::Quarantined { then: Then::Keep };
             !gone
         });
-        let empty = all.is_empty();
+        drop(sick);
         self.mappings.lock().by_start = all;
-        empty
+        everything
     }
 
     /// Takes out what was in quarantine and may be out of it.

@@ -24,7 +24,7 @@ use shootdown::{
 
 use crate::asid::{Asids, Words};
 use crate::config::{Config, Plant};
-use crate::context::Context;
+use crate::context::{self, Context};
 use crate::error::GruError;
 use crate::handle::Backoff;
 use crate::layout::{CONTEXTS, RESET, page_code, tgh};
@@ -119,7 +119,9 @@ impl Chiplet {
 
     /// Contexts that are taken.
     pub(crate) fn taken(&self) -> usize {
-        self.lock().slots.iter().flatten().count()
+        let mut state = self.lock();
+        context::reclaim(self, &mut state);
+        state.slots.iter().flatten().count()
     }
 
     /// The context that control-block slot `slot` belongs to.
@@ -189,7 +191,8 @@ impl Chiplet {
         })
     }
 
-    fn reset(&self, deadline: Duration) -> Result<(), ResetError> {
+    /// As [`DeviceTlb::reset`]. Legal with the chiplet's lock held.
+    pub(crate) fn reset(&self, deadline: Duration) -> Result<(), ResetError> {
         let timeout = ResetError::Timeout { deadline };
         // Acquire, with the release below.
         let seen = self.resets_over.load(Ordering::Acquire);

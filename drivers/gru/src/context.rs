@@ -90,7 +90,7 @@ impl Context {
     ) -> Result<Option<Arc<Self>>, GruError> {
         let mut state = chiplet.lock();
         let epoch = chiplet.epoch();
-        reclaim(chiplet, &mut state, epoch);
+        reclaim(chiplet, &mut state);
         let Some((index, cb_map, data_map)) =
             room(chiplet, &state).filter(|_| epoch.is_multiple_of(2))
         else {
@@ -126,7 +126,7 @@ impl Context {
         if let Err(error) = context.start() {
             // What a reset makes of the handle's operations is no news.
             let lost = context.check_epoch();
-            let freed = context.stop();
+            let freed = context.stop_or_reset();
             context.leave(&mut state, freed.is_ok());
             return Err(lost.err().unwrap_or(error));
         }
@@ -236,6 +236,18 @@ impl Context {
     /// # Errors
     /// The hardware did not give it back; it has ended for its user all the same, and can be ended once more.
     pub(crate) fn end(&self, why: Ended) -> Result<(), GruError> {
+        self.end_by(why, Self::stop)
+    }
+
+    /// Ends a context that has no segment, for whose sake the framework would reset a chiplet that does not give it back.
+    ///
+    /// # Errors
+    /// As [`Context::end`].
+    pub(crate) fn discard(&self, why: Ended) -> Result<(), GruError> {
+        self.end_by(why, Self::stop_or_reset)
+    }
+
+    fn end_by(&self, why: Ended, stop: fn(&Self) -> Result<(), GruError>) -> Result<(), GruError> {
         {
             let mut mapping = self.mapping.write().unwrap_or_else(PoisonError::into_inner);
             mapping.get_or_insert(why);
@@ -248,7 +260,7 @@ impl Context {
         drop(gate);
         let mut state = self.chiplet.lock();
         let planted = self.chiplet.planted(Plant::CONTEXT_NOT_UNLOADED);
-        let stopped = if planted { Ok(()) } else { self.stop() };
+        let stopped = if planted { Ok(()) } else { stop(self) };
         self.leave(&mut state, stopped.is_ok());
         stopped
     }
@@ -277,6 +289,14 @@ impl Context {
                 result => return result,
             }
         }
+    }
+
+    /// As [`Context::stop`], and a chiplet that does not stop it is reset.
+    fn stop_or_reset(&self) -> Result<(), GruError> {
+        self.stop().or_else(|error| {
+            let deadline = self.chiplet.config.handle_deadline;
+            self.chiplet.reset(deadline).map_err(|_| error)
+        })
     }
 
     fn force_user_polling(&self) -> Result<(), GruError> {
@@ -343,8 +363,12 @@ fn not_running(error: GruError) -> Result<(), GruError> {
     }
 }
 
-/// Takes back what was leaked before a reset.
-fn reclaim(chiplet: &Chiplet, state: &mut State, epoch: u64) {
+/// Takes back what was leaked before a reset that has come to its end.
+pub(crate) fn reclaim(chiplet: &Chiplet, state: &mut State) {
+    let epoch = chiplet.epoch();
+    if !epoch.is_multiple_of(2) {
+        return;
+    }
     for slot in &mut state.slots {
         if let Some(old) = slot.take_if(|old| old.leaked && old.context.epoch != epoch) {
             let context = old.context;

@@ -30,11 +30,26 @@ use crate::layout::{FAULT_MAP, fault, fault_map, page_code, status, tfh};
 /// How long the service thread sleeps at most, which is how late it sees that it is told to stop.
 const NAP: Duration = Duration::from_millis(20);
 
+/// Interrupts in a row that may come for nothing: each round also answers faults whose interrupt is yet to be taken.
+const FOR_NOTHING: u32 = 16;
+
 /// Serves a chiplet's fault map until told to stop, or until the chiplet is gone.
 pub(crate) fn serve(chiplet: &Chiplet, interrupts: &dyn Interrupts, stop: &AtomicBool) {
+    let mut for_nothing = 0;
     // Acquire, with the driver's release.
     while !stop.load(Ordering::Acquire) {
-        if interrupts.wait(FAULT_MAP, NAP).is_err() || round(chiplet).is_err() {
+        let fired = interrupts.wait(FAULT_MAP, NAP);
+        if let (Ok(fired), Ok(found)) = (fired, round(chiplet)) {
+            for_nothing = if fired == 0 || found {
+                0
+            } else {
+                for_nothing + 1
+            };
+            // A storm is looked at now and then: it must not take the processor from others.
+            if for_nothing > FOR_NOTHING {
+                std::thread::sleep(NAP);
+            }
+        } else {
             // Contexts that are loaded from now on do not rely on this thread.
             chiplet.served.store(false, Ordering::Release);
             tracing::error!(chiplet = %chiplet.name, "chiplet gone: its faults are not served");
@@ -43,23 +58,31 @@ pub(crate) fn serve(chiplet: &Chiplet, interrupts: &dyn Interrupts, stop: &Atomi
     }
 }
 
-/// Answers every fault in the map once. A fault that comes meanwhile has its own interrupt.
-fn round(chiplet: &Chiplet) -> Result<(), GruError> {
+/// Answers every fault in the map once, and says whether there was one. A fault that comes meanwhile has its own interrupt.
+fn round(chiplet: &Chiplet) -> Result<bool, GruError> {
+    let mut found = false;
     for word in 0..2 {
         let mut bits = chiplet.registers.read(fault_map(word))?;
         while bits != 0 {
             let slot = word * 64 + bits.trailing_zeros() as usize;
             bits &= bits - 1;
-            match chiplet.owner(slot).map(|context| service(&context, slot)) {
-                None | Some(Ok(())) => {}
-                Some(Err(GruError::Device(error))) => return Err(error.into()),
-                Some(Err(error)) => {
+            let Some(context) = chiplet.owner(slot) else {
+                continue;
+            };
+            if tfh::state(chiplet.registers.read(fault(slot))?) != tfh::MISS_MAP {
+                continue;
+            }
+            found = true;
+            match service(&context, slot) {
+                Ok(()) => {}
+                Err(GruError::Device(error)) => return Err(error.into()),
+                Err(error) => {
                     tracing::warn!(chiplet = %chiplet.name, slot, %error, "fault not resolved");
                 }
             }
         }
     }
-    Ok(())
+    Ok(found)
 }
 
 fn service(context: &Arc<Context>, slot: usize) -> Result<(), GruError> {

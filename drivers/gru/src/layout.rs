@@ -112,9 +112,9 @@ pub(crate) mod tgh {
     pub(crate) const ADDRESS: u64 = 8;
     pub(crate) const WHAT: u64 = 16;
     pub(crate) const WHERE: u64 = 24;
-    /// Whether an idle handle has ended what it was told to do. A reset leaves no opcode.
+    /// Whether an idle handle has ended what it was told to do. A reset takes the opcode of one that is at work.
     pub(crate) const fn has_ended(dw0: u64) -> bool {
-        (dw0 >> 8) & 0xff == INVALIDATE
+        (dw0 >> 8) & 7 == INVALIDATE
     }
 
     /// Pages that one purge covers at most; so many purge the ASID completely.

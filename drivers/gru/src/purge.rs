@@ -13,7 +13,7 @@
 //! *exhausted*, which only a reset mends.
 //!
 //! # Which purges never ended
-//! A handle that has become idle by itself still holds its opcode; one that a reset has made idle does not. So it is counted,
+//! A handle that has become idle by itself still holds its opcode; one that a reset has taken off its work does not. So it is counted,
 //! once for each purge, what stood in for an end that never came: a wider purge, or a reset.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

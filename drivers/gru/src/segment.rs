@@ -70,8 +70,8 @@ impl Segment {
                 _gru: gru,
             }),
             Err(error) => {
-                // Nobody has used it; one that does not stop is leaked, and comes back with the next reset.
-                context.end(Ended::Unmapped)?;
+                // Nobody has used it.
+                context.discard(Ended::Unmapped)?;
                 Err(error.into())
             }
         }

@@ -358,7 +358,8 @@ impl Core {
         self.submit_handle(control, Operation::Reset);
     }
 
-    /// Nothing is in flight: puts everything but counters and random numbers into its first state.
+    /// Nothing is in flight: puts everything but counters and random numbers into its first state. A TLB-global handle that is
+    /// idle keeps its words, so that who has not looked yet still sees that its purge has ended.
     fn end_reset(&self, control: &mut Control) {
         for context in 0..CONTEXTS {
             self.segment.set_running(context, false);
@@ -371,7 +372,9 @@ impl Core {
         let faults = control.pending.values().filter(|(_, injected)| *injected);
         self.counters.faults_cut_short.add(faults.count() as u64);
         control.contexts = Default::default();
-        control.tghs = Default::default();
+        for tgh in control.tghs.iter_mut().filter(|tgh| tgh.is_active()) {
+            *tgh = Tgh::default();
+        }
         control.faults.fill_with(Fault::default);
         control.fault_maps = Default::default();
         control.tlb.clear();

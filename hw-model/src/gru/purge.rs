@@ -36,9 +36,13 @@ pub(super) struct Tgh {
 }
 
 impl Tgh {
+    pub(super) fn is_active(&self) -> bool {
+        self.handle.is_active()
+    }
+
     /// Whether it is at work on a purge that ends.
     pub(super) fn ends(&self) -> bool {
-        self.handle.is_active() && !self.lost && !self.stuck
+        self.is_active() && !self.lost && !self.stuck
     }
 
     /// What the handle's words describe. The address mask and the context bitmap have no meaning in the model: it always

@@ -10,9 +10,9 @@ use std::thread;
 use std::time::Duration;
 
 use shootdown::{
-    Addr, AddressSpace, Cause, Completion, Device, DeviceContext, DeviceTlb, FlushCommand,
-    InvalidateError, Issue, Limits, Map, MapError, NotifierLock, Op, Outcome, PageSizes,
-    ProcessMemory, Range, RangeError, Scope, Target, Ticket, UnloadFailed,
+    Addr, AddressSpace, Cause, Completion, Device, DeviceContext, DeviceTlb, ExitError,
+    FlushCommand, InvalidateError, Issue, Limits, Map, MapError, NotifierLock, Op, Outcome,
+    PageSizes, ProcessMemory, Range, RangeError, Scope, Target, Ticket, UnloadFailed,
 };
 use support::{Counting, fake, on, short, space};
 
@@ -221,7 +221,8 @@ fn pages_in_quarantine_outlive_their_space() {
         .register(buffer, Arc::new(Counting::default()), &on(&device))
         .unwrap();
     space.unmap(buffer).unwrap_err();
-    space.exit().unwrap();
+    let told = space.exit();
+    assert!(matches!(told, Err(ExitError::Reached { .. })), "{told:?}");
     drop((registration, space));
     assert!(left.upgrade().is_some(), "the pages are gone");
     assert_eq!(load(buffer.start()), 5);

@@ -221,7 +221,8 @@ fn pages_in_quarantine_outlive_their_space() {
         .register(buffer, Arc::new(Counting::default()), &on(&device))
         .unwrap();
     space.unmap(buffer).unwrap_err();
-    assert!(matches!(space.exit(), Err(ExitError::Reached { .. })));
+    let told = space.exit();
+    assert!(matches!(told, Err(ExitError::Reached { .. })), "{told:?}");
     drop((registration, space));
     assert!(left.upgrade().is_some(), "the pages are gone");
     assert_eq!(load(buffer.start()), 5);

@@ -237,7 +237,7 @@ pub(crate) fn run(
                 Duration::from_millis(20).min(ends.saturating_duration_since(Instant::now())),
             );
             recovery.tick();
-            sampler.look(begun.elapsed(), || shared.quarantined());
+            sampler.look(begun.elapsed());
             progress.set_position(begun.elapsed().as_millis() as u64 / 100);
             progress.set_message(format!(
                 "{} shootdowns",

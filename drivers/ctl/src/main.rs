@@ -7,12 +7,16 @@ mod attach;
 mod campaign;
 mod churn;
 mod devices;
+mod faults;
 mod hardware;
 mod options;
 mod plant;
 mod races;
+mod recovery;
 mod report;
 mod run;
+mod shared;
+mod soak;
 mod trace;
 mod worker;
 
@@ -25,6 +29,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clap::Parser;
 use serde::Serialize;
 
+use crate::faults::Fault;
 use crate::options::{Cli, Command, Options, PlantsOptions};
 use crate::plant::Plant;
 
@@ -47,14 +52,23 @@ fn run(options: &Options) -> ExitCode {
         });
         return print(&lines.join("\n"), true);
     }
+    if options.faults.as_deref() == Some("list") {
+        let lines = Fault::ALL.map(|fault| format!("{:<15} {}", fault.name(), fault.meaning()));
+        return print(&lines.join("\n"), true);
+    }
+    let faults = match options.faults.as_deref().map(Fault::by_names).transpose() {
+        Ok(faults) => faults.unwrap_or_default(),
+        Err(error) => return fail(&error, 2),
+    };
     let plant = match options.plant.as_deref().map(Plant::by_name).transpose() {
         Ok(plant) => plant,
         Err(error) => return fail(&error, 2),
     };
-    let level = if options.verbose {
-        "shootdown=debug,info"
-    } else {
-        "error"
+    let level = match &options.faults {
+        _ if options.verbose => "shootdown=debug,info",
+        // What comes of faults is in the report.
+        Some(_) => "off",
+        None => "error",
     };
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::new(level))
@@ -64,7 +78,7 @@ fn run(options: &Options) -> ExitCode {
         Ok(interrupted) => interrupted,
         Err(code) => return code,
     };
-    match run::run(options, plant, &interrupted) {
+    match run::run(options, plant, &faults, &interrupted) {
         Ok((report, trace)) => {
             let code = output(&report, options.json, report.passed());
             match trace {

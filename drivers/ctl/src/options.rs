@@ -69,6 +69,9 @@ pub(crate) struct Options {
     /// Plants a bug and looks whether it is found; `list` prints their names.
     #[arg(long, value_name = "NAME")]
     pub(crate) plant: Option<String>,
+    /// Injects faults into the devices, from the seed: `all`, or names with commas between them; `list` prints them.
+    #[arg(long, value_name = "NAMES", conflicts_with = "plant")]
+    pub(crate) faults: Option<String>,
     /// Prints the report as one JSON object.
     #[arg(long)]
     pub(crate) json: bool,

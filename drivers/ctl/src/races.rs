@@ -10,7 +10,8 @@ use shootdown::{Addr, AddressSpace, ExitError, Map, MapError, PageSize, Range, R
 use shootdown_gru::{Element, GruError, Instruction, Segment, Status};
 use shootdown_hw_model::ModelMemory;
 
-use crate::worker::{BLOCKS, CHUNK, PATIENCE, Worker, is_lost, run_together, settle};
+use crate::shared::{PATIENCE, is_quarantine};
+use crate::worker::{BLOCKS, CHUNK, Worker};
 
 /// Changes of one page beside a sweep, at most; it is over after a few where misses are served at once.
 const CHANGES: usize = 64;
@@ -140,7 +141,7 @@ impl Worker<'_> {
         for (from, to) in left {
             if from < to {
                 let rest = Range::new(from, to - from).expect("what is left of it");
-                self.shoot_in(space, "unmap of the rest", |space| space.unmap(rest));
+                self.unmap_in(space, rest, |space| space.unmap(rest));
             }
         }
         result
@@ -172,9 +173,10 @@ impl Worker<'_> {
             blocks += 1;
         }
         let mut now = Some(target);
+        let refused = self.refused;
         match change {
             Change::Unmap => {
-                if self.shoot_in(space, "unmap of a page", |space| space.unmap(target)) {
+                if self.unmap_in(space, target, |space| space.unmap(target)) {
                     now = None;
                 }
             }
@@ -194,18 +196,20 @@ impl Worker<'_> {
                 }
             }
         }
-        let mut result = settle(segment, blocks);
+        let mut result = self.shared.settle(segment, blocks);
         if let Some(page) = now
             && result.is_ok()
+            // Else it may be read-only, or a device at work on it.
+            && self.refused == refused
         {
             let set = Instruction::vset(page.start(), value, Element::Double, CHUNK);
-            result = run_together(segment, &[set]);
+            result = self.shared.run_together(segment, &[set]);
             if result.is_ok() {
                 self.matches(page.start(), CHUNK, value, "a vset after a change");
             }
         }
         if let Some(moved) = now.filter(|now| *now != target) {
-            self.shoot_in(space, "unmap", |space| space.unmap(moved));
+            self.unmap_in(space, moved, |space| space.unmap(moved));
         }
         (now != Some(target), result)
     }
@@ -226,7 +230,7 @@ impl Worker<'_> {
             return page;
         };
         let mut now = page;
-        if self.shoot_in(space, "unmap", |space| space.unmap(hole)) {
+        if self.unmap_in(space, hole, |space| space.unmap(hole)) {
             self.shoot_in(space, "remap", |space| {
                 match space.remap(page, hole.start()) {
                     Ok(to) => now = to,
@@ -259,12 +263,12 @@ impl Worker<'_> {
         let Some(buffer) = buffer else {
             return;
         };
-        self.shoot("unmap", |space| space.unmap(buffer));
+        self.unmap(buffer);
         let Ok(again) = self.shared.space.map(Map::anonymous(len)) else {
             return;
         };
         self.work(again);
-        self.shoot("unmap", |space| space.unmap(again));
+        self.unmap(again);
     }
 
     fn unmap_segment(&mut self, segment: &Segment, space: &AddressSpace, locked: bool) {
@@ -278,6 +282,7 @@ impl Worker<'_> {
         };
         match result {
             Ok(()) | Err(GruError::ContextLost { .. } | GruError::HandleTimeout { .. }) => {}
+            Err(GruError::Map(error)) if is_quarantine(&error) => {}
             Err(error) => self.find(format!("unmap of a segment: {error}")),
         }
     }
@@ -285,7 +290,7 @@ impl Worker<'_> {
     /// A space of its own, whose segment is unmapped with work in flight, or which exits with its memory mapped and its segment
     /// at work.
     pub(crate) fn short_lived_space(&mut self) {
-        let Ok(memory) = ModelMemory::new(&self.shared.bus, 16 << 20) else {
+        let Ok(memory) = ModelMemory::new(&self.shared.bus, 2 << 20) else {
             return;
         };
         let space = AddressSpace::managed(memory, crate::run::deadlines());
@@ -303,7 +308,7 @@ impl Worker<'_> {
         // Nobody else changes this space, so misses and changes are not kept apart by the map lock.
         for size in [PageSize::FourKiB, PageSize::SixtyFourKiB] {
             if let Err(error) = self.change_beside(&space, &segment, size, Change::Discard)
-                && !is_lost(&error)
+                && !self.shared.is_lost(&error)
             {
                 self.find(format!("work beside a change: {error}"));
             }
@@ -314,6 +319,7 @@ impl Worker<'_> {
             1 => self.unmap_segment(&segment, &space, true),
             _ => {}
         }
+        self.shared.await_health();
         match space.exit() {
             // Memory that a dead device may still reach stays.
             Ok(()) | Err(ExitError::Reached { .. }) => {}
@@ -325,6 +331,8 @@ impl Worker<'_> {
         sums.releases.fetch_add(stats.releases, Ordering::Relaxed);
         sums.registrations
             .fetch_add(space.registrations() as u64, Ordering::Relaxed);
+        let kept = space.quarantined_bytes();
+        self.shared.kept.fetch_add(kept, Ordering::Relaxed);
         self.shared.spaces_exited.fetch_add(1, Ordering::Relaxed);
     }
 }

@@ -5,7 +5,9 @@ use std::fmt;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
+use crate::faults::Faults;
 use crate::plant::Planted;
+use crate::soak::Soak;
 
 /// Latencies of one kind of call, in nanoseconds.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
@@ -95,6 +97,8 @@ pub(crate) struct Report {
     /// Bytes of memory in quarantine at the end.
     pub(crate) quarantined: u64,
     pub(crate) escalations: Escalations,
+    pub(crate) faults: Faults,
+    pub(crate) soak: Soak,
     pub(crate) latency_ns: Latencies,
     pub(crate) findings: Vec<String>,
     pub(crate) verdict: &'static str,
@@ -109,8 +113,7 @@ impl Report {
         let clean = self.stale_accesses == 0
             && self.data_mismatches == 0
             && self.releases == self.releases_expected
-            // What is in quarantine is kept on purpose, and counted apart.
-            && (!self.leaked.any() || self.quarantined > 0)
+            && !self.leaked.any()
             && self.findings.is_empty();
         self.verdict = if clean { "pass" } else { "fail" };
     }
@@ -223,6 +226,7 @@ impl fmt::Display for Report {
             "  leaked: {} frames, {} registrations, {} contexts, {} ASIDs",
             l.frames, l.registrations, l.contexts, l.asids
         )?;
+        write!(f, "{}{}", self.faults, self.soak)?;
         for finding in &self.findings {
             writeln!(f, "\nfound: {finding}")?;
         }

@@ -9,16 +9,20 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use shootdown::{AddressSpace, Deadlines, ExitError, Memory};
-use shootdown_gru::{ChipletPorts, Config, Gru};
+use shootdown_gru::{ChipletPorts, Config, Gru, GruStats};
 use shootdown_hw_model::gru::{ChipletConfig, FaultPlan, Latency, Model};
 use shootdown_hw_model::{Bus, ModelError, ModelMemory};
 use thiserror::Error;
 
+use crate::faults::{Fault, Faults};
 use crate::options::Options;
 use crate::plant::Plant;
+use crate::recovery::Recovery;
 use crate::report::{Escalations, Latencies, Leaked, Report, Unregisters};
+use crate::shared::{Shared, Spaces};
+use crate::soak::Sampler;
 use crate::trace;
-use crate::worker::{BLOCKS, CHUNK, Shared, Spaces, Worker};
+use crate::worker::{BLOCKS, CHUNK, Worker};
 
 /// Why there was no run, or no report.
 #[derive(Debug, Error)]
@@ -65,6 +69,10 @@ fn watchdog() -> Sender<()> {
     watched
 }
 
+/// Far beyond what any fault takes that ends by itself.
+const SETTLES: Duration = Duration::from_secs(2);
+
+const FRAME_BYTES: u64 = 4096;
 /// 256 MiB.
 const FRAMES: u64 = 1 << 16;
 const ARENA: u64 = 1 << 30;
@@ -74,12 +82,12 @@ pub(crate) fn deadlines() -> Deadlines {
         drain: Duration::from_secs(1),
         flush: Duration::from_millis(50),
         full_flush: Duration::from_millis(100),
-        reset: Duration::from_secs(1),
+        reset: Duration::from_millis(300),
         ..Deadlines::default()
     }
 }
 
-fn chiplets(options: &Options, plant: Option<Plant>) -> ChipletConfig {
+fn chiplets(options: &Options, plant: Option<Plant>, faults: &[Fault]) -> ChipletConfig {
     let mut config = ChipletConfig {
         tlb_entries: 256,
         latency: Latency {
@@ -96,6 +104,9 @@ fn chiplets(options: &Options, plant: Option<Plant>) -> ChipletConfig {
     if let Some(plant) = plant {
         plant.hardware(&mut config);
     }
+    for fault in faults {
+        fault.inject(&mut config.faults);
+    }
     config
 }
 
@@ -105,6 +116,8 @@ fn driver(plant: Option<Plant>) -> Config {
         asids: 8..=8 * 17,
         control_blocks: BLOCKS,
         data_bytes: CHUNK as usize * 8,
+        // For the flush when they wrap, too, which is waited for with a chiplet's lock held.
+        handle_deadline: Duration::from_millis(300),
         ..Config::default()
     };
     if let Some(plant) = plant {
@@ -129,8 +142,11 @@ fn bar(options: &Options) -> ProgressBar {
 pub(crate) fn run(
     options: &Options,
     plant: Option<Plant>,
+    faults: &[Fault],
     interrupted: &AtomicBool,
 ) -> Result<(Report, Result<(), RunError>), RunError> {
+    let time = Duration::from_secs(options.seconds);
+    let mut sampler = Sampler::new(time);
     let most = u64::from(options.devices) * 15;
     let segments = options.segments.max(options.threads);
     if segments > most {
@@ -149,7 +165,7 @@ pub(crate) fn run(
         })?),
     };
     let bus = Bus::new(FRAMES)?;
-    let model = Model::new(&bus, options.devices, chiplets(options, plant));
+    let model = Model::new(&bus, options.devices, chiplets(options, plant, faults));
     let ports = model
         .chiplets()
         .iter()
@@ -167,6 +183,7 @@ pub(crate) fn run(
         gru: gru.clone(),
         space: AddressSpace::managed(memory, deadlines()),
         arena,
+        faulty: !faults.is_empty() || plant.is_some_and(|plant| !plant.must_be_found()),
         stop: AtomicBool::new(false),
         shootdowns: AtomicU64::new(0),
         bytes_verified: AtomicU64::new(0),
@@ -174,6 +191,7 @@ pub(crate) fn run(
         segments_torn_down: AtomicU64::new(0),
         spaces_exited: AtomicU64::new(0),
         short_lived: Spaces::default(),
+        kept: AtomicU64::new(0),
         releases: Arc::default(),
     };
     let mut report = Report {
@@ -182,12 +200,17 @@ pub(crate) fn run(
         devices: options.devices,
         segments,
         plant: plant.map(Plant::planted),
+        faults: Faults {
+            given: faults.iter().map(|fault| fault.name()).collect(),
+            ..Faults::default()
+        },
         ..Report::default()
     };
 
     let begun = Instant::now();
-    let ends = begun + Duration::from_secs(options.seconds);
+    let ends = begun + time;
     let progress = bar(options);
+    let mut recovery = Recovery::new(gru.devices(), &shared.space);
     let (measured, watched) = thread::scope(|scope| {
         let workers: Vec<_> = (0..options.threads)
             .map(|nth| {
@@ -213,12 +236,15 @@ pub(crate) fn run(
             thread::sleep(
                 Duration::from_millis(20).min(ends.saturating_duration_since(Instant::now())),
             );
+            recovery.tick();
+            sampler.look(begun.elapsed());
             progress.set_position(begun.elapsed().as_millis() as u64 / 100);
             progress.set_message(format!(
                 "{} shootdowns",
                 shared.shootdowns.load(Ordering::Relaxed)
             ));
         }
+        sampler.end();
         shared.stop.store(true, Ordering::Relaxed);
         let watched = watchdog();
         let measured: Vec<_> = workers
@@ -230,6 +256,12 @@ pub(crate) fn run(
     report.seconds = begun.elapsed().as_secs_f64();
     report.interrupted = interrupted.load(Ordering::Relaxed);
     progress.finish_and_clear();
+    if !recovery.finish() {
+        let findings = &mut report.findings;
+        findings.push("a device did not come back from quarantine".to_owned());
+    }
+    report.findings.append(&mut recovery.findings);
+    report.faults.recoveries = recovery.recoveries;
     if measured.len() < options.threads as usize {
         report
             .findings
@@ -278,7 +310,12 @@ pub(crate) fn run(
         _ => Ok(()),
     };
     finish(&mut report, shared, &gru, &model);
+    drop((gru, model, bus));
     drop(watched);
+    let kept = report.quarantined > 0;
+    report.soak = sampler.after(kept);
+    report.findings.extend(report.soak.leaks(kept));
+    report.judge();
     Ok((report, trace))
 }
 
@@ -291,7 +328,6 @@ fn finish(report: &mut Report, shared: Shared, gru: &Gru, model: &Model) {
         releases,
         ..
     } = &shared;
-    report.quarantined = space.quarantined_bytes();
     match space.exit() {
         // Memory that a dead device may still reach stays; it was counted as quarantined before.
         Ok(()) | Err(ExitError::Reached { .. }) => {}
@@ -321,6 +357,7 @@ fn finish(report: &mut Report, shared: Shared, gru: &Gru, model: &Model) {
         inside_other_callback,
         during_release,
     };
+    report.quarantined = shared.quarantined();
     report.shootdowns = get(&shared.shootdowns);
     report.bytes_verified = get(&shared.bytes_verified);
     report.data_mismatches = get(&shared.data_mismatches);
@@ -351,11 +388,13 @@ fn finish(report: &mut Report, shared: Shared, gru: &Gru, model: &Model) {
             recovered_by_flush: e.recovered_by_flush + stats.recovered_by_flush,
             recovered_by_reset: e.recovered_by_reset + stats.recovered_by_reset,
         };
+        report.faults.quarantines += stats.quarantined;
     }
     for chiplet in model.chiplets() {
         report.device_ops += chiplet.counts().instructions;
     }
-    let stats = gru.stats();
+    let stats = account(&mut report.faults, gru, model);
+    report.findings.extend(report.faults.unaccounted());
     report.faults_resolved = stats.faults_resolved;
     report.fault_retries = stats.fault_retries;
     report.leaked = Leaked {
@@ -365,6 +404,25 @@ fn finish(report: &mut Report, shared: Shared, gru: &Gru, model: &Model) {
     };
     let bus = bus.clone();
     drop(shared);
-    report.leaked.frames = bus.physical().total() - bus.physical().free_frames();
-    report.judge();
+    let used = bus.physical().total() - bus.physical().free_frames();
+    // What is in quarantine is kept on purpose, and counted apart.
+    report.leaked.frames = used.saturating_sub(report.quarantined / FRAME_BYTES);
+}
+
+/// Accounts for what was injected, once what ends by itself has ended.
+fn account(faults: &mut Faults, gru: &Gru, model: &Model) -> GruStats {
+    let begun = Instant::now();
+    loop {
+        // Any look at a chiplet carries out what is due.
+        let counts = model.chiplets().iter().map(|chiplet| {
+            chiplet.tlb_entries();
+            chiplet.counts()
+        });
+        let stats = gru.stats();
+        faults.count(counts, &stats);
+        if faults.unaccounted().is_empty() || begun.elapsed() > SETTLES {
+            return stats;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
 }

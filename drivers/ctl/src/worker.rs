@@ -1,7 +1,6 @@
 //! One thread of the run: maps memory, has the devices work on it, checks what they did, and takes it away again.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,34 +10,10 @@ use rand::{Rng, SeedableRng};
 use shootdown::{
     Addr, AddressSpace, InvalidateError, Map, MapError, MemoryError, PageSize, Range, Rights,
 };
-use shootdown_gru::{Atomic, Element, Gru, GruError, Instruction, Segment};
-use shootdown_hw_model::Bus;
+use shootdown_gru::{Atomic, Element, GruError, Instruction, Segment};
 
-use crate::churn::{self, Releases};
-
-/// What all threads share.
-pub(crate) struct Shared {
-    pub(crate) bus: Bus,
-    pub(crate) gru: Arc<Gru>,
-    pub(crate) space: AddressSpace,
-    pub(crate) arena: Range,
-    pub(crate) stop: AtomicBool,
-    pub(crate) shootdowns: AtomicU64,
-    pub(crate) bytes_verified: AtomicU64,
-    pub(crate) data_mismatches: AtomicU64,
-    pub(crate) segments_torn_down: AtomicU64,
-    pub(crate) spaces_exited: AtomicU64,
-    pub(crate) short_lived: Spaces,
-    pub(crate) releases: Releases,
-}
-
-/// Sums over the spaces that have come and gone.
-#[derive(Default)]
-pub(crate) struct Spaces {
-    pub(crate) inserts: AtomicU64,
-    pub(crate) releases: AtomicU64,
-    pub(crate) registrations: AtomicU64,
-}
+use crate::churn;
+use crate::shared::{Shared, is_quarantine};
 
 /// What one thread has measured.
 pub(crate) struct Measured {
@@ -51,52 +26,10 @@ fn histogram() -> Histogram<u64> {
     Histogram::new(3).expect("three digits are a valid precision")
 }
 
-/// Any instruction ends sooner, or its device is dead.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 /// Words that a segment must have room for: what one instruction moves.
 pub(crate) const CHUNK: u32 = 64;
 /// Control blocks that a segment must have: what is at work at the same time.
 pub(crate) const BLOCKS: usize = 8;
-
-/// Whether an error comes of a device that was lost, which is no finding.
-pub(crate) fn is_lost(error: &GruError) -> bool {
-    matches!(
-        error,
-        GruError::ContextLost { .. } | GruError::Timeout { .. } | GruError::Fault(_)
-    )
-}
-
-/// Runs instructions at the same time, one a control block. None is at work afterwards, unless the device was lost.
-pub(crate) fn run_together(
-    segment: &Segment,
-    instructions: &[Instruction],
-) -> Result<(), GruError> {
-    let mut result = Ok(());
-    let mut submitted = 0;
-    for instruction in instructions {
-        result = segment.submit(submitted, instruction);
-        if result.is_err() {
-            break;
-        }
-        submitted += 1;
-    }
-    for cb in 0..submitted {
-        result = segment.wait(cb, PATIENCE).map(|_| ()).and(result);
-    }
-    result
-}
-
-/// Waits for work that may end with the data or with an exception, as its memory changed meanwhile.
-pub(crate) fn settle(segment: &Segment, blocks: usize) -> Result<(), GruError> {
-    let mut result = Ok(());
-    for cb in 0..blocks {
-        match segment.wait(cb, PATIENCE) {
-            Ok(_) | Err(GruError::Exception { .. }) => {}
-            Err(error) => result = Err(error),
-        }
-    }
-    result
-}
 
 pub(crate) struct Worker<'s> {
     pub(crate) shared: &'s Shared,
@@ -105,6 +38,12 @@ pub(crate) struct Worker<'s> {
     wanted: usize,
     measured: Measured,
     rounds: u64,
+    /// A device was lost in this round. What it was at work on it may go on with, if it survived.
+    lost: bool,
+    /// Changes that were refused, or failed.
+    pub(crate) refused: u64,
+    /// Ranges that could not be unmapped because a part of them is in quarantine, and will be given back there.
+    left: Vec<Range>,
 }
 
 impl<'s> Worker<'s> {
@@ -120,6 +59,9 @@ impl<'s> Worker<'s> {
                 findings: Vec::new(),
             },
             rounds: 0,
+            lost: false,
+            refused: 0,
+            left: Vec::new(),
         }
     }
 
@@ -140,18 +82,54 @@ impl<'s> Worker<'s> {
 
     /// What the workload provokes on purpose, or a dead device brings about, is no finding.
     pub(crate) fn expect(&mut self, what: &str, result: Result<(), MapError>) -> bool {
-        match result {
-            Ok(()) => true,
-            Err(
-                MapError::Memory(MemoryError::OutOfFrames { .. } | MemoryError::OutOfVmas { .. })
-                | MapError::NoRoom { .. }
-                | MapError::InQuarantine { .. }
-                | MapError::Invalidate(InvalidateError::Quarantined { .. }),
-            ) => false,
-            Err(error) => {
-                self.find(format!("{what}: {error}"));
-                false
-            }
+        let Err(error) = result else {
+            return true;
+        };
+        self.refused += 1;
+        match error {
+            MapError::Memory(MemoryError::OutOfFrames { .. } | MemoryError::OutOfVmas { .. })
+            | MapError::NoRoom { .. } => {}
+            // It will be so until the device has been recovered.
+            error if is_quarantine(&error) => thread::sleep(Duration::from_millis(1)),
+            error => self.find(format!("{what}: {error}")),
+        }
+        false
+    }
+
+    /// Unmaps a range of a space: whether it is not this thread's any more. In quarantine it is the space's, which unmaps it
+    /// once the device has been recovered.
+    pub(crate) fn unmap_in(
+        &mut self,
+        space: &AddressSpace,
+        range: Range,
+        call: impl FnOnce(&AddressSpace) -> Result<(), MapError>,
+    ) -> bool {
+        let mut quarantined = false;
+        let mut refused = false;
+        let gone = self.shoot_in(space, "unmap", |space| {
+            let result = call(space);
+            quarantined = matches!(
+                result,
+                Err(MapError::Invalidate(InvalidateError::Quarantined { .. }))
+            );
+            refused = matches!(result, Err(MapError::InQuarantine { .. }));
+            result
+        });
+        // A space of its own ends soon, and all of it goes then.
+        if refused && space.id() == self.shared.space.id() {
+            self.left.push(range);
+        }
+        gone || quarantined
+    }
+
+    pub(crate) fn unmap(&mut self, range: Range) -> bool {
+        self.unmap_in(&self.shared.space, range, |space| space.unmap(range))
+    }
+
+    /// Unmaps what could not be unmapped before.
+    fn unmap_left(&mut self) {
+        for range in std::mem::take(&mut self.left) {
+            self.unmap(range);
         }
     }
 
@@ -178,12 +156,16 @@ impl<'s> Worker<'s> {
     }
 
     fn round(&mut self) {
+        self.lost = false;
+        self.unmap_left();
         while self.segments.len() < self.wanted {
             match self.shared.gru.segment(&self.shared.space) {
                 Ok(segment) => self.segments.push(segment),
                 Err(_) if !self.segments.is_empty() => break,
                 Err(error) => {
-                    self.find(format!("no segment: {error}"));
+                    if !self.shared.is_lost(&error) {
+                        self.find(format!("no segment: {error}"));
+                    }
                     // It may be over soon; the next round tries again.
                     thread::sleep(Duration::from_millis(1));
                     return;
@@ -241,7 +223,8 @@ impl<'s> Worker<'s> {
 
     /// What became of `what` on segment `nth`, which goes if its device was lost: a new one is made in the next round.
     pub(crate) fn lose(&mut self, nth: usize, error: GruError, what: &str) {
-        if is_lost(&error) {
+        if self.shared.is_lost(&error) {
+            self.lost = true;
             drop(self.segments.swap_remove(nth));
         } else {
             self.find(format!("{what}: {error}"));
@@ -250,7 +233,7 @@ impl<'s> Worker<'s> {
 
     /// Runs instructions on segment `nth`; false if one did not end well.
     fn device(&mut self, nth: usize, instructions: &[Instruction]) -> bool {
-        match run_together(&self.segments[nth], instructions) {
+        match self.shared.run_together(&self.segments[nth], instructions) {
             Ok(()) => true,
             Err(error) => {
                 self.lose(nth, error, "an instruction");
@@ -278,9 +261,9 @@ impl<'s> Worker<'s> {
             .fetch_add(u64::from(count) * 8, Ordering::Relaxed);
     }
 
-    /// The device sets, copies and counts, the CPU checks.
+    /// The device sets, copies and counts, the CPU checks. Not once one was lost, which may go on.
     pub(crate) fn work(&mut self, buffer: Range) {
-        let Some(nth) = self.any_segment() else {
+        let Some(nth) = self.any_segment().filter(|_| !self.lost) else {
             return;
         };
         let (at, count) = self.part(buffer);
@@ -326,8 +309,9 @@ impl<'s> Worker<'s> {
                 }
             }
             1 => {
-                if self.shoot("protect", |space| space.protect(part, Rights::READ)) {
-                    self.shoot("protect", |space| space.protect(part, Rights::READ_WRITE));
+                if self.shoot("protect", |space| space.protect(part, Rights::READ))
+                    && self.shoot("protect", |space| space.protect(part, Rights::READ_WRITE))
+                {
                     self.work(part);
                 }
             }
@@ -348,7 +332,7 @@ impl<'s> Worker<'s> {
         self.work(Range::inclusive(from.start().get() + len / 2, from.last()).expect("half of it"));
         let mut now = from;
         if let Ok(hole) = hole
-            && self.shoot("unmap", |space| space.unmap(hole))
+            && self.unmap(hole)
         {
             let mut moved = None;
             self.shoot("remap", |space| match space.remap(from, hole.start()) {
@@ -366,7 +350,7 @@ impl<'s> Worker<'s> {
                 self.work(moved);
             }
         }
-        self.shoot("unmap", |space| space.unmap(now));
+        self.unmap(now);
     }
 
     /// Takes the buffer away, often with an instruction in flight, in one piece or in two, with the lock held or not.
@@ -386,20 +370,20 @@ impl<'s> Worker<'s> {
                 let lower = Range::new(buffer.start(), half).expect("half of a buffer");
                 let upper = Range::inclusive(buffer.start().get() + half, buffer.last())
                     .expect("half of a buffer");
-                self.shoot("unmap of a half", |space| space.unmap(lower));
+                self.unmap(lower);
                 upper
             }
             _ => buffer,
         };
         if self.rng.random_bool(0.25) {
-            self.shoot("unmap under the lock", |space| {
+            self.unmap_in(&self.shared.space, whole, |space| {
                 space.lock_write()?.unmap(whole)
             });
         } else {
-            self.shoot("unmap", |space| space.unmap(whole));
+            self.unmap(whole);
         }
         if let Some(nth) = nth
-            && let Err(error) = settle(&self.segments[nth], 1)
+            && let Err(error) = self.shared.settle(&self.segments[nth], 1)
         {
             self.lose(nth, error, "a load beside an unmap");
         }
@@ -427,6 +411,6 @@ impl<'s> Worker<'s> {
                 self.find(format!("registrations: {error}"));
             }
         }
-        self.shoot("unmap", |space| space.unmap(touch));
+        self.unmap(touch);
     }
 }

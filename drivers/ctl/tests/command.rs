@@ -93,6 +93,81 @@ fn a_clean_run_passes_and_reports_everything() {
 }
 
 #[test]
+fn a_run_with_every_fault_passes_and_accounts_for_each() {
+    let (code, stdout, stderr) = run("run --faults all --seconds 5 --json");
+    let report = object(&stdout);
+    assert_eq!(code, Some(0), "{report:#}");
+    assert_eq!(stderr, "");
+    let faults = &report["faults"];
+    assert_eq!(faults["given"].as_array().map(Vec::len), Some(8));
+    assert!(faults["injected"].as_u64() > Some(0));
+    assert_eq!(faults["injected"], faults["accounted"]);
+    for kind in ["reordered", "duplicated", "purge_in_miss", "delayed"] {
+        assert!(faults["by_kind"][kind].as_u64() > Some(0), "{kind}");
+    }
+    assert_eq!(
+        faults["by_kind"]["survives_reset"],
+        faults["by_outcome"]["quarantined"]
+    );
+    assert_eq!(report["stale_accesses"], 0);
+    assert_eq!(report["verdict"], "pass");
+}
+
+#[test]
+fn one_fault_is_injected_without_the_others() {
+    let (code, stdout, _) = run("run --faults duplicated --seconds 2 --json");
+    let report = object(&stdout);
+    assert_eq!(code, Some(0), "{report:#}");
+    let by_kind = report["faults"]["by_kind"].as_object().expect("an object");
+    for (kind, count) in by_kind {
+        assert_eq!(
+            count.as_u64() > Some(0),
+            kind == "duplicated",
+            "{kind}: {count}"
+        );
+    }
+}
+
+#[test]
+fn a_run_says_what_it_has_of_threads_descriptors_and_memory() {
+    let (_, stdout, _) = run("--seconds 2 --threads 3 --devices 2 --json");
+    let report = object(&stdout);
+    let soak = &report["soak"];
+    let threads = |when: &str| soak[when]["threads"].as_u64().expect("a number");
+    // The workers; a chiplet's faults and its executor; the watchdog.
+    assert_eq!(threads("at_end"), threads("at_start") + 3 + 2 * 2 + 1);
+    assert_eq!(threads("after"), threads("at_start") + 1);
+    assert_eq!(
+        soak["after"]["descriptors"],
+        soak["at_start"]["descriptors"]
+    );
+    assert!(soak["memory_end"].is_null(), "too short to say");
+}
+
+#[test]
+fn the_list_of_faults_names_each_and_what_it_is() {
+    let (code, stdout, _) = run("--faults list");
+    assert_eq!(code, Some(0));
+    let names: Vec<_> = stdout
+        .lines()
+        .filter_map(|line| line.split_whitespace().next())
+        .collect();
+    assert_eq!(
+        names,
+        [
+            "lost",
+            "stuck",
+            "late",
+            "reordered",
+            "duplicated",
+            "purge-in-miss",
+            "delayed",
+            "survives-reset"
+        ]
+    );
+}
+
+#[test]
 fn a_planted_bug_ends_the_run_and_its_race_is_named() {
     let (code, stdout, _) = run("run --plant no-flush --seconds 20 --json");
     let report = object(&stdout);
@@ -142,6 +217,8 @@ fn wrong_usage_is_status_2_and_names_what_is_wrong() {
         ("--threads many", "'many'"),
         ("--devices 1 --segments 99", "99 segments"),
         ("--plant unheard-of", "\"unheard-of\""),
+        ("--faults lost,unheard-of", "\"unheard-of\""),
+        ("--faults all --plant no-flush", "--plant"),
         ("plants --seeds 0", "'0'"),
         (
             "--trace /no/such/folder/trace.json",
@@ -174,6 +251,7 @@ fn help_is_status_0_and_names_every_option() {
         "--segments",
         "--seed",
         "--plant",
+        "--faults",
         "--json",
         "--trace",
         "--verbose",

@@ -177,6 +177,14 @@ pub(crate) fn callback_refusal(call: &'static str) -> Result<(), Refused> {
     Ok(())
 }
 
+/// Whether a source may begin a change: anywhere but inside a handler. Several changes may be open on its thread.
+pub(crate) fn callback_refusal_of_handlers(call: &'static str) -> Result<(), Refused> {
+    if CONTEXT.with(|context| context.depth.get() > 0) {
+        return Err(Refused::InCallback { call });
+    }
+    Ok(())
+}
+
 /// Whether the map lock may be taken.
 pub(crate) fn map_lock_refusal(call: &'static str) -> Result<(), Refused> {
     wait_refusal(call)?;
@@ -312,6 +320,63 @@ pub(crate) fn put_off(space: &Arc<Space>) {
 /// on return from its outermost call it is visible.
 pub(crate) fn insert_later(inner: Arc<Inner>) {
     CONTEXT.with(|context| context.push_insert(inner));
+}
+
+/// What a thread has put off, on its way to another that runs it.
+#[derive(Debug)]
+pub(crate) struct PutOff {
+    /// As in [`Context`].
+    spaces: *const Space,
+    inserts: *const Inner,
+}
+
+// SAFETY: each list is owned, by strong counts of values that are Send and Sync.
+unsafe impl Send for PutOff {}
+
+impl PutOff {
+    pub(crate) const fn none() -> Self {
+        Self {
+            spaces: std::ptr::null(),
+            inserts: std::ptr::null(),
+        }
+    }
+
+    pub(crate) fn is_none(&self) -> bool {
+        self.spaces.is_null() && self.inserts.is_null()
+    }
+
+    /// Runs it on this thread, which is outermost.
+    pub(crate) fn run(self) {
+        CONTEXT.with(|context| {
+            debug_assert!(context.put_off.get().is_null() && context.inserts.get().is_null());
+            context.put_off.set(self.spaces);
+            context.inserts.set(self.inserts);
+        });
+        leave();
+    }
+}
+
+/// Whether this thread has put something off.
+pub(crate) fn has_put_off() -> bool {
+    CONTEXT.with(|context| !context.put_off.get().is_null() || !context.inserts.get().is_null())
+}
+
+/// Puts what this thread has put off in front of what is in `to`. Neither allocates nor frees.
+pub(crate) fn hand_over(to: &mut PutOff) {
+    CONTEXT.with(|context| {
+        while let Some(space) = context.take_put_off() {
+            // SAFETY: null, or from `Arc::into_raw` here; the count goes on into the link.
+            let rest = (!to.spaces.is_null()).then(|| unsafe { Arc::from_raw(to.spaces) });
+            context.set_put_off(space.relink(rest));
+            to.spaces = Arc::into_raw(space);
+        }
+        while let Some(inner) = context.pop_insert() {
+            // SAFETY: as above.
+            let rest = (!to.inserts.is_null()).then(|| unsafe { Arc::from_raw(to.inserts) });
+            *inner.next().lock() = rest;
+            to.inserts = Arc::into_raw(inner);
+        }
+    });
 }
 
 /// Runs what was put off on this thread, as far as it is legal now. Called wherever something is left.

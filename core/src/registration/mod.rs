@@ -27,6 +27,7 @@ use crate::notifier::Notifier;
 use crate::primitive::atomic::{AtomicPtr, Ordering};
 use crate::primitive::{Arc, Mutex};
 use crate::recorder::Kind;
+use crate::source::{Needs, Operations, Shortfall};
 use crate::space::Space;
 use crate::tlb::Device;
 use crate::watch::Name;
@@ -50,6 +51,9 @@ pub enum InsertError {
         /// What was to be registered.
         range: Range,
     },
+    /// What watches the space tells the driver too little of what others do.
+    #[error(transparent)]
+    Uncovered(#[from] Shortfall),
     /// Not where it was called.
     #[error(transparent)]
     Refused(#[from] Refused),
@@ -102,6 +106,8 @@ pub(crate) struct Inner {
     pub(crate) word: StateWord,
     pub(crate) notifier: StdArc<dyn Notifier>,
     pub(crate) name: Name,
+    needs: Needs,
+    operations: Operations,
     pub(crate) targets: Box<[Target]>,
     pub(crate) space: Arc<Space>,
     pub(crate) recent: Recent,
@@ -229,6 +235,8 @@ impl Prepared {
                 range,
                 word,
                 name: Name::new(notifier.name()),
+                needs: notifier.needs(),
+                operations: notifier.operations(),
                 notifier,
                 targets: targets.into(),
                 space: space.clone(),
@@ -251,7 +259,7 @@ impl Prepared {
     /// them: until then the handler is not called, and `begin` on another thread waits.
     ///
     /// # Errors
-    /// [`InsertError::Exiting`]; [`Refused`] with a `NotifierLock` held (outside a callback).
+    /// [`InsertError::Exiting`]; [`InsertError::Uncovered`]; [`Refused`] with a `NotifierLock` held (outside a callback).
     pub fn insert(self) -> Result<Registration, InsertError> {
         self.admit()?;
         context::leave();
@@ -267,7 +275,11 @@ impl Prepared {
         let later = context::inside_callback();
         if !later {
             context::wait_refusal("insert")?;
+            // What is yet to be told of an earlier mapping is not told to this one (R29).
+            inner.space.sources.settle();
         }
+        let (needs, operations) = (inner.needs, inner.operations);
+        inner.space.sources.check(inner.range, needs, operations)?;
         if !inner.space.admit(inner) {
             return Err(InsertError::Exiting { range: inner.range });
         }

@@ -23,6 +23,7 @@ use crate::registration::state::StateWord;
 use crate::registration::{Inner, Prepared, Target};
 use crate::registry::Registry;
 use crate::segment::SegmentInner;
+use crate::source::Sources;
 use crate::stats::{Counter, Counters};
 use crate::watch::Watch;
 
@@ -50,6 +51,7 @@ pub(crate) struct Space {
     pub(crate) stats: Counters,
     pub(crate) recorder: Recorder,
     pub(crate) watch: StdArc<Watch>,
+    pub(crate) sources: Sources,
     shared: Mutex<Vec<(u64, Arc<Inner>)>>,
     lifecycle: Mutex<Lifecycle>,
     pub(super) owners: AtomicUsize,
@@ -96,6 +98,7 @@ impl Space {
             stats: Counters::new(),
             recorder: Recorder::new(),
             watch: Watch::new(id, deadlines.callback),
+            sources: Sources::new(),
             shared: Mutex::new(Vec::new()),
             lifecycle: Mutex::new(Lifecycle::default()),
             owners: AtomicUsize::new(1),
@@ -223,6 +226,11 @@ impl Space {
         }
         *this.put_off_next.lock() = head;
         Some(this.clone())
+    }
+
+    /// Puts `rest` behind the space, in the place of what was there, which is returned: it goes from one list to another.
+    pub(crate) fn relink(&self, rest: Option<Arc<Space>>) -> Option<Arc<Space>> {
+        std::mem::replace(&mut *self.put_off_next.lock(), rest)
     }
 
     pub(crate) fn unqueue(&self) -> Option<Arc<Space>> {

@@ -106,7 +106,7 @@ pub use segment::{DeviceContext, Segment, UnloadFailed};
 pub use share::Share;
 pub use source::{
     ExternalChange, Needs, Operation, Operations, Seen, Sees, SelfTest, Shortfall, Sink, Source,
-    SourceError, Tried, Unotify, Watched,
+    SourceError, Tried, Uffd, Unotify, Watched,
 };
 pub use space::{AddressSpace, Deadlines, MapReadGuard, MapWriteGuard, SpacePin};
 pub use stats::Stats;

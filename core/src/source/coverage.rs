@@ -203,6 +203,11 @@ impl Sources {
     pub(crate) fn is_own(&self, range: Range) -> bool {
         lock(&self.own).iter().flatten().any(|one| *one == range)
     }
+
+    /// What the space's own operations are changing.
+    pub(crate) fn owned(&self) -> [Option<Range>; SLOTS] {
+        *lock(&self.own)
+    }
 }
 
 /// An operation of the space itself changes pages for as long as this lives.

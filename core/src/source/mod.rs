@@ -10,6 +10,7 @@
 //! | source | how it is told | munmap, mremap, MAP_FIXED | discards | mprotect, shmdt, truncate |
 //! |---|---|---|---|---|
 //! | managed | it makes the call | its own | its own | its own |
+//! | [`Uffd`] | a userfaultfd, which says so when they are gone | late, end | told, beside it | not |
 //! | [`Unotify`] | seccomp hands the call to a thread of ours, which performs it | before, barrier, end | the same | the same |
 //!
 //! # Threads
@@ -24,6 +25,7 @@ mod operation;
 mod probe;
 mod scratch;
 mod service;
+mod uffd;
 mod unotify;
 
 use std::io;
@@ -36,6 +38,7 @@ pub(crate) use self::coverage::Sources;
 use self::coverage::{SOURCES, Table};
 pub use self::operation::{Needs, Operation, Operations, Sees};
 pub use self::probe::{Seen, Tried};
+pub use self::uffd::Uffd;
 pub use self::unotify::Unotify;
 use crate::addr::{PageSize, PageSizes, Range};
 use crate::context::{self, Refused};
@@ -46,7 +49,10 @@ use crate::space::{AddressSpace, SpacePin};
 type Declares = fn(Operation) -> Sees;
 
 /// What the sources of this crate declare, by name; what a shortfall recommends is looked up here.
-const BUILT_IN: &[(&str, Declares)] = &[(Unotify::NAME, unotify::declares)];
+const BUILT_IN: &[(&str, Declares)] = &[
+    (Uffd::NAME, uffd::declares),
+    (Unotify::NAME, unotify::declares),
+];
 
 /// How a source is tested when it starts.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -211,6 +217,11 @@ impl Sink {
     /// As [`Sink::late`].
     pub fn lost(&self) -> Result<(), InvalidateError> {
         self.late(self.range, Cause::External)
+    }
+
+    /// What the space's own operations are changing.
+    pub(crate) fn owned(&self) -> [Option<Range>; crate::active::SLOTS] {
+        self.pin.space().sources.owned()
     }
 
     /// Whether exactly this range is being changed by an operation of the space itself, which has shot it down.

@@ -141,8 +141,10 @@ impl std::fmt::Display for Sees {
         }
         let mut parts = vec![if self.contains(Self::BEFORE) {
             "before"
-        } else {
+        } else if self.contains(Self::END) {
             "late"
+        } else {
+            "beside"
         }];
         for (flag, text) in [
             (Self::BARRIER, "barrier"),

@@ -12,7 +12,7 @@ use std::marker::PhantomData;
 
 use thiserror::Error;
 
-use crate::list::LocalList;
+use crate::list::{Handed, LocalList};
 use crate::primitive::{Arc, thread_local};
 use crate::registration::Inner;
 use crate::segment::SegmentInner;
@@ -158,6 +158,14 @@ pub(crate) fn wait_refusal(call: &'static str) -> Result<(), Refused> {
 /// Whether memory may be allocated: not inside a callback, as whoever holds the allocator's lock may be waiting for it (R18).
 pub(crate) fn callback_refusal(call: &'static str) -> Result<(), Refused> {
     if inside_callback() {
+        return Err(Refused::InCallback { call });
+    }
+    Ok(())
+}
+
+/// Whether a source may begin a change: anywhere but inside a handler. Several changes may be open on its thread.
+pub(crate) fn callback_refusal_of_handlers(call: &'static str) -> Result<(), Refused> {
+    if CONTEXT.with(|context| context.depth.get() > 0) {
         return Err(Refused::InCallback { call });
     }
     Ok(())
@@ -319,6 +327,59 @@ impl Drop for Leaving {
     fn drop(&mut self) {
         CONTEXT.with(|context| context.leaving.set(false));
     }
+}
+
+/// What a thread has put off, on its way to another that runs it.
+#[derive(Debug)]
+pub(crate) struct PutOff {
+    inserts: Handed<Inner>,
+    completed: Handed<Inner>,
+    segments: Handed<SegmentInner>,
+    spaces: Handed<Space>,
+}
+
+impl PutOff {
+    pub(crate) const fn none() -> Self {
+        Self {
+            inserts: Handed::none(),
+            completed: Handed::none(),
+            segments: Handed::none(),
+            spaces: Handed::none(),
+        }
+    }
+
+    pub(crate) fn is_none(&self) -> bool {
+        self.inserts.is_none()
+            && self.completed.is_none()
+            && self.segments.is_none()
+            && self.spaces.is_none()
+    }
+
+    /// Runs it on this thread, which is outermost and has put off nothing.
+    pub(crate) fn run(self) {
+        CONTEXT.with(|context| {
+            context.inserts.take_over(self.inserts);
+            context.completed.take_over(self.completed);
+            context.segments.take_over(self.segments);
+            context.spaces.take_over(self.spaces);
+        });
+        leave();
+    }
+}
+
+/// Whether this thread has put something off.
+pub(crate) fn has_put_off() -> bool {
+    CONTEXT.with(Context::has_put_off)
+}
+
+/// Puts what this thread has put off in front of what is in `to`. Neither allocates nor frees.
+pub(crate) fn hand_over(to: &mut PutOff) {
+    CONTEXT.with(|context| {
+        context.inserts.hand_over(&mut to.inserts);
+        context.completed.hand_over(&mut to.completed);
+        context.segments.hand_over(&mut to.segments);
+        context.spaces.hand_over(&mut to.spaces);
+    });
 }
 
 /// Runs what was put off on this thread, as far as it is legal now. Called wherever something is left.

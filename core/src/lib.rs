@@ -82,6 +82,7 @@ mod registration;
 mod registry;
 mod segment;
 mod share;
+mod source;
 mod space;
 mod srcu;
 mod stats;
@@ -104,6 +105,10 @@ pub use registration::{
 };
 pub use segment::{DeviceContext, Segment, UnloadFailed};
 pub use share::Share;
+pub use source::{
+    ExternalChange, Needs, Operation, Operations, Seen, Sees, SelfTest, Shortfall, Sink, Source,
+    SourceError, Tried, Uffd, Unotify, Watched,
+};
 pub use space::{AddressSpace, Deadlines, ExitError, MapReadGuard, MapWriteGuard, SpacePin};
 pub use stats::Stats;
 pub use tlb::{

@@ -85,7 +85,45 @@ impl<T> LocalList<T> {
     }
 }
 
+impl<T> Drop for Handed<T> {
+    fn drop(&mut self) {
+        debug_assert!(self.0.is_null(), "what was handed over is run");
+    }
+}
+
+/// A thread's list on its way to another thread.
+#[derive(Debug)]
+pub(crate) struct Handed<T>(*const T);
+
+// SAFETY: it owns strong counts of values that are shared between threads anyway.
+unsafe impl<T: Send + Sync> Send for Handed<T> {}
+
+impl<T> Handed<T> {
+    pub(crate) const fn none() -> Self {
+        Self(std::ptr::null())
+    }
+
+    pub(crate) fn is_none(&self) -> bool {
+        self.0.is_null()
+    }
+}
+
 impl<T: PutOff> LocalList<T> {
+    /// Puts all of it in front of what is in `to`. Neither allocates nor frees.
+    pub(crate) fn hand_over(&self, to: &mut Handed<T>) {
+        let rest = Self(Cell::new(std::mem::replace(&mut to.0, std::ptr::null())));
+        while let Some(element) = self.pop() {
+            rest.push(element);
+        }
+        to.0 = rest.0.get();
+    }
+
+    /// Takes over what another thread has handed over; this one's list is empty.
+    pub(crate) fn take_over(&self, mut from: Handed<T>) {
+        debug_assert!(self.is_empty());
+        self.0.set(std::mem::replace(&mut from.0, std::ptr::null()));
+    }
+
     pub(crate) fn push(&self, element: Arc<T>) {
         *element.next_put_off().lock() = self.take();
         self.set(Some(element));

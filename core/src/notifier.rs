@@ -11,6 +11,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::addr::{PageSizes, Range};
+use crate::source::{Needs, Operations};
 use crate::watch::PostId;
 
 /// Why pages change.
@@ -279,6 +280,17 @@ pub trait Notifier: Send + Sync + 'static {
     /// The registration is over: exactly once, after the last callback, with no lock held, on whatever thread. May
     /// allocate, free, unregister, and drop the driver's last reference.
     fn release(&self) {}
+
+    /// What it needs to be told of changes that others make; read once, by `prepare`. A registration on a space whose sources tell
+    /// less is refused. On a space that nothing watches it does not matter, unless [`Needs::FOREIGN`] is among it.
+    fn needs(&self) -> Needs {
+        Needs::BEFORE_AND_BARRIER
+    }
+
+    /// The operations for which it needs that.
+    fn operations(&self) -> Operations {
+        Operations::CALLS
+    }
 
     /// What the watchdog calls it when a callback does not return; read once, by `prepare`.
     fn name(&self) -> &'static str {

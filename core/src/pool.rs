@@ -67,6 +67,14 @@ impl<T> Pool<T> {
     }
 }
 
+impl<T> Drop for Pool<T> {
+    fn drop(&mut self) {
+        // One after the other: each would else drop the next from within its own drop, and a space that had 100 000
+        // registrations would overflow the stack.
+        while self.take().is_some() {}
+    }
+}
+
 /// A list of `T` over chunks of a pool.
 pub(crate) struct Chain<'p, T> {
     pool: &'p Pool<T>,

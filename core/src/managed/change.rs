@@ -185,7 +185,10 @@ pub(super) fn map(space: &Space, what: Map, lock: Lock) -> Result<Range, MapErro
         }
         Ok(place)
     })?;
+    let own = space.sources.own([Some(range), None]);
     let result = memory.map(range, what.page, what.rights);
+    own.changed();
+    drop(own);
     unclaim(space, &[range], |mappings| {
         if result.is_ok() {
             if what.at.is_none() && what.page == PageSize::FourKiB {
@@ -342,12 +345,17 @@ fn run(
         cause: change.cause(),
         segments: &segments,
     };
-    let result = engine::run(space, what, mode, || match change {
-        _ if !has_memory => Ok(()),
-        Change::Unmap | Change::Recover => memory.unmap(range),
-        Change::Discard => memory.discard(range),
-        Change::Protect(rights) => memory.protect(range, rights),
-        Change::Remap(to) => memory.remap(range, to),
+    let result = engine::run(space, what, mode, || {
+        let own = space.sources.own([Some(range), target]);
+        match change {
+            _ if !has_memory => return Ok(()),
+            Change::Unmap | Change::Recover => memory.unmap(range)?,
+            Change::Discard => memory.discard(range)?,
+            Change::Protect(rights) => memory.protect(range, rights)?,
+            Change::Remap(to) => memory.remap(range, to)?,
+        }
+        own.changed();
+        Ok(())
     });
     let gone = unclaim(space, &spans, |mappings| {
         finish(mappings, range, change, &result, &segments)

@@ -27,6 +27,7 @@ use crate::notifier::Notifier;
 use crate::primitive::atomic::{AtomicPtr, Ordering};
 use crate::primitive::{Arc, Mutex};
 use crate::recorder::Kind;
+use crate::source::{Needs, Operations, Shortfall};
 use crate::space::Space;
 use crate::tlb::Device;
 use crate::watch::Name;
@@ -50,6 +51,9 @@ pub enum InsertError {
         /// What was to be registered.
         range: Range,
     },
+    /// What watches the space tells the driver too little of what others do.
+    #[error(transparent)]
+    Uncovered(#[from] Shortfall),
     /// Not where it was called.
     #[error(transparent)]
     Refused(#[from] Refused),
@@ -104,6 +108,8 @@ pub(crate) struct Inner {
     /// What the watchdog calls the handler, and errors.
     pub(crate) name: Name,
     pub(crate) handler: &'static str,
+    needs: Needs,
+    operations: Operations,
     pub(crate) targets: Box<[Target]>,
     pub(crate) space: Arc<Space>,
     pub(crate) recent: Recent,
@@ -246,6 +252,8 @@ impl Prepared {
                 word,
                 name: Name::new(notifier.name()),
                 handler: notifier.name(),
+                needs: notifier.needs(),
+                operations: notifier.operations(),
                 notifier,
                 targets: targets.into(),
                 space: space.clone(),
@@ -269,7 +277,7 @@ impl Prepared {
     /// them: until then the handler is not called, and `begin` on another thread waits.
     ///
     /// # Errors
-    /// [`InsertError::Exiting`]; [`Refused`] with a `NotifierLock` held (outside a callback).
+    /// [`InsertError::Exiting`]; [`InsertError::Uncovered`]; [`Refused`] with a `NotifierLock` held (outside a callback).
     pub fn insert(self) -> Result<Registration, InsertError> {
         self.admit()?;
         context::leave();
@@ -285,7 +293,11 @@ impl Prepared {
         let later = context::inside_callback();
         if !later {
             context::wait_refusal("insert")?;
+            // What is yet to be told of an earlier mapping is not told to this one (R29).
+            inner.space.sources.settle();
         }
+        let (needs, operations) = (inner.needs, inner.operations);
+        inner.space.sources.check(inner.range, needs, operations)?;
         if !inner.space.admit(inner) {
             return Err(InsertError::Exiting { range: inner.range });
         }

@@ -24,6 +24,7 @@ use crate::registration::state::StateWord;
 use crate::registration::{Inner, Prepared, Target};
 use crate::registry::Registry;
 use crate::segment::SegmentInner;
+use crate::source::Sources;
 use crate::stats::{Counter, Counters};
 use crate::watch::Watch;
 
@@ -51,6 +52,7 @@ pub(crate) struct Space {
     pub(crate) stats: Counters,
     pub(crate) recorder: Recorder,
     pub(crate) watch: StdArc<Watch>,
+    pub(crate) sources: Sources,
     shared: Mutex<Vec<(u64, Arc<Inner>)>>,
     lifecycle: Mutex<Lifecycle>,
     /// A copy of [`Lifecycle::exiting`] for those who need no more than a hint.
@@ -109,6 +111,7 @@ impl Space {
             stats: Counters::new(),
             recorder: Recorder::new(),
             watch: Watch::new(id, deadlines.callback),
+            sources: Sources::new(),
             shared: Mutex::new(Vec::new()),
             lifecycle: Mutex::new(Lifecycle::default()),
             exit_begun: AtomicBool::new(false),

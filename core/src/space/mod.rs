@@ -144,6 +144,10 @@ impl SpacePin {
         None
     }
 
+    pub(crate) fn space(&self) -> &Arc<Space> {
+        &self.space
+    }
+
     /// Whether exit has begun.
     pub fn is_exiting(&self) -> bool {
         self.space.is_exiting()

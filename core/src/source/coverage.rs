@@ -1,0 +1,245 @@
+//! What of foreign changes is seen on a space, and whether that is enough for a driver.
+//!
+//! The locks are the standard library's also under the model checker, which explores no sources. Under neither is anything
+//! allocated or freed, as callbacks insert registrations and ask here (R18).
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use thiserror::Error;
+
+use super::operation::{Needs, Operation, Operations, Sees};
+use super::{BUILT_IN, Source};
+use crate::active::SLOTS;
+use crate::addr::Range;
+
+/// Sources that one space has at most.
+pub(super) const SOURCES: usize = 4;
+
+/// What a source sees, operation by operation.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Table([Sees; Operation::ALL.len()]);
+
+impl Table {
+    pub(crate) fn new(sees: impl Fn(Operation) -> Sees) -> Self {
+        let mut table = [Sees::empty(); Operation::ALL.len()];
+        for operation in Operation::ALL {
+            table[*operation as usize] = sees(*operation);
+        }
+        Self(table)
+    }
+
+    pub(crate) fn get(&self, operation: Operation) -> Sees {
+        self.0[operation as usize]
+    }
+}
+
+/// Nothing that watches the space tells a driver enough of what others do.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("{range} is not watched well enough: of {operation} the driver needs {needs}, and what watches the space gives \"{sees}\"; {}",
+    match would_do {
+        Some(source) => format!("the source {source} would do"),
+        None => "no source of this crate would do: leave the operation out of its `operations`, or declare that it tolerates faults".to_owned(),
+    })]
+pub struct Shortfall {
+    /// What was to be registered.
+    pub range: Range,
+    /// The first operation that is not seen well enough.
+    pub operation: Operation,
+    /// What the driver needs.
+    pub needs: Needs,
+    /// What the sources of the space give, together.
+    pub sees: Sees,
+    /// The source of this crate that meets all the needs.
+    pub would_do: Option<&'static str>,
+}
+
+#[derive(Clone)]
+struct Entry {
+    key: usize,
+    range: Range,
+    table: Table,
+    source: Arc<dyn Source>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What watches one space.
+pub(crate) struct Sources {
+    entries: Mutex<[Option<Entry>; SOURCES]>,
+    /// Raised and lowered under the lock, so that the many spaces without a source pay one load.
+    count: AtomicUsize,
+    /// What the space's own operations are about to change: a source is told of it too, and has nothing to tell.
+    own: Mutex<[Option<Range>; SLOTS]>,
+}
+
+impl Sources {
+    pub(crate) fn new() -> Self {
+        Self {
+            entries: Mutex::new([const { None }; SOURCES]),
+            count: AtomicUsize::new(0),
+            own: Mutex::new([None; SLOTS]),
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        // Relaxed: whoever attaches a source while others register or change memory orders them himself.
+        self.count.load(Ordering::Relaxed) == 0
+    }
+
+    /// False if there is no room.
+    pub(super) fn add(
+        &self,
+        key: usize,
+        range: Range,
+        table: Table,
+        source: Arc<dyn Source>,
+    ) -> bool {
+        let entry = Entry {
+            key,
+            range,
+            table,
+            source,
+        };
+        let mut entries = lock(&self.entries);
+        let Some(free) = entries.iter_mut().find(|one| one.is_none()) else {
+            return false;
+        };
+        *free = Some(entry);
+        self.count.fetch_add(1, Ordering::Relaxed);
+        true
+    }
+
+    pub(super) fn remove(&self, key: usize) {
+        let mut entries = lock(&self.entries);
+        let own = |one: &&mut Option<Entry>| one.as_ref().is_some_and(|entry| entry.key == key);
+        let entry = entries.iter_mut().find(own).and_then(Option::take);
+        if entry.is_some() {
+            self.count.fetch_sub(1, Ordering::Relaxed);
+        }
+        drop(entries);
+        // Freed with the lock given back: a callback may want it (R18).
+        drop(entry);
+    }
+
+    /// Whether what watches `range` is enough.
+    pub(crate) fn check(
+        &self,
+        range: Range,
+        needs: Needs,
+        operations: Operations,
+    ) -> Result<(), Shortfall> {
+        if needs.contains(Needs::TOLERATES_FAULTS)
+            || self.is_empty() && !needs.contains(Needs::FOREIGN)
+        {
+            return Ok(());
+        }
+        let entries = lock(&self.entries);
+        let sees = |operation| {
+            let covering = entries.iter().flatten();
+            let covering = covering.filter(|entry| entry.range.contains(range));
+            let all = covering.map(|entry| entry.table.get(operation));
+            // What one loses another may be told.
+            let best = all.clone().find(|sees| !needs.lacks(*sees));
+            best.unwrap_or_else(|| all.fold(Sees::empty(), Sees::union))
+        };
+        let Some(operation) = operations.each().find(|one| needs.lacks(sees(*one))) else {
+            return Ok(());
+        };
+        let sees = sees(operation);
+        drop(entries);
+        let would_do = BUILT_IN.iter().find(|(_, declares)| {
+            operations
+                .each()
+                .all(|operation| !needs.lacks(declares(operation)))
+        });
+        Err(Shortfall {
+            range,
+            operation,
+            needs,
+            sees,
+            would_do: would_do.map(|(name, _)| *name),
+        })
+    }
+
+    /// Waits until what happened before this call has been told, where a source is late (R29). Not inside a callback.
+    pub(crate) fn settle(&self) {
+        if self.is_empty() {
+            return;
+        }
+        for nth in 0..SOURCES {
+            let source = lock(&self.entries)[nth]
+                .as_ref()
+                .map(|entry| entry.source.clone());
+            if let Some(source) = source {
+                source.settle();
+            }
+        }
+    }
+
+    /// The space's own operation is about to change these ranges; until the value is dropped.
+    pub(crate) fn own(&self, ranges: [Option<Range>; 2]) -> Own<'_> {
+        if self.is_empty() {
+            return Own {
+                sources: self,
+                ranges: [None; 2],
+            };
+        }
+        let mut own = lock(&self.own);
+        for range in ranges.into_iter().flatten() {
+            if let Some(free) = own.iter_mut().find(|one| one.is_none()) {
+                *free = Some(range);
+            }
+        }
+        Own {
+            sources: self,
+            ranges,
+        }
+    }
+
+    /// Whether exactly this is being changed by an operation of the space itself, which has shot it down.
+    pub(crate) fn is_own(&self, range: Range) -> bool {
+        lock(&self.own).iter().flatten().any(|one| *one == range)
+    }
+
+    /// What the space's own operations are changing.
+    pub(crate) fn owned(&self) -> [Option<Range>; SLOTS] {
+        *lock(&self.own)
+    }
+}
+
+/// An operation of the space itself changes pages for as long as this lives.
+pub(crate) struct Own<'s> {
+    sources: &'s Sources,
+    ranges: [Option<Range>; 2],
+}
+
+impl Own<'_> {
+    /// It has put new mappings there: those sources look at them that lose sight of a range that is mapped anew.
+    pub(crate) fn changed(&self) {
+        for range in self.ranges.into_iter().flatten() {
+            let entries = lock(&self.sources.entries);
+            for entry in entries.iter().flatten() {
+                if let Some(part) = entry.range.intersect(range) {
+                    entry.source.renew(part);
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Own<'_> {
+    fn drop(&mut self) {
+        if self.ranges == [None; 2] {
+            return;
+        }
+        let mut own = lock(&self.sources.own);
+        for range in self.ranges.into_iter().flatten() {
+            if let Some(one) = own.iter_mut().find(|one| **one == Some(range)) {
+                *one = None;
+            }
+        }
+    }
+}

@@ -1,0 +1,409 @@
+//! uffd: a userfaultfd over what is watched tells of unmapped, moved and discarded pages. It needs no opt-in, and is late.
+//!
+//! The range is registered once, for asynchronous write protection: that delivers no faults, costs next to nothing at the first
+//! touch, and needs no kernel mapping (VMA) for each range that a driver registers. Whoever unmaps or discards
+//! waits until his event is *read*, not until anybody has acted on it. So it is declared late for what unmaps and moves (the pages are gone
+//! when it is told). The event of a discard is made before the pages go, but to read it is to let them go: handlers
+//! run beside the discard, sometimes before it and sometimes after, so neither before nor end is declared.
+//!
+//! # Two threads
+//! The *reader* reads, queues, and does nothing else: it takes no lock of an application, allocates nothing, and never
+//! unmaps what is watched, as it would wait for itself for ever. The *server* makes the invalidations, and runs releases, which may unmap
+//! what they like. The queue has a fixed size; what does not fit means that everything is flushed (R19).
+//!
+//! # News of an earlier mapping (R29)
+//! While an event is unread its range can be mapped and registered again. So an insertion waits ([`Source::settle`]) until what had
+//! happened before is told: the kernel refuses to write-protect a page while any operation is between its change and the
+//! reading of its event, which is asked of a page of the source's own; the reader's turn is odd from before a read until what
+//! it read is queued; and the queue counts what the server has done.
+
+mod sys;
+
+use std::collections::VecDeque;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{JoinHandle, ThreadId};
+
+use self::sys::{Descriptor, Event};
+use super::operation::{Operation, Sees};
+use super::{Sink, Source, SourceError};
+use crate::addr::Range;
+use crate::notifier::Cause;
+use crate::primitive::Backoff;
+
+/// Events that wait to be acted on; more are everything.
+const QUEUE: usize = 1024;
+/// Sinks of one descriptor: a space's, and the self-test's.
+const SINKS: usize = 4;
+
+/// A userfaultfd. One value watches for one space.
+#[derive(Debug, Default)]
+pub struct Uffd {
+    running: Mutex<Option<Running>>,
+}
+
+pub(super) fn declares(operation: Operation) -> Sees {
+    match operation {
+        Operation::Munmap
+        | Operation::MapFixed
+        | Operation::MremapMove
+        | Operation::MremapShrink
+        | Operation::MremapOver
+        | Operation::MremapDontunmap
+        | Operation::Brk
+        | Operation::Fork => Sees::TOLD | Sees::END,
+        Operation::Dontneed
+        | Operation::DontneedLocked
+        | Operation::Free
+        | Operation::Remove
+        | Operation::ProcessMadvise
+        | Operation::IoUringMadvise => Sees::TOLD,
+        _ => Sees::empty(),
+    }
+}
+
+#[derive(Debug)]
+struct Running {
+    shared: Arc<Shared>,
+    reader: JoinHandle<()>,
+    server: JoinHandle<()>,
+}
+
+#[derive(Debug)]
+struct Queue {
+    events: VecDeque<Event>,
+    /// One did not fit.
+    lost: bool,
+    taken: u64,
+    done: u64,
+    stopping: bool,
+}
+
+#[derive(Debug)]
+struct Shared {
+    descriptor: Descriptor,
+    /// Written to when the reader shall end.
+    wake: OwnedFd,
+    sinks: Mutex<[Option<Arc<Sink>>; SINKS]>,
+    /// Odd while the reader may have read what is not queued.
+    turn: AtomicU64,
+    queue: Mutex<Queue>,
+    changed: Condvar,
+    server: Mutex<Option<ThreadId>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Uffd {
+    pub(super) const NAME: &'static str = "uffd";
+
+    /// The source. Nothing is opened before it is started.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn shared(&self) -> Option<Arc<Shared>> {
+        let running = lock(&self.running);
+        running.as_ref().map(|running| running.shared.clone())
+    }
+}
+
+impl Source for Uffd {
+    fn name(&self) -> &'static str {
+        Self::NAME
+    }
+
+    fn declares(&self, operation: Operation) -> Sees {
+        let forks = || self.shared().is_none_or(|shared| shared.descriptor.forks);
+        match operation {
+            Operation::Fork if !forks() => Sees::empty(),
+            other => declares(other),
+        }
+    }
+
+    fn start(&self, sinks: &[Arc<Sink>]) -> Result<(), SourceError> {
+        let mut running = lock(&self.running);
+        if running.is_some() || sinks.len() > SINKS {
+            return Err(SourceError::NoRoom { limit: 1 });
+        }
+        let descriptor = Descriptor::new()?;
+        for sink in sinks {
+            descriptor
+                .register(sink.range())
+                .map_err(|error| SourceError::System {
+                    call: "UFFDIO_REGISTER",
+                    error,
+                })?;
+        }
+        // SAFETY: numbers only.
+        let wake = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
+        if wake < 0 {
+            return Err(SourceError::last("eventfd"));
+        }
+        let mut list = [const { None }; SINKS];
+        for (place, sink) in list.iter_mut().zip(sinks) {
+            *place = Some(sink.clone());
+        }
+        let shared = Arc::new(Shared {
+            descriptor,
+            // SAFETY: opened just now.
+            wake: unsafe { OwnedFd::from_raw_fd(wake) },
+            sinks: Mutex::new(list),
+            turn: AtomicU64::new(0),
+            queue: Mutex::new(Queue {
+                events: VecDeque::with_capacity(QUEUE),
+                lost: false,
+                taken: 0,
+                done: 0,
+                stopping: false,
+            }),
+            changed: Condvar::new(),
+            server: Mutex::new(None),
+        });
+        let spawn = |name: &str, run: fn(&Shared)| {
+            let shared = shared.clone();
+            let thread = std::thread::Builder::new().name(name.to_owned());
+            thread
+                .spawn(move || run(&shared))
+                .map_err(|error| SourceError::System {
+                    call: "the start of a thread",
+                    error,
+                })
+        };
+        let reader = spawn("shootdown-reader", Shared::read)?;
+        let server = match spawn("shootdown-uffd", Shared::serve) {
+            Ok(server) => server,
+            Err(error) => {
+                shared.end_reader(reader);
+                return Err(error);
+            }
+        };
+        *lock(&shared.server) = Some(server.thread().id());
+        *running = Some(Running {
+            shared,
+            reader,
+            server,
+        });
+        Ok(())
+    }
+
+    fn stop(&self, sink: &Arc<Sink>) {
+        let Some(shared) = self.shared() else { return };
+        // What has happened is told first.
+        shared.settle();
+        let mut sinks = lock(&shared.sinks);
+        let own = sinks
+            .iter_mut()
+            .find(|one| one.as_ref().is_some_and(|one| Arc::ptr_eq(one, sink)));
+        if let Some(own) = own {
+            *own = None;
+        }
+        let last = sinks.iter().all(Option::is_none);
+        drop(sinks);
+        shared.descriptor.unregister(sink.range());
+        // What was begun meanwhile is over.
+        shared.settle();
+        if !last {
+            return;
+        }
+        let running = lock(&self.running).take();
+        if let Some(running) = running {
+            shared.end_reader(running.reader);
+            lock(&shared.queue).stopping = true;
+            shared.changed.notify_all();
+            // A thread that panicked has nothing more to do.
+            let _ = running.server.join();
+        }
+    }
+
+    fn settle(&self) {
+        if let Some(shared) = self.shared() {
+            shared.settle();
+        }
+    }
+
+    fn renew(&self, range: Range) {
+        if let Some(shared) = self.shared() {
+            shared.renew(range);
+        }
+    }
+}
+
+impl Shared {
+    /// Watches again what was mapped anew. What is not mapped at all cannot be watched, and need not be.
+    fn renew(&self, range: Range) {
+        match self.descriptor.register(range) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOMEM) => {
+                // Blind from here on, and nobody the wiser: at least what is there now goes.
+                lock(&self.queue).lost = true;
+                self.changed.notify_all();
+            }
+            _ => {}
+        }
+    }
+
+    fn settle(&self) {
+        if *lock(&self.server) == Some(std::thread::current().id()) {
+            // It tells by itself.
+            return;
+        }
+        let mut backoff = Backoff::new();
+        while !self.descriptor.is_quiet() {
+            backoff.wait();
+        }
+        // Acquire, with the reader's Release: what it has read is queued.
+        let turn = self.turn.load(Ordering::Acquire);
+        let mut backoff = Backoff::new();
+        while turn % 2 == 1 && self.turn.load(Ordering::Acquire) == turn {
+            backoff.wait();
+        }
+        let mut queue = lock(&self.queue);
+        let taken = queue.taken;
+        while queue.done < taken && !queue.stopping {
+            queue = self
+                .changed
+                .wait(queue)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn end_reader(&self, reader: JoinHandle<()>) {
+        let one = 1u64;
+        // SAFETY: eight bytes, as the descriptor wants them.
+        unsafe { libc::write(self.wake.as_raw_fd(), (&raw const one).cast(), 8) };
+        let _ = reader.join();
+    }
+
+    /// The reader. Somebody waits for each event that there is: nothing here allocates, or waits for anything but moments.
+    fn read(&self) {
+        // Handlers of the application's signals could unmap what is watched.
+        // SAFETY: the set is filled before it is used.
+        unsafe {
+            let mut all: libc::sigset_t = std::mem::zeroed();
+            libc::sigfillset(&mut all);
+            libc::pthread_sigmask(libc::SIG_BLOCK, &all, std::ptr::null_mut());
+        }
+        let poll = |fd| libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        let mut fds = [poll(self.descriptor.raw()), poll(self.wake.as_raw_fd())];
+        loop {
+            // SAFETY: two descriptors.
+            unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) };
+            // An operation of the space itself that waits to be read is still among these; afterwards it may be over.
+            let own = self.own();
+            self.turn.fetch_add(1, Ordering::AcqRel);
+            let event = self.descriptor.read();
+            if let Some(event) = event
+                && !event
+                    .range()
+                    .is_some_and(|range| own.contains(&Some(range)))
+            {
+                let mut queue = lock(&self.queue);
+                if queue.events.len() == QUEUE {
+                    queue.lost = true;
+                } else {
+                    queue.events.push_back(event);
+                    queue.taken += 1;
+                }
+                drop(queue);
+                self.changed.notify_all();
+            }
+            // Release: whoever sees this even sees the queue.
+            self.turn.fetch_add(1, Ordering::Release);
+            if event.is_none() && fds[1].revents != 0 {
+                return;
+            }
+        }
+    }
+
+    fn own(&self) -> Own {
+        let sinks = lock(&self.sinks);
+        // The self-test's space has no operations of its own.
+        sinks[0].as_ref().map_or([None; _], |sink| sink.owned())
+    }
+
+    fn sinks(&self) -> [Option<Arc<Sink>>; SINKS] {
+        lock(&self.sinks).clone()
+    }
+
+    /// The server: tells what was read.
+    fn serve(&self) {
+        let mut queue = lock(&self.queue);
+        loop {
+            let lost = std::mem::take(&mut queue.lost);
+            let event = queue.events.pop_front();
+            if !lost && event.is_none() {
+                if queue.stopping {
+                    return;
+                }
+                queue = self
+                    .changed
+                    .wait(queue)
+                    .unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            drop(queue);
+            if lost {
+                self.tell(None, Cause::External);
+            }
+            if let Some(event) = event {
+                self.act(event);
+            }
+            queue = lock(&self.queue);
+            queue.done += u64::from(event.is_some());
+            self.changed.notify_all();
+        }
+    }
+
+    fn act(&self, event: Event) {
+        match event {
+            Event::Unmap(range) => {
+                self.tell(Some(range), Cause::Unmap);
+                self.look_again(range);
+            }
+            Event::Remove(range) => self.tell(Some(range), Cause::Discard),
+            Event::Remap(from, to) => {
+                self.tell(Some(from), Cause::Remap);
+                self.look_again(from);
+                // Where it went is nobody's business here.
+                let inside = |to: &Range| {
+                    let sinks = self.sinks();
+                    sinks
+                        .iter()
+                        .flatten()
+                        .any(|sink| sink.range().overlaps(*to))
+                };
+                if let Some(to) = to.filter(|to| !inside(to)) {
+                    self.descriptor.unregister(to);
+                }
+            }
+            Event::Fork => self.tell(None, Cause::Protect),
+        }
+    }
+
+    /// Tells of a range, or of everything. A device that may still reach what is gone is known to its space.
+    fn tell(&self, range: Option<Range>, cause: Cause) {
+        for sink in self.sinks().iter().flatten() {
+            if let Err(error) = sink.late(range.unwrap_or(sink.range()), cause) {
+                tracing::error!(source = Uffd::NAME, %error, "late, and not shot down");
+            }
+        }
+    }
+
+    /// What is mapped there now, by `MAP_FIXED` or later, is watched again.
+    fn look_again(&self, range: Range) {
+        for sink in self.sinks().iter().flatten() {
+            if let Some(part) = sink.range().intersect(range) {
+                self.renew(part);
+            }
+        }
+    }
+}
+
+type Own = [Option<Range>; crate::active::SLOTS];

@@ -1,0 +1,233 @@
+//! The descriptor: its system calls, and what they give.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use crate::addr::Range;
+use crate::source::scratch::PAGE;
+use crate::source::{SourceError, Uffd};
+
+#[repr(C)]
+struct Api {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct Register {
+    start: u64,
+    len: u64,
+    mode: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct WriteProtect {
+    start: u64,
+    len: u64,
+    mode: u64,
+}
+
+/// `struct uffd_msg`.
+#[repr(C)]
+#[derive(Default)]
+struct Message {
+    event: u8,
+    reserved: [u8; 7],
+    arguments: [u64; 3],
+}
+
+const API: u64 = 0xaa;
+const NEW: libc::Ioctl = libc::_IO(0xaa, 0x00);
+const UFFDIO_API: libc::Ioctl = libc::_IOWR::<Api>(0xaa, 0x3f);
+const UFFDIO_REGISTER: libc::Ioctl = libc::_IOWR::<Register>(0xaa, 0x00);
+const UFFDIO_UNREGISTER: libc::Ioctl = libc::_IOR::<[u64; 2]>(0xaa, 0x01);
+const UFFDIO_WRITEPROTECT: libc::Ioctl = libc::_IOWR::<WriteProtect>(0xaa, 0x06);
+const MODE_WP: u64 = 2;
+const USER_MODE_ONLY: libc::c_int = 1;
+
+const EVENT_FORK: u64 = 1 << 1;
+const EVENT_REMAP: u64 = 1 << 2;
+const EVENT_REMOVE: u64 = 1 << 3;
+const EVENT_UNMAP: u64 = 1 << 6;
+const PAGEFAULT_FLAG_WP: u64 = 1;
+const WP_UNPOPULATED: u64 = 1 << 13;
+const WP_ASYNC: u64 = 1 << 15;
+const FEATURES: u64 =
+    EVENT_REMAP | EVENT_REMOVE | EVENT_UNMAP | PAGEFAULT_FLAG_WP | WP_UNPOPULATED | WP_ASYNC;
+
+/// What the kernel tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Event {
+    /// The addresses are gone.
+    Unmap(Range),
+    /// The pages are about to go.
+    Remove(Range),
+    /// The pages have moved.
+    Remap(Range, Option<Range>),
+    /// They are copied on write from now on.
+    Fork,
+}
+
+impl Event {
+    /// What an operation of the space itself would have announced.
+    pub(super) fn range(self) -> Option<Range> {
+        match self {
+            Self::Unmap(range) | Self::Remove(range) | Self::Remap(range, _) => Some(range),
+            Self::Fork => None,
+        }
+    }
+}
+
+/// A descriptor, and a page of its own by which it can be asked whether it is quiet.
+#[derive(Debug)]
+pub(super) struct Descriptor {
+    fd: OwnedFd,
+    sentinel: usize,
+    /// It is told of forks.
+    pub(super) forks: bool,
+}
+
+fn ioctl<T>(fd: &OwnedFd, request: libc::Ioctl, argument: &mut T) -> io::Result<()> {
+    // SAFETY: each request of this module is given the structure that it is defined with; none changes memory but that, and
+    // registrations.
+    match unsafe { libc::ioctl(fd.as_raw_fd(), request, std::ptr::from_mut(argument)) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+fn open() -> io::Result<OwnedFd> {
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    if let Ok(device) = std::fs::File::open("/dev/userfaultfd") {
+        // SAFETY: the request takes flags and gives a descriptor.
+        let fd = unsafe { libc::ioctl(device.as_raw_fd(), NEW, flags) };
+        if fd >= 0 {
+            // SAFETY: made just now.
+            return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
+        }
+    }
+    let mut error = io::Error::from_raw_os_error(libc::ENOSYS);
+    for mode in [0, USER_MODE_ONLY] {
+        // SAFETY: flags in, a descriptor out.
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags | mode) };
+        if fd >= 0 {
+            // SAFETY: made just now.
+            return Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) });
+        }
+        error = io::Error::last_os_error();
+    }
+    Err(error)
+}
+
+impl Descriptor {
+    pub(super) fn new() -> Result<Self, SourceError> {
+        let unavailable = |reason: String| SourceError::not_available(Uffd::NAME, reason);
+        let fd = open().map_err(|error| unavailable(format!("userfaultfd: {error}")))?;
+        let hello = |features| {
+            let mut api = Api {
+                api: API,
+                features,
+                ioctls: 0,
+            };
+            ioctl(&fd, UFFDIO_API, &mut api)
+        };
+        // Forks are told to privileged users only.
+        let forks = hello(FEATURES | EVENT_FORK).is_ok();
+        if !forks {
+            hello(FEATURES).map_err(|error| {
+                unavailable(format!(
+                    "the kernel lacks asynchronous write protection or one of the events (Linux 6.7): {error}"
+                ))
+            })?;
+        }
+        let rights = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping where the kernel likes.
+        let page = unsafe { libc::mmap(std::ptr::null_mut(), PAGE, rights, flags, -1, 0) };
+        if page == libc::MAP_FAILED {
+            return Err(SourceError::last("mmap of the sentinel"));
+        }
+        let this = Self {
+            fd,
+            sentinel: page as usize,
+            forks,
+        };
+        // SAFETY: mapped just now. It stays out of children, as its descriptor does.
+        unsafe { libc::madvise(page, PAGE, libc::MADV_DONTFORK) };
+        let sentinel = Range::new(this.sentinel as u64, PAGE as u64).expect("a page");
+        this.register(sentinel)
+            .map_err(|error| SourceError::System {
+                call: "UFFDIO_REGISTER of the sentinel",
+                error,
+            })?;
+        Ok(this)
+    }
+
+    pub(super) fn raw(&self) -> i32 {
+        self.fd.as_raw_fd()
+    }
+
+    /// Watches a range.
+    pub(super) fn register(&self, range: Range) -> io::Result<()> {
+        let mut register = Register {
+            start: range.start().get(),
+            len: range.len() as u64,
+            mode: MODE_WP,
+            ioctls: 0,
+        };
+        ioctl(&self.fd, UFFDIO_REGISTER, &mut register)
+    }
+
+    pub(super) fn unregister(&self, range: Range) {
+        let mut range = [range.start().get(), range.len() as u64];
+        // Nothing is lost if there is nothing any more.
+        let _ = ioctl(&self.fd, UFFDIO_UNREGISTER, &mut range);
+    }
+
+    /// Whether no operation is between its change and the reading of its event: the kernel refuses to touch a page meanwhile.
+    pub(super) fn is_quiet(&self) -> bool {
+        let mut protect = WriteProtect {
+            start: self.sentinel as u64,
+            len: PAGE as u64,
+            mode: 0,
+        };
+        let said = ioctl(&self.fd, UFFDIO_WRITEPROTECT, &mut protect);
+        !matches!(said, Err(error) if error.raw_os_error() == Some(libc::EAGAIN))
+    }
+
+    /// The next event, if there is one: whoever caused it goes on.
+    pub(super) fn read(&self) -> Option<Event> {
+        let mut message = Message::default();
+        // SAFETY: the message is as long as said.
+        let read =
+            unsafe { libc::read(self.raw(), (&raw mut message).cast(), size_of::<Message>()) };
+        if read != size_of::<Message>() as isize {
+            return None;
+        }
+        let [a, b, c] = message.arguments;
+        let range = |start: u64, len: u64| Range::new(start, len).ok();
+        match message.event {
+            0x13 => {
+                // SAFETY: the child's descriptor, which came with the event: nobody watches the child.
+                unsafe { libc::close(a as u32 as i32) };
+                Some(Event::Fork)
+            }
+            0x14 => Some(Event::Remap(range(a, c)?, range(b, c))),
+            0x15 => Some(Event::Remove(range(a, b.checked_sub(a)?)?)),
+            0x16 => Some(Event::Unmap(range(a, b.checked_sub(a)?)?)),
+            _ => None,
+        }
+    }
+}
+
+impl Drop for Descriptor {
+    fn drop(&mut self) {
+        // First: who unmaps a page that is watched waits to be read.
+        let page = Range::new(self.sentinel as u64, PAGE as u64).expect("a page");
+        self.unregister(page);
+        // SAFETY: mapped by `new`, and nobody else's.
+        unsafe { libc::munmap(self.sentinel as *mut libc::c_void, PAGE) };
+    }
+}

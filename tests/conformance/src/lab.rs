@@ -99,12 +99,12 @@ impl<D: Driver> Lab<D> {
         memory.look_at(&hardware);
         let driver = probe(Arc::clone(&hardware))?;
         let space = AddressSpace::managed(Arc::clone(&memory) as _, plan.deadlines);
-        log.watch(Some(space.clone()));
         let witness = Arc::new(Witness {
             first: true,
             hardware: Arc::clone(&hardware),
         });
         let first = space.register(Range::ALL, witness, &[])?;
+        log.watch(Some(space.clone()));
         Ok(Self {
             first: Some(first),
             space,

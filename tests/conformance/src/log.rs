@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use shootdown::{AddressSpace, Kind, Stats};
 
@@ -17,13 +17,14 @@ const MOMENTS: usize = 24;
 
 pub(crate) struct Log {
     pub(crate) scenario: &'static str,
-    epoch: Instant,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
     space: Option<AddressSpace>,
+    /// When the space was made, as its flight recorder counts.
+    epoch: Option<Instant>,
     steps: VecDeque<Moment>,
     finding: Option<Finding>,
     skipped: Vec<Skipped>,
@@ -44,7 +45,6 @@ impl Log {
     pub(crate) fn new(scenario: &'static str) -> Self {
         Self {
             scenario,
-            epoch: Instant::now(),
             state: Mutex::default(),
         }
     }
@@ -54,9 +54,16 @@ impl Log {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whose flight recorder is looked at from here on; `None` lets go of the last one.
+    /// Whose flight recorder is looked at from here on, in which something has been recorded just now; `None` lets go of the last one.
     pub(crate) fn watch(&self, space: Option<AddressSpace>) {
-        let before = std::mem::replace(&mut self.lock().space, space);
+        let recorded = space.as_ref().map(AddressSpace::records);
+        let newest = recorded.and_then(|records| records.last().map(|record| record.at));
+        let mut state = self.lock();
+        if let Some(at) = newest {
+            state.epoch = Instant::now().checked_sub(at);
+        }
+        let before = std::mem::replace(&mut state.space, space);
+        drop(state);
         // With no lock held: it may be the last owner.
         drop(before);
     }
@@ -64,11 +71,10 @@ impl Log {
     /// The kit did something.
     pub(crate) fn step(&self, what: impl FnOnce() -> String) {
         outside(|| {
-            let moment = Moment {
-                at: self.epoch.elapsed(),
-                what: format!("kit: {}", what()),
-            };
+            let what = format!("kit: {}", what());
             let mut state = self.lock();
+            let at = state.epoch.map_or(Duration::ZERO, |epoch| epoch.elapsed());
+            let moment = Moment { at, what };
             if state.steps.len() == STEPS {
                 state.steps.pop_front();
             }

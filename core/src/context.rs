@@ -12,9 +12,10 @@ use std::marker::PhantomData;
 
 use thiserror::Error;
 
-use crate::list::Linked as _;
+use crate::list::LocalList;
 use crate::primitive::{Arc, thread_local};
 use crate::registration::Inner;
+use crate::segment::SegmentInner;
 use crate::space::Space;
 
 /// Why a call is refused where it stands. Nothing has happened.
@@ -89,12 +90,16 @@ struct Context {
     open: Cell<u32>,
     notifier_locks: Cell<u32>,
     map_lock: Cell<bool>,
-    /// Spaces with completions that this thread has put off, linked through the spaces, so that nothing is allocated: null, or
-    /// a strong count made by `Arc::into_raw`. A plain pointer has no destructor, whose registration would allocate on
-    /// the thread's first shootdown.
-    put_off: Cell<*const Space>,
-    /// Registrations that this thread has yet to make visible, linked through themselves; likewise.
-    inserts: Cell<*const Inner>,
+    /// What was put off is being run further up on this stack.
+    leaving: Cell<bool>,
+    /// Registrations that this thread has yet to make visible.
+    inserts: LocalList<Inner>,
+    /// Registrations that this thread has completed: they wait for their release, on their space's list.
+    completed: LocalList<Inner>,
+    /// Segments whose handles were dropped.
+    segments: LocalList<SegmentInner>,
+    /// Spaces that are to be ended, or whose flight recorder is to be dumped.
+    spaces: LocalList<Space>,
 }
 
 impl Context {
@@ -105,38 +110,19 @@ impl Context {
             open: Cell::new(0),
             notifier_locks: Cell::new(0),
             map_lock: Cell::new(false),
-            put_off: Cell::new(std::ptr::null()),
-            inserts: Cell::new(std::ptr::null()),
+            leaving: Cell::new(false),
+            inserts: LocalList::new(),
+            completed: LocalList::new(),
+            segments: LocalList::new(),
+            spaces: LocalList::new(),
         }
     }
 
-    /// Takes the list.
-    fn take_put_off(&self) -> Option<Arc<Space>> {
-        let head = self.put_off.replace(std::ptr::null());
-        // SAFETY: not null, so from `Arc::into_raw` in `set_put_off`; the count is taken over once.
-        (!head.is_null()).then(|| unsafe { Arc::from_raw(head) })
-    }
-
-    fn set_put_off(&self, head: Option<Arc<Space>>) {
-        self.put_off
-            .set(head.map_or(std::ptr::null(), Arc::into_raw));
-    }
-
-    fn push_insert(&self, inner: Arc<Inner>) {
-        let rest = self.inserts.get();
-        // SAFETY: null, or from `Arc::into_raw` below; the count goes on into the link.
-        *inner.next().lock() = (!rest.is_null()).then(|| unsafe { Arc::from_raw(rest) });
-        self.inserts.set(Arc::into_raw(inner));
-    }
-
-    fn pop_insert(&self) -> Option<Arc<Inner>> {
-        let first = self.inserts.get();
-        // SAFETY: not null, so from `Arc::into_raw` in `push_insert` or below; the count is taken over once.
-        let first = (!first.is_null()).then(|| unsafe { Arc::from_raw(first) })?;
-        let rest = first.next().lock().take();
-        self.inserts
-            .set(rest.map_or(std::ptr::null(), Arc::into_raw));
-        Some(first)
+    fn has_put_off(&self) -> bool {
+        !(self.inserts.is_empty()
+            && self.completed.is_empty()
+            && self.segments.is_empty()
+            && self.spaces.is_empty())
     }
 }
 
@@ -179,7 +165,10 @@ pub(crate) fn callback_refusal(call: &'static str) -> Result<(), Refused> {
 
 /// Whether the map lock may be taken.
 pub(crate) fn map_lock_refusal(call: &'static str) -> Result<(), Refused> {
-    wait_refusal(call)?;
+    // Nameless: nobody takes it, completions ask.
+    if !(planted!("r17") && !call.is_empty() && inside_callback()) {
+        wait_refusal(call)?;
+    }
     CONTEXT.with(|context| {
         if context.map_lock.get() {
             Err(Refused::MapLockHeld { call })
@@ -300,42 +289,59 @@ impl Drop for HoldsMapLock {
     }
 }
 
-/// Remembers that `space` has completions to run, until this thread is outermost.
-pub(crate) fn put_off(space: &Arc<Space>) {
-    CONTEXT.with(|context| {
-        let head = context.take_put_off();
-        context.set_put_off(Space::queue_before(space, head));
-    });
+/// Remembers that `inner` is to be made visible, as soon as this thread is outside of callbacks: on return from its outermost call
+/// it is visible.
+pub(crate) fn insert_later(inner: Arc<Inner>) {
+    CONTEXT.with(|context| context.inserts.push(inner));
 }
 
-/// Remembers that `inner` is to be made visible, as soon as this thread is outside of callbacks. By this thread and no other:
-/// on return from its outermost call it is visible.
-pub(crate) fn insert_later(inner: Arc<Inner>) {
-    CONTEXT.with(|context| context.push_insert(inner));
+/// Remembers that `inner` waits for its release, until this thread is outermost. It may have been released by another thread then.
+pub(crate) fn completed(inner: Arc<Inner>) {
+    CONTEXT.with(|context| context.completed.push(inner));
+}
+
+/// Remembers that the handle of `segment` was dropped, until this thread is outermost.
+pub(crate) fn unmap_later(segment: Arc<SegmentInner>) {
+    CONTEXT.with(|context| context.segments.push(segment));
+}
+
+/// Remembers that `space` is to be ended, or to dump its flight recorder; unless a thread does already.
+pub(crate) fn put_off(space: &Arc<Space>) {
+    if space.queue() {
+        CONTEXT.with(|context| context.spaces.push(space.clone()));
+    }
+}
+
+/// While it lives, what was put off is being run by this thread.
+struct Leaving;
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        CONTEXT.with(|context| context.leaving.set(false));
+    }
 }
 
 /// Runs what was put off on this thread, as far as it is legal now. Called wherever something is left.
 pub(crate) fn leave() {
-    let nothing = CONTEXT.with(|context| {
-        in_callback(context)
-            || context.notifier_locks.get() > 0
-            || (context.inserts.get().is_null() && context.put_off.get().is_null())
-    });
-    if nothing {
-        return;
-    }
-    // Legal with the map lock held.
-    while let Some(inner) = CONTEXT.with(Context::pop_insert) {
-        Inner::publish(inner);
-    }
-    if !is_outermost() {
-        return;
-    }
-    while let Some(space) = CONTEXT.with(|context| {
-        let space = context.take_put_off()?;
-        context.set_put_off(space.unqueue());
-        Some(space)
-    }) {
-        Space::run_put_off(&space);
+    while CONTEXT.with(Context::has_put_off) {
+        if wait_refusal("").is_err() {
+            return;
+        }
+        // Legal with the map lock held.
+        while let Some(inner) = CONTEXT.with(|context| context.inserts.pop()) {
+            Inner::publish(inner);
+        }
+        // Whoever is at it further up on this stack goes on with the rest.
+        if !is_outermost() || CONTEXT.with(|context| context.leaving.replace(true)) {
+            return;
+        }
+        let _leaving = Leaving;
+        if let Some(inner) = CONTEXT.with(|context| context.completed.pop()) {
+            Space::run_completed(&inner.space);
+        } else if let Some(segment) = CONTEXT.with(|context| context.segments.pop()) {
+            SegmentInner::unmap_dropped(&segment);
+        } else if let Some(space) = CONTEXT.with(|context| context.spaces.pop()) {
+            Space::run_put_off(&space);
+        }
     }
 }

@@ -48,6 +48,12 @@ impl Events {
                 break true;
             }
             guard = match deadline {
+                // Whatever woke it, a signal or the end of something else, `done` decides (R21).
+                None if planted!("r21") => {
+                    drop(self.ended.wait(guard));
+                    self.waiting.fetch_sub(1, Ordering::Relaxed);
+                    return true;
+                }
                 None => self.ended.wait(guard),
                 Some(deadline) => match deadline.checked_duration_since(now()) {
                     Some(left) if !left.is_zero() => self.ended.wait_timeout(guard, left),

@@ -66,6 +66,7 @@ mod device;
 mod engine;
 mod events;
 mod fault;
+mod ghosts;
 mod list;
 mod lock;
 mod managed;
@@ -103,7 +104,7 @@ pub use registration::{
 };
 pub use segment::{DeviceContext, Segment, UnloadFailed};
 pub use share::Share;
-pub use space::{AddressSpace, Deadlines, MapReadGuard, MapWriteGuard, SpacePin};
+pub use space::{AddressSpace, Deadlines, ExitError, MapReadGuard, MapWriteGuard, SpacePin};
 pub use stats::Stats;
 pub use tlb::{
     Completion, Device, DeviceStats, DeviceTlb, FlushCommand, Health, Issue, Limits, ResetError,

@@ -38,7 +38,7 @@ pub struct Translation {
     pub rights: Rights,
 }
 
-/// Why memory could not be changed. Nothing has changed then.
+/// Why memory could not be changed. Nothing has changed then, unless it says otherwise.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum MemoryError {
@@ -68,6 +68,9 @@ pub enum MemoryError {
         /// What was asked for.
         page: PageSize,
     },
+    /// It panicked in the middle of a change: nobody knows what it has done, and the pages are in quarantine for good.
+    #[error("the memory panicked in the middle of a change: the pages are in quarantine for good")]
+    Panicked,
     /// A system call failed.
     #[error("{call} of {range} failed: {errno}")]
     System {

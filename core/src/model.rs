@@ -10,6 +10,9 @@
 //! that is not ordered fails the model. A handler's panic is contained by the engine, so handlers note what is wrong and the
 //! model asserts it.
 
+mod phases;
+mod waits;
+
 use std::sync::{Arc as StdArc, Mutex as StdMutex};
 use std::time::Duration;
 

@@ -29,15 +29,19 @@ impl<T> Pool<T> {
         }))
     }
 
+    fn chunk() -> Box<Chunk<T>> {
+        Box::new(Chunk {
+            entries: Vec::with_capacity(CHUNK),
+            next: None,
+        })
+    }
+
     /// Makes sure that `entries` fit in all chains together, if they fill their chunks. Allocates: not in the shootdown path,
     /// and not under the lock, which that path takes.
     pub(crate) fn reserve(&self, entries: usize) {
         let made = self.0.lock().made;
         for _ in made..entries.div_ceil(CHUNK) {
-            let mut chunk = Box::new(Chunk {
-                entries: Vec::with_capacity(CHUNK),
-                next: None,
-            });
+            let mut chunk = Self::chunk();
             let mut free = self.0.lock();
             chunk.next = free.chunks.take();
             free.chunks = Some(chunk);
@@ -46,6 +50,9 @@ impl<T> Pool<T> {
     }
 
     fn take(&self) -> Option<Box<Chunk<T>>> {
+        if planted!("r18") {
+            return Some(Self::chunk());
+        }
         let mut free = self.0.lock();
         let mut chunk = free.chunks.take()?;
         free.chunks = chunk.next.take();

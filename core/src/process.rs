@@ -72,8 +72,10 @@ impl ProcessMemory {
         if at == libc::MAP_FAILED {
             return Err(failed("mmap", range));
         }
-        // SAFETY: as above. Best effort: the flag of the reservation is lost with its pages.
-        unsafe { libc::madvise(start, len, libc::MADV_DONTFORK) };
+        if !planted!("r30") {
+            // SAFETY: as above. Best effort: the flag of the reservation is lost with its pages.
+            unsafe { libc::madvise(start, len, libc::MADV_DONTFORK) };
+        }
         Ok(())
     }
 }

@@ -22,8 +22,9 @@ use std::sync::Arc as StdArc;
 use thiserror::Error;
 
 use crate::addr::{Addr, Range};
+use crate::context;
 use crate::engine::Mode;
-use crate::list::Linked;
+use crate::list::{Link, PutOff};
 use crate::managed::{self, Lock, MapError};
 use crate::notifier::Op;
 use crate::primitive::atomic::{AtomicBool, Ordering};
@@ -32,6 +33,7 @@ use crate::registration::{Registration, Unregistered};
 use crate::share::Share;
 use crate::space::{AddressSpace, MapWriteGuard, Space};
 use crate::tlb::Device;
+use crate::watch::Name;
 
 /// A device context could not be taken off its device.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -43,7 +45,8 @@ pub struct UnloadFailed {
 
 /// What a driver implements for the contexts behind its segments.
 pub trait DeviceContext: Send + Sync + 'static {
-    /// The device that it is loaded on: reset, and in the end quarantined, if it cannot be unloaded.
+    /// The device that it is loaded on: reset, and in the end quarantined, if it cannot be unloaded. Asked when the segment is
+    /// mapped.
     fn device(&self) -> &Device;
 
     /// Takes it off the device. On success its user does not reach it any more, nothing of it runs, and no translation is
@@ -52,13 +55,13 @@ pub trait DeviceContext: Send + Sync + 'static {
     /// A blocking stage: it may wait for its own hardware, up to the driver's own deadline. The map lock may be held, so pending
     /// faults have to be forced to end without it (R33), and faults that are being resolved may be waiting for an
     /// invalidation: they have to be told to give up. As in every callback, nothing is allocated or freed. Called again only after it
-    /// failed, once the device has been reset or recovered.
+    /// failed: once the device has been reset, or recovered, or when another part of the segment, or all of it, goes.
     ///
     /// # Errors
     /// It may still run.
     fn unload(&self, op: &Op<'_>) -> Result<(), UnloadFailed>;
 
-    /// What the watchdog calls it.
+    /// What the watchdog calls it. Asked when the segment is mapped.
     fn name(&self) -> &'static str {
         std::any::type_name::<Self>()
     }
@@ -67,11 +70,16 @@ pub trait DeviceContext: Send + Sync + 'static {
 pub(crate) struct SegmentInner {
     pub(crate) range: Range,
     pub(crate) context: StdArc<dyn DeviceContext>,
+    /// The context's, asked once: a driver's method may panic.
+    pub(crate) device: Device,
+    /// What the watchdog calls it, and errors.
+    pub(crate) name: Name,
+    pub(crate) context_name: &'static str,
     share: StdArc<Share>,
     /// The context is unloaded. Written by whoever has claimed the segment's range.
     over: AtomicBool,
-    /// The next of those whose handles were dropped.
-    next: Mutex<Option<Arc<SegmentInner>>>,
+    /// The next of those whose handles a thread has dropped.
+    next_put_off: Link<SegmentInner>,
 }
 
 impl fmt::Debug for SegmentInner {
@@ -83,9 +91,9 @@ impl fmt::Debug for SegmentInner {
     }
 }
 
-impl Linked for SegmentInner {
-    fn next(&self) -> &Mutex<Option<Arc<Self>>> {
-        &self.next
+impl PutOff for SegmentInner {
+    fn next_put_off(&self) -> &Link<Self> {
+        &self.next_put_off
     }
 }
 
@@ -97,10 +105,13 @@ impl SegmentInner {
     ) -> Self {
         Self {
             range,
+            device: context.device().clone(),
+            name: Name::new(context.name()),
+            context_name: context.name(),
             context,
             share,
             over: AtomicBool::new(false),
-            next: Mutex::new(None),
+            next_put_off: Mutex::new(None),
         }
     }
 
@@ -118,9 +129,14 @@ impl SegmentInner {
         &self.share
     }
 
-    /// Gives its share back. Where that cannot wait it is put off, which is legal everywhere.
+    /// Gives its share back, and waits for callbacks if it was the last. Only where waiting is legal.
     pub(crate) fn put(&self) -> Unregistered {
         self.share.put().unwrap_or(Unregistered::Deferred)
+    }
+
+    /// Gives its share back without a wait.
+    pub(crate) fn give(&self) {
+        self.share.give();
     }
 
     /// At exit, which has every span to itself; false if the context may still run. The share ends with the registration.
@@ -130,7 +146,8 @@ impl SegmentInner {
     }
 
     /// Its handle was dropped.
-    pub(crate) fn unmap_dropped(this: &Arc<Self>, space: &Arc<Space>) {
+    pub(crate) fn unmap_dropped(this: &Arc<Self>) {
+        let space = &this.registration().inner.space;
         match unmap(space, this, Lock::Plain(Mode::Blocking)) {
             Ok(_) | Err(MapError::Exiting) => {}
             Err(error) => {
@@ -146,8 +163,12 @@ fn unmap(
     segment: &Arc<SegmentInner>,
     lock: Lock,
 ) -> Result<Unregistered, MapError> {
+    match lock {
+        Lock::Plain(_) => context::map_lock_refusal("unmap of a segment")?,
+        Lock::Guard => context::wait_refusal("unmap of a segment")?,
+    }
     for part in space.table.parts_of(segment) {
-        match managed::unmap_keeping_shares(space, part, lock) {
+        match managed::unmap_part_of(segment, space, part, lock) {
             // Somebody else has unmapped it meanwhile.
             Ok(()) | Err(MapError::NotMapped { .. }) => {}
             // Exit has unloaded it.
@@ -199,7 +220,8 @@ impl Segment {
 
 impl Drop for Segment {
     fn drop(&mut self) {
-        Space::drop_segment(&self.space, &self.inner);
+        context::unmap_later(self.inner.clone());
+        context::leave();
     }
 }
 
@@ -211,6 +233,12 @@ fn map(
     share: StdArc<Share>,
     lock: Lock,
 ) -> Result<Segment, MapError> {
+    if !Arc::ptr_eq(space, &share.inner.space) {
+        return Err(MapError::OtherSpace {
+            this: space.id,
+            segment: share.inner.space.id,
+        });
+    }
     let inner = managed::map_segment(space, len, at, lock, |range| {
         Arc::new(SegmentInner::new(range, context, share))
     })?;
@@ -261,7 +289,7 @@ impl MapWriteGuard<'_> {
     pub fn unmap_segment(&self, segment: &Segment) -> Result<Unregistered, MapError> {
         if !Arc::ptr_eq(self.space, &segment.space) {
             return Err(MapError::OtherSpace {
-                guard: self.space.id,
+                this: self.space.id,
                 segment: segment.space.id,
             });
         }

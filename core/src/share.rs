@@ -46,7 +46,8 @@ impl AddressSpace {
 
 impl Share {
     /// Gives the share back. The last one gives the registration up, as [`Registration::unregister`] does and from the same
-    /// places; for the others, where somebody was first, and the second time, it is [`Unregistered::AlreadyGone`] at once.
+    /// places; for the others, and the second time, it is [`Unregistered::AlreadyGone`] at once. Where exit was first that
+    /// is the answer too, once no callback runs.
     ///
     /// # Errors
     /// As [`Registration::unregister`]; nothing has changed then.
@@ -62,11 +63,18 @@ impl Share {
     }
 }
 
-impl Drop for Share {
-    fn drop(&mut self) {
+impl Share {
+    /// Gives it back without a wait, once.
+    pub(crate) fn give(&self) {
         if !self.given.swap(true, Ordering::AcqRel) {
             self.registration.drop_by(StateWord::put);
         }
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.give();
     }
 }
 

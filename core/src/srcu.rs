@@ -77,7 +77,7 @@ impl<T> Srcu<T> {
                         .compare_exchange(0, epoch, Ordering::Acquire, Ordering::Relaxed)
                         .is_ok()
                 {
-                    if !planted!("srcu-fence") {
+                    if !planted!("r5-fence") {
                         fence(Ordering::SeqCst); // (A)
                     }
                     return Section(slot);
@@ -87,9 +87,10 @@ impl<T> Srcu<T> {
         }
     }
 
-    /// Hands over what has just been unlinked, to be freed once no reader can see it. Frees what is due; never waits.
+    /// Hands over what has just been unlinked, to be freed once no reader can see it. Gives back what is due; never waits.
     /// Allocates and frees: the writer's side only.
-    pub(crate) fn retire(&self, things: impl IntoIterator<Item = T>) {
+    #[must_use = "what is due is the caller's to drop, under no lock"]
+    pub(crate) fn retire(&self, things: impl IntoIterator<Item = T>) -> Vec<(u64, T)> {
         fence(Ordering::SeqCst); // (B)
         // Relaxed: the fence orders it after the unlink, and the queue's lock orders writers.
         let mut retired = self.retired.lock();
@@ -97,16 +98,14 @@ impl<T> Srcu<T> {
         retired.extend(things.into_iter().map(|thing| (tag, thing)));
         let due = self.oldest_reader();
         let ready = retired.iter().take_while(|(tag, _)| *tag < due).count();
-        let free: Vec<_> = retired.drain(..ready).collect();
-        drop(retired);
-        drop(free);
+        retired.drain(..ready).collect()
     }
 
     /// Frees everything that was retired; waits for the sections that may still see it.
     pub(crate) fn reclaim(&self) {
         let mut backoff = Backoff::new();
         loop {
-            self.retire([]);
+            drop(self.retire([]));
             if self.retired.lock().is_empty() {
                 return;
             }
@@ -116,7 +115,7 @@ impl<T> Srcu<T> {
 
     /// The oldest epoch that a running section may have begun in; the largest number when none runs.
     fn oldest_reader(&self) -> u64 {
-        if planted!("srcu-grace") {
+        if planted!("r5-grace") {
             return u64::MAX;
         }
         let running = self.slots.iter().filter_map(|slot| {
@@ -143,10 +142,10 @@ mod tests {
     fn what_is_retired_outlives_the_sections_that_may_see_it() {
         let domain = Srcu::new();
         let section = domain.read();
-        domain.retire([1]);
+        drop(domain.retire([1]));
         assert_eq!(domain.waiting(), 1);
         drop(section);
-        domain.retire([2]);
+        drop(domain.retire([2]));
         assert_eq!(domain.waiting(), 0);
     }
 
@@ -154,10 +153,10 @@ mod tests {
     fn a_section_that_began_later_does_not_hold_up_the_free() {
         let domain = Srcu::new();
         let old = domain.read();
-        domain.retire([1]);
+        drop(domain.retire([1]));
         let _young = domain.read();
         drop(old);
-        domain.retire([2]);
+        drop(domain.retire([2]));
         assert_eq!(domain.waiting(), 1, "only what the young section may see");
     }
 

@@ -14,6 +14,7 @@ use thiserror::Error;
 use crate::addr::{PageSize, PageSizes, Range};
 use crate::primitive::Arc;
 use crate::primitive::atomic::{AtomicU32, AtomicU64, Ordering};
+use crate::watch::Name;
 
 /// What a flush command covers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -74,6 +75,9 @@ pub enum ResetError {
     /// This device has no reset.
     #[error("the device has no reset")]
     Unsupported,
+    /// The driver panicked.
+    #[error("the driver panicked in the reset of the device")]
+    Panicked,
     /// It did not come back.
     #[error("the device did not come back from reset within {deadline:?}")]
     Timeout {
@@ -99,7 +103,7 @@ pub struct Limits {
 ///
 /// All methods are called from the shootdown path, by several threads at once: they may not allocate, take no lock
 /// that is held while memory is allocated or the map lock is taken, and wait for nothing but their own registers. Only
-/// [`DeviceTlb::reset`] may wait, up to its deadline. One that panics has its device quarantined.
+/// [`DeviceTlb::reset`] may wait, up to its deadline.
 pub trait DeviceTlb: Send + Sync + 'static {
     /// What it can do; read once.
     fn limits(&self) -> Limits;
@@ -224,8 +228,10 @@ pub struct DeviceStats {
 
 struct Inner {
     name: String,
+    watched_as: Name,
     tlb: Box<dyn DeviceTlb>,
     limits: Limits,
+    /// Even while it is healthy. Each quarantine makes another number, so that a recovery does not undo one that came meanwhile.
     health: AtomicU32,
     flush_ops: AtomicU64,
     full_flushes: AtomicU64,
@@ -258,14 +264,18 @@ impl Device {
     /// # Panics
     /// If the declared limits name no entry size: such a TLB could not be flushed.
     pub fn new(name: impl Into<String>, tlb: impl DeviceTlb) -> Self {
-        let limits = tlb.limits();
+        let mut limits = tlb.limits();
+        // More could not be expressed in bytes.
+        limits.pages_per_command = limits.pages_per_command.clamp(1, 1 << 42);
         assert!(
             !limits.entry_sizes.is_empty(),
             "a device TLB declares at least one entry size"
         );
+        let name = name.into();
         Self {
             inner: Arc::new(Inner {
-                name: name.into(),
+                watched_as: Name::new(&name),
+                name,
                 limits,
                 tlb: Box::new(tlb),
                 health: AtomicU32::new(0),
@@ -286,6 +296,11 @@ impl Device {
         &self.inner.name
     }
 
+    /// What the watchdog calls it.
+    pub(crate) fn watched_as(&self) -> Name {
+        self.inner.watched_as
+    }
+
     /// What its TLB declared.
     pub fn limits(&self) -> &Limits {
         &self.inner.limits
@@ -293,8 +308,8 @@ impl Device {
 
     /// Whether it is in quarantine.
     pub fn health(&self) -> Health {
-        // Acquire, with the Release in `set_health`: who sees it healthy again also sees its TLB empty.
-        if self.inner.health.load(Ordering::Acquire) == 0 {
+        // Acquire, with the AcqRel in `recover`: who sees it healthy again also sees its TLB empty.
+        if self.inner.health.load(Ordering::Acquire).is_multiple_of(2) {
             Health::Healthy
         } else {
             Health::Quarantined
@@ -323,14 +338,24 @@ impl Device {
     /// # Errors
     /// What the reset said; the device stays in quarantine.
     pub fn recover(&self, deadline: Duration) -> Result<(), ResetError> {
-        if self.health() == Health::Healthy {
+        let health = self.inner.health.load(Ordering::Acquire);
+        if health.is_multiple_of(2) {
             return Ok(());
         }
-        if self.full_flush(deadline) || self.reset(deadline).is_ok() {
-            self.inner.health.store(0, Ordering::Release);
-            return Ok(());
+        if !self.full_flush(deadline) {
+            self.reset(deadline)?;
         }
-        Err(ResetError::Timeout { deadline })
+        // AcqRel, with the load in `health`. A failure means that it went into quarantine again, or that another thread was first.
+        let _ = self.inner.health.compare_exchange(
+            health,
+            health.wrapping_add(1),
+            Ordering::AcqRel,
+            Ordering::Acquire,
+        );
+        match self.health() {
+            Health::Healthy => Ok(()),
+            Health::Quarantined => Err(ResetError::Timeout { deadline }),
+        }
     }
 
     fn full_flush(&self, deadline: Duration) -> bool {
@@ -348,9 +373,7 @@ impl Device {
             self.dispatch();
             backoff.wait();
         }
-        let Some(ticket) = self.dispatch() else {
-            return false;
-        };
+        let ticket = self.dispatch();
         loop {
             match self.poll(ticket) {
                 Completion::Done => return true,
@@ -361,8 +384,18 @@ impl Device {
         }
     }
 
+    /// Calls the driver. What panics there puts the device into quarantine, and comes to `otherwise`, which is never an
+    /// acknowledgement.
+    fn contain<R>(&self, otherwise: R, call: impl FnOnce(&dyn DeviceTlb) -> R) -> R {
+        let result = catch_unwind(AssertUnwindSafe(|| call(&*self.inner.tlb)));
+        result.unwrap_or_else(|_| {
+            self.quarantine();
+            otherwise
+        })
+    }
+
     pub(crate) fn issue(&self, command: FlushCommand) -> Issue {
-        let issue = self.call(|tlb| tlb.issue(command)).unwrap_or(Issue::Busy);
+        let issue = self.contain(Issue::Busy, |tlb| tlb.issue(command));
         if issue == Issue::Queued {
             let counter = match command.scope {
                 Scope::Pages { .. } => &self.inner.flush_ops,
@@ -373,26 +406,17 @@ impl Device {
         issue
     }
 
-    /// `None` if it panicked: then nothing tells what became of the commands.
-    pub(crate) fn dispatch(&self) -> Option<Ticket> {
+    pub(crate) fn dispatch(&self) -> Ticket {
         self.inner.dispatches.fetch_add(1, Ordering::Relaxed);
-        self.call(DeviceTlb::dispatch)
+        self.contain(Ticket(u64::MAX), |tlb| tlb.dispatch())
     }
 
     pub(crate) fn poll(&self, ticket: Ticket) -> Completion {
-        self.call(|tlb| tlb.poll(ticket))
-            .unwrap_or(Completion::Failed)
-    }
-
-    /// Calls the driver; `None` if it panicked, in which case the device is in quarantine.
-    fn call<R>(&self, method: impl FnOnce(&dyn DeviceTlb) -> R) -> Option<R> {
-        let result = catch_unwind(AssertUnwindSafe(|| method(&*self.inner.tlb)));
-        result.map_err(|_| self.quarantine()).ok()
+        self.contain(Completion::Failed, |tlb| tlb.poll(ticket))
     }
 
     pub(crate) fn reset(&self, deadline: Duration) -> Result<(), ResetError> {
-        self.call(|tlb| tlb.reset(deadline))
-            .unwrap_or(Err(ResetError::Timeout { deadline }))?;
+        self.contain(Err(ResetError::Panicked), |tlb| tlb.reset(deadline))?;
         self.inner.resets.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
@@ -416,7 +440,13 @@ impl Device {
     /// Puts the device into quarantine; whether it was healthy before.
     pub(crate) fn quarantine(&self) -> bool {
         // AcqRel: the winner counts; Release orders what led here before what others conclude from it.
-        let fresh = self.inner.health.swap(1, Ordering::AcqRel) == 0;
+        let next = |health: u32| {
+            let step = if health.is_multiple_of(2) { 1 } else { 2 };
+            Some(health.wrapping_add(step))
+        };
+        let health = &self.inner.health;
+        let before = health.fetch_update(Ordering::AcqRel, Ordering::Acquire, next);
+        let fresh = before.is_ok_and(|before| before.is_multiple_of(2));
         if fresh {
             self.inner.quarantined.fetch_add(1, Ordering::Relaxed);
         }

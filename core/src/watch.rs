@@ -52,11 +52,11 @@ pub(crate) struct Name(u64);
 
 impl Name {
     /// Allocates, the first time.
-    pub(crate) fn new(name: &'static str) -> Self {
+    pub(crate) fn new(name: &str) -> Self {
         let mut names = lock(&NAMES);
-        let known = names.iter().position(|one| *one == name);
+        let known = names.iter().position(|one| one == name);
         let at = known.unwrap_or_else(|| {
-            names.push(name);
+            names.push(name.to_owned());
             names.len() - 1
         });
         Self((at as u64).min(0xffff))
@@ -134,11 +134,8 @@ impl Watch {
         this
     }
 
-    /// The post of the invalidation that has claimed `slot`, for this thread.
-    pub(crate) fn post(&self, slot: usize) -> PostId {
-        if let Some(post) = self.posts.get(slot) {
-            post.thread.store(thread(), Ordering::Relaxed);
-        }
+    /// The post of the invalidation that has claimed `slot`.
+    pub(crate) fn post(slot: usize) -> PostId {
         PostId(slot)
     }
 
@@ -154,8 +151,12 @@ impl Watch {
         // Only this thread writes to the post.
         let number = post.given.load(Ordering::Relaxed) + 1;
         post.given.store(number, Ordering::Relaxed);
+        // As a sequence lock: `run` was taken away before, the words are written, `run` is set. The fence, with the one in `look`,
+        // keeps the words behind the first.
+        fence(Ordering::Release);
         post.who
             .store(registration << 16 | name.0, Ordering::Relaxed);
+        post.thread.store(thread(), Ordering::Relaxed);
         // Release, with the Acquire of the look: who sees the run sees who it is.
         post.run
             .store(number << 8 | stage as u64, Ordering::Release);
@@ -172,7 +173,7 @@ impl Watch {
             post.run
                 .compare_exchange(0, u64::MAX, Ordering::Acquire, Ordering::Relaxed)
                 .ok()?;
-            self.enter(self.post(at), Stage::Release, registration, name)
+            self.enter(PostId(at), Stage::Release, registration, name)
         })
     }
 
@@ -211,19 +212,19 @@ impl Watch {
                 post.who.load(Ordering::Relaxed),
                 post.thread.load(Ordering::Relaxed),
             );
-            // The two belong to this run, or it is over: with the Release in `enter`.
+            // The two belong to this run, or it is over: with the fence in `enter`.
             fence(Ordering::Acquire);
             if post.run.load(Ordering::Relaxed) != run {
                 continue;
             }
             last.reported = true;
             self.overdue.fetch_add(1, Ordering::Relaxed);
-            let handler = lock(&NAMES).get((who & 0xffff) as usize).copied();
+            let handler = lock(&NAMES).get((who & 0xffff) as usize).cloned();
             let name = std::fs::read_to_string(format!("/proc/self/task/{thread}/comm"));
             tracing::error!(
                 space = self.space,
                 registration = who >> 16,
-                handler = handler.unwrap_or("?"),
+                handler = handler.as_deref().unwrap_or("?"),
                 stage,
                 thread,
                 thread_name = name.as_deref().unwrap_or("?").trim(),
@@ -243,7 +244,7 @@ struct Seen {
 /// What the thread watches.
 type Watched = Vec<(Weak<Watch>, Box<[Option<Seen>; POSTS]>)>;
 
-static NAMES: Mutex<Vec<&'static str>> = Mutex::new(Vec::new());
+static NAMES: Mutex<Vec<String>> = Mutex::new(Vec::new());
 static WATCHDOG: Mutex<Watchdog> = Mutex::new(Watchdog {
     new: Vec::new(),
     thread: None,

@@ -8,8 +8,8 @@ use std::thread;
 use std::time::Duration;
 
 use shootdown::{
-    Addr, AddressSpace, Cause, Device, DeviceContext, Health, InvalidateError, Kind, Map, MapError,
-    Op, Range, Rights, Segment, Share, UnloadFailed, Unregistered,
+    Addr, AddressSpace, Cause, Device, DeviceContext, ExitError, Health, InvalidateError, Kind,
+    Map, MapError, Op, Range, Rights, Segment, Share, UnloadFailed, Unregistered,
 };
 use support::{Behaviour, Counting, fake, on, space};
 
@@ -164,7 +164,7 @@ fn a_guard_of_another_space_is_refused_by_name() {
     let guard = other.space.lock_write().unwrap();
     assert!(matches!(
         guard.unmap_segment(&segment),
-        Err(MapError::OtherSpace { guard, segment }) if guard == other.space.id() && segment == one.space.id()
+        Err(MapError::OtherSpace { this, segment }) if this == other.space.id() && segment == one.space.id()
     ));
     assert!(!segment.is_over());
 }
@@ -345,7 +345,7 @@ fn a_context_that_does_not_unload_at_exit_does_not_keep_its_space() {
     let rig = Rig::new();
     let segment = rig.segment();
     rig.context.fails.store(u64::MAX, SeqCst);
-    rig.space.exit().unwrap();
+    assert!(matches!(rig.space.exit(), Err(ExitError::Reached { .. })));
     assert_eq!(rig.device.health(), Health::Quarantined);
     assert!(!segment.is_over());
     let Rig {
@@ -393,9 +393,20 @@ fn bad_input_is_a_typed_error() {
     let outside = Some(Addr::new(0x1000));
     assert!(matches!(map(LEN, outside), MapError::OutsideArena { .. }));
     assert!(matches!(map(1 << 40, None), MapError::NoRoom { .. }));
-    let bare = AddressSpace::without_memory(support::short());
-    let error = bare
+    let other = space();
+    let error = other
         .map_segment(LEN, None, rig.context.clone(), rig.share.clone())
+        .unwrap_err();
+    assert!(
+        matches!(error, MapError::OtherSpace { this, segment } if this == other.id() && segment == rig.space.id()),
+        "{error}"
+    );
+    let bare = AddressSpace::without_memory(support::short());
+    let own = bare
+        .share(1, || (Range::ALL, rig.handler.clone(), on(&rig.device)))
+        .unwrap();
+    let error = bare
+        .map_segment(LEN, None, rig.context.clone(), Arc::new(own))
         .unwrap_err();
     assert!(matches!(error, MapError::NoMemory));
 }

@@ -3,7 +3,7 @@
 mod support;
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
 
 use shootdown::{
@@ -404,20 +404,34 @@ fn discard_and_protect_leave_the_map_to_its_readers() {
 
 #[test]
 fn disjoint_unmaps_run_in_parallel() {
-    use std::sync::Barrier;
+    use std::sync::{Condvar, Mutex};
     /// Both handlers meet: they can only if both invalidations are in progress at once.
-    struct Meets(Arc<Barrier>);
-    impl Notifier for Meets {
-        fn end(&self, _: &shootdown::Op<'_>, _: Outcome) {
-            self.0.wait();
+    #[derive(Default)]
+    struct Meets {
+        here: Mutex<u32>,
+        came: Condvar,
+        alone: AtomicU64,
+    }
+    struct One(Arc<Meets>);
+    impl Notifier for One {
+        fn cut_off(&self, _: &shootdown::Op<'_>) -> Result<(), shootdown::CutOffFailed> {
+            let mut here = self.0.here.lock().unwrap();
+            *here += 1;
+            self.0.came.notify_all();
+            let alone = |here: &mut u32| *here < 2;
+            let patience = Duration::from_secs(5);
+            let waited = self.0.came.wait_timeout_while(here, patience, alone);
+            let alone = waited.unwrap().1.timed_out();
+            self.0.alone.fetch_add(u64::from(alone), SeqCst);
+            Ok(())
         }
     }
     let space = space();
-    let barrier = Arc::new(Barrier::new(2));
+    let meets = Arc::new(Meets::default());
     let buffers = [(); 2].map(|()| space.map(Map::anonymous(1 << 12)).unwrap());
     let registrations = buffers.map(|buffer| {
         space
-            .register(buffer, Arc::new(Meets(barrier.clone())), &[])
+            .register(buffer, Arc::new(One(meets.clone())), &[])
             .unwrap()
     });
     std::thread::scope(|scope| {
@@ -426,8 +440,8 @@ fn disjoint_unmaps_run_in_parallel() {
             scope.spawn(move || space.unmap(buffer).unwrap());
         }
     });
-    // Exit would call both on one thread, where they cannot meet.
     for one in registrations {
         one.unregister().unwrap();
     }
+    assert_eq!(meets.alone.load(SeqCst), 0, "they ran one by one");
 }

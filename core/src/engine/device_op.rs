@@ -14,7 +14,7 @@ pub(crate) struct DeviceOp {
     /// The first command that is not issued yet, and whether one before it was queued.
     next: usize,
     queued: bool,
-    pub(super) ticket: Option<Ticket>,
+    ticket: Option<Ticket>,
     pub(super) state: Ack,
     /// It missed the deadline of its flush, and something wider was tried.
     pub(super) missed: bool,
@@ -54,6 +54,9 @@ impl DeviceOp {
             return;
         }
         if self.len == most {
+            if planted!("r19-command") {
+                return;
+            }
             self.set_whole();
         } else {
             self.commands[self.len] = command;
@@ -61,7 +64,7 @@ impl DeviceOp {
         }
     }
 
-    pub(super) fn is_whole(&self) -> bool {
+    fn is_whole(&self) -> bool {
         self.len == 1 && self.commands[0].scope == Scope::Device
     }
 
@@ -85,21 +88,26 @@ impl DeviceOp {
             match self.device.issue(self.commands[self.next]) {
                 Issue::Queued => self.queued = true,
                 Issue::NothingCached => {}
-                Issue::Busy if self.device.health() == Health::Quarantined => {
-                    self.state = Ack::Missed;
-                    return;
-                }
                 Issue::Busy => {
-                    self.device.dispatch();
+                    // One that has panicked is in quarantine.
+                    if self.device.health() == Health::Quarantined {
+                        self.state = Ack::Missed;
+                    } else {
+                        self.device.dispatch();
+                    }
                     return;
                 }
             }
             self.next += 1;
         }
         self.state = if self.queued {
-            self.ticket = self.device.dispatch();
-            self.ticket.map_or(Ack::Missed, |_| Ack::Waiting)
-        } else if self.missed {
+            self.ticket = Some(self.device.dispatch());
+            // Or what panicked was the doorbell, and nobody's ticket is anything worth.
+            match self.device.health() {
+                Health::Healthy => Ack::Waiting,
+                Health::Quarantined => Ack::Missed,
+            }
+        } else if self.missed && !planted!("r20-cached") {
             // "Nothing cached" cannot answer for commands that were accepted before.
             Ack::Missed
         } else {
@@ -143,7 +151,7 @@ impl Deadline {
 
 /// Polls all devices together until each has acknowledged or the deadline is over.
 pub(super) fn sync(devices: &mut Chain<'_, DeviceOp>, deadline: &mut Deadline) {
-    if planted!("sync") {
+    if planted!("r21-sync") {
         devices.for_each(|one| one.state = Ack::Done);
         return;
     }

@@ -25,25 +25,33 @@ pub enum InvalidateError {
         range: Range,
     },
     /// A device did not acknowledge, whatever was tried: it may still reach the pages, which are in quarantine.
-    #[error("device {} may still reach {range}: its pages are in quarantine until it is recovered or reset", device.name())]
+    #[error("device {} may still reach {range}: {reason}; the pages are in quarantine until it is recovered or reset", device.name())]
     Quarantined {
         /// The range.
         range: Range,
         /// The first such device.
         device: Device,
+        /// Why; what its context said, where one could not be unloaded.
+        reason: &'static str,
     },
     /// A handler without a device that could be flushed or reset did not drain, or could not cut the device off.
-    #[error("work in flight in {range} did not end: its pages are in quarantine")]
+    #[error(
+        "work of {handler} in flight in {range} did not end, or could not be cut off: the pages are in quarantine, and `drain` tries again while it is registered"
+    )]
     NotDrained {
         /// The range.
         range: Range,
+        /// What the handler is called.
+        handler: &'static str,
     },
     /// A handler panicked. The others ran; its devices are in quarantine. If it did so before the pages changed they are in
     /// quarantine too; if only in `end`, they have changed.
-    #[error("a handler panicked during the invalidation of {range}: its devices are in quarantine{}", if *changed { "" } else { ", and so are the pages" })]
+    #[error("{handler} panicked during the invalidation of {range}: its devices are in quarantine{}", if *changed { "" } else { ", and so are the pages" })]
     HandlerPanicked {
         /// The range.
         range: Range,
+        /// What the handler, or the context, is called.
+        handler: &'static str,
         /// Whether the pages have changed.
         changed: bool,
     },

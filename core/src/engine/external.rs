@@ -74,7 +74,13 @@ impl crate::AddressSpace {
             cause,
             segments: &[],
         };
-        let invalidation = Invalidation::begin(&self.space, what, mode)?;
+        let begun = Invalidation::begin(&self.space, what, mode);
+        let mut invalidation = begun.map_err(|failed| failed.error)?;
+        if self.space.is_exiting() {
+            // Exit may have detached everybody before this walked the index, with a device that does not answer.
+            invalidation.end(Outcome::Unchanged);
+            return Err(InvalidateError::Exiting { range });
+        }
         Ok(ExternalInvalidation { invalidation })
     }
 }

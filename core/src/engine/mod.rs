@@ -32,11 +32,11 @@ use crate::pool::Chain;
 use crate::primitive::{Arc, Backoff};
 use crate::recorder::Kind;
 use crate::registration::{Inner, Logged, Use};
-use crate::segment::{SegmentInner, UnloadFailed};
+use crate::segment::SegmentInner;
 use crate::space::Space;
 use crate::stats::Counter;
 use crate::tlb::{Device, FlushCommand, FlushPlan, Health};
-use crate::watch::Stage;
+use crate::watch::{Name, Stage, Watch};
 
 /// Whether handlers may wait for locks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -52,6 +52,9 @@ pub(crate) struct Hit {
     part: Range,
     quiesced: bool,
     polled: bool,
+    /// It failed in a way that no device in quarantine answers for; after the end it is kept.
+    failed: bool,
+    kept: Option<Arc<Inner>>,
 }
 
 /// What stands between the pages and their change.
@@ -60,7 +63,49 @@ struct Trouble {
     would_block: bool,
     panicked: bool,
     not_drained: bool,
-    device: Option<Device>,
+    /// Whose handler it was, for the last two.
+    handler: &'static str,
+    /// The first that may still reach the pages, and why.
+    device: Option<(Device, &'static str)>,
+}
+
+impl Trouble {
+    fn device(&mut self, device: &Device, reason: &'static str) {
+        self.device.get_or_insert_with(|| (device.clone(), reason));
+    }
+
+    fn not_drained(&mut self, inner: &Inner) {
+        self.not_drained = true;
+        self.handler = inner.handler;
+    }
+
+    /// A handler has panicked; its devices are in quarantine. True if it has none, so that nothing answers for it.
+    fn panicked(&mut self, inner: &Inner) -> bool {
+        self.panicked = true;
+        self.handler = inner.handler;
+        inner.targets.is_empty()
+    }
+}
+
+/// A failed invalidation, and who may still reach the pages then. It holds counts of devices and registrations: to be dropped
+/// outside of the shootdown path.
+pub(crate) struct Failed<'s> {
+    pub(crate) error: InvalidateError,
+    devices: Chain<'s, DeviceOp>,
+    hits: Chain<'s, Hit>,
+}
+
+impl Failed<'_> {
+    /// Devices that are in quarantine.
+    pub(crate) fn devices(&self) -> impl Iterator<Item = &Device> {
+        let all = self.devices.iter().map(|one| &one.device);
+        all.filter(|device| device.health() == Health::Quarantined)
+    }
+
+    /// Registrations whose handler failed in a way that no device answers for.
+    pub(crate) fn registrations(&self) -> impl Iterator<Item = &Arc<Inner>> {
+        self.hits.iter().filter_map(|hit| hit.kept.as_ref())
+    }
 }
 
 /// An invalidation between start and end.
@@ -90,21 +135,31 @@ pub(crate) struct What<'a> {
 }
 
 /// Runs all phases, with `change` as the fifth.
-pub(crate) fn run(
-    space: &Arc<Space>,
+pub(crate) fn run<'s>(
+    space: &'s Arc<Space>,
     what: What<'_>,
     mode: Mode,
     change: impl FnOnce() -> Result<(), MemoryError>,
-) -> Result<(), InvalidateError> {
+) -> Result<(), Failed<'s>> {
+    // Not held: disjoint invalidations run in parallel (R28).
+    static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let _whole = planted!("r28").then(|| ONE_AT_A_TIME.lock());
     let mut invalidation = Invalidation::begin(space, what, mode)?;
-    match change() {
+    let changed = catch_unwind(AssertUnwindSafe(change));
+    // What a memory that panicked has done nobody knows.
+    match changed.unwrap_or(Err(MemoryError::Panicked)) {
         Ok(()) => {
             invalidation.end(Outcome::Changed);
-            invalidation.panic_at_end()
+            let panicked = invalidation.panic_at_end();
+            panicked.map_err(|error| invalidation.failed(error))
         }
         Err(error) => {
-            invalidation.end(Outcome::Unchanged);
-            Err(error.into())
+            invalidation.end(match error {
+                MemoryError::Panicked => Outcome::Quarantined,
+                _ if planted!("r27") => Outcome::Changed,
+                _ => Outcome::Unchanged,
+            });
+            Err(invalidation.failed(error.into()))
         }
     }
 }
@@ -115,17 +170,20 @@ impl<'s> Invalidation<'s> {
         space: &'s Arc<Space>,
         what: What<'_>,
         mode: Mode,
-    ) -> Result<Self, InvalidateError> {
-        let mut this = Self::start(space, what, mode)?;
-        if this.hits.is_empty() && what.segments.is_empty() {
-            return Ok(this);
-        }
-        this.quiesce();
-        if !this.trouble.would_block {
-            this.drain();
-            this.flush();
-            this.cut_off();
-            this.unload(what.segments);
+    ) -> Result<Self, Failed<'s>> {
+        let mut this = Self::start(space, what, mode).map_err(|error| Failed {
+            error,
+            devices: Chain::new(&space.device_ops),
+            hits: Chain::new(&space.hits),
+        })?;
+        if !this.hits.is_empty() || !what.segments.is_empty() {
+            this.quiesce();
+            if !this.trouble.would_block {
+                this.drain();
+                this.flush();
+                this.cut_off();
+                this.unload(what.segments);
+            }
         }
         match this.error() {
             None => Ok(this),
@@ -134,8 +192,18 @@ impl<'s> Invalidation<'s> {
                     InvalidateError::WouldBlock { .. } => Outcome::Unchanged,
                     _ => Outcome::Quarantined,
                 });
-                Err(error)
+                Err(this.failed(error))
             }
+        }
+    }
+
+    /// After the end.
+    fn failed(&mut self, error: InvalidateError) -> Failed<'s> {
+        let space = self.space;
+        Failed {
+            error,
+            devices: std::mem::replace(&mut self.devices, Chain::new(&space.device_ops)),
+            hits: std::mem::replace(&mut self.hits, Chain::new(&space.hits)),
         }
     }
 
@@ -160,7 +228,7 @@ impl<'s> Invalidation<'s> {
                         sizes,
                         may_block: mode == Mode::Blocking,
                         drain: space.deadlines.drain,
-                        post: space.watch.post(claim.slot()),
+                        post: Watch::post(claim.slot()),
                     },
                     claim,
                     hits: Chain::new(&space.hits),
@@ -195,9 +263,17 @@ impl<'s> Invalidation<'s> {
     fn collect(&mut self) -> bool {
         let mut room = true;
         let (range, hits, devices) = (self.core.range, &mut self.hits, &mut self.devices);
+        let trouble = &mut self.trouble;
         let mut count = 0;
         self.space.registry.walk(range, |at, inner| {
-            let (Some(part), Some(used)) = (at.intersect(range), Use::enter(inner)) else {
+            let Some(part) = at.intersect(range) else {
+                return ControlFlow::Continue(());
+            };
+            let Some(used) = Use::enter(inner) else {
+                // It is over, but not yet among the ghosts.
+                if let Some(device) = dead(inner) {
+                    trouble.device(device, GONE);
+                }
                 return ControlFlow::Continue(());
             };
             let hit = Hit {
@@ -205,10 +281,12 @@ impl<'s> Invalidation<'s> {
                 part,
                 quiesced: false,
                 polled: false,
+                failed: false,
+                kept: None,
                 used: Some(used),
             };
             if let Err(Hit { used, logged, .. }) = hits.push(hit) {
-                room = false;
+                room = planted!("r19-hit");
                 if let Some(used) = used {
                     used.recent.end(logged);
                     used.leave();
@@ -227,6 +305,9 @@ impl<'s> Invalidation<'s> {
                 ControlFlow::Break(())
             }
         });
+        if let Some(device) = self.space.ghosts.find(range) {
+            self.trouble.device(&device, GONE);
+        }
         if count > 0 && room {
             let (start, last) = (range.start().get(), range.last().get());
             let recorder = &self.space.recorder;
@@ -246,7 +327,7 @@ impl<'s> Invalidation<'s> {
         } = self;
         hits.for_each(|hit| {
             let Some(used) = &hit.used else { return };
-            if trouble.would_block {
+            if trouble.would_block || planted!("r22-others") && trouble.panicked {
                 return;
             }
             hit.quiesced = true;
@@ -255,13 +336,16 @@ impl<'s> Invalidation<'s> {
                 used.notifier.quiesce(&op).map(|drain| drain.is_polled())
             }) {
                 Some(Ok(polled)) => hit.polled = polled,
-                Some(Err(WouldBlock)) if core.may_block => trouble.not_drained = true,
+                Some(Err(WouldBlock)) if core.may_block => {
+                    hit.failed = true;
+                    trouble.not_drained(used);
+                }
                 Some(Err(WouldBlock)) => {
                     space.recorder.record(Kind::Refused, core.id, used.id, 0);
                     space.stats.add(Counter::Refused, 1);
                     trouble.would_block = true;
                 }
-                None => trouble.panicked = true,
+                None => hit.failed = trouble.panicked(used),
             }
         });
     }
@@ -289,17 +373,19 @@ impl<'s> Invalidation<'s> {
                     used.notifier.drained(&op)
                 }) {
                     Some(true) => hit.polled = false,
-                    Some(false) if !over => waiting = true,
+                    // A dead device is not waited for again.
+                    Some(false) if !over && dead(used).is_none() => waiting = true,
                     Some(false) => {
                         hit.polled = false;
                         space.recorder.record(Kind::Deadline, core.id, 0, 0);
                         if !reset_all(space, core, used) {
-                            trouble.not_drained = true;
+                            hit.failed = used.targets.is_empty();
+                            trouble.not_drained(used);
                         }
                     }
                     None => {
                         hit.polled = false;
-                        trouble.panicked = true;
+                        hit.failed = trouble.panicked(used);
                     }
                 }
             });
@@ -327,7 +413,7 @@ impl<'s> Invalidation<'s> {
                 used.notifier.flush(&op, Gather::new(&op)).range()
             });
             let Some(asked) = asked else {
-                trouble.panicked = true;
+                hit.failed = trouble.panicked(used);
                 return;
             };
             let Some(range) = asked else { return };
@@ -349,7 +435,7 @@ impl<'s> Invalidation<'s> {
         devices.for_each(|one| {
             if one.len == 0 {
                 one.state = Ack::Done;
-            } else if one.device.health() == Health::Quarantined {
+            } else if one.device.health() == Health::Quarantined && !planted!("r20-twice") {
                 one.state = Ack::Missed; // It is not waited for again.
             } else {
                 one.issue();
@@ -395,7 +481,7 @@ impl<'s> Invalidation<'s> {
             Ack::Done if one.missed => one.device.note_recovered_by_flush(),
             Ack::Missed if healthy(one) => {
                 space.recorder.record(Kind::Deadline, core.id, 2, 0);
-                if one.device.reset(space.deadlines.reset).is_ok() {
+                if reset(space, core, (0, one.device.watched_as()), &one.device) {
                     one.state = Ack::Done;
                     if one.missed {
                         one.device.note_recovered_by_reset();
@@ -412,7 +498,7 @@ impl<'s> Invalidation<'s> {
         if let Some(missed) = missed
             && !planted!("r20")
         {
-            trouble.device = Some(missed.device.clone());
+            trouble.device(&missed.device, "it does not acknowledge");
         }
     }
 
@@ -431,8 +517,11 @@ impl<'s> Invalidation<'s> {
                 used.notifier.cut_off(&op)
             }) {
                 Some(Ok(())) => {}
-                Some(Err(_)) => trouble.not_drained = true,
-                None => trouble.panicked = true,
+                Some(Err(_)) => {
+                    hit.failed = true;
+                    trouble.not_drained(used);
+                }
+                None => hit.failed = trouble.panicked(used),
             }
         });
     }
@@ -451,22 +540,19 @@ impl<'s> Invalidation<'s> {
                 continue;
             };
             let (inner, op) = (&segment.registration().inner, Op::new(core, part));
-            let device = segment.context.device();
+            let (device, who) = (&segment.device, (inner.id, segment.name));
             let attempt = || {
-                call(space, inner, core, Stage::Unload, || {
+                watched(space, inner, core, (Stage::Unload, who), || {
                     segment.context.unload(&op)
                 })
             };
             let unloaded = match attempt() {
-                Some(Err(_)) => {
-                    let recorder = &space.recorder;
-                    recorder.record(Kind::Deadline, core.id, 4, 0);
-                    if device.health() == Health::Healthy && reset(space, core, inner, device) {
+                Some(Err(failed)) => {
+                    space.recorder.record(Kind::Deadline, core.id, 4, 0);
+                    if device.health() == Health::Healthy && reset(space, core, who, device) {
                         attempt()
                     } else {
-                        Some(Err(UnloadFailed {
-                            reason: "its device was not reset",
-                        }))
+                        Some(Err(failed))
                     }
                 }
                 other => other,
@@ -478,14 +564,15 @@ impl<'s> Invalidation<'s> {
                     let start = segment.range.start().get();
                     space.recorder.record(Kind::Unload, core.id, start, 0);
                 }
-                Some(Err(_)) => {
+                Some(Err(failed)) => {
                     device.quarantine();
                     space.recorder.record(Kind::Quarantine, core.id, 0, 0);
-                    trouble.device = Some(device.clone());
+                    trouble.device(device, failed.reason);
                 }
                 None => {
                     device.quarantine();
                     trouble.panicked = true;
+                    trouble.handler = segment.context_name;
                 }
             }
         }
@@ -497,17 +584,22 @@ impl<'s> Invalidation<'s> {
         if trouble.panicked {
             Some(InvalidateError::HandlerPanicked {
                 range,
+                handler: trouble.handler,
                 changed: false,
             })
         } else if trouble.would_block {
             Some(InvalidateError::WouldBlock { range })
-        } else if let Some(device) = &trouble.device {
+        } else if let Some((device, reason)) = &trouble.device {
             Some(InvalidateError::Quarantined {
                 range,
                 device: device.clone(),
+                reason,
             })
         } else if trouble.not_drained {
-            Some(InvalidateError::NotDrained { range })
+            Some(InvalidateError::NotDrained {
+                range,
+                handler: trouble.handler,
+            })
         } else {
             None
         }
@@ -518,8 +610,11 @@ impl<'s> Invalidation<'s> {
         if std::mem::replace(&mut self.ended, true) {
             return;
         }
-        // Before the uses are given back: while they last, a registration holds each device, and no count here is the last.
-        self.devices.clear();
+        let quarantined = outcome == Outcome::Quarantined;
+        if !quarantined {
+            // Before the uses are given back: while they last, a registration holds each device, and no count here is the last.
+            self.devices.clear();
+        }
         let Self {
             space,
             core,
@@ -530,20 +625,20 @@ impl<'s> Invalidation<'s> {
         let hit_any = !hits.is_empty();
         hits.for_each(|hit| {
             let Some(used) = hit.used.take() else { return };
-            if hit.quiesced {
+            if hit.quiesced && !(planted!("r13") && trouble.would_block) {
                 let op = Op::new(core, hit.part);
-                if call(space, &used, core, Stage::End, || {
-                    used.notifier.end(&op, outcome)
-                })
-                .is_none()
-                {
-                    trouble.panicked = true;
+                let end = || used.notifier.end(&op, outcome);
+                if call(space, &used, core, Stage::End, end).is_none() {
+                    hit.failed |= trouble.panicked(&used);
                 }
             }
+            hit.kept = (quarantined && hit.failed).then(|| used.count());
             used.recent.end(hit.logged);
             used.leave();
         });
-        self.hits.clear();
+        if !quarantined {
+            self.hits.clear();
+        }
         self.space.active.end(self.claim);
         self.space.stats.add(Counter::Invalidations, 1);
         if outcome == Outcome::Quarantined {
@@ -572,6 +667,7 @@ impl<'s> Invalidation<'s> {
             let range = self.core.range;
             return Err(InvalidateError::HandlerPanicked {
                 range,
+                handler: self.trouble.handler,
                 changed: true,
             });
         }
@@ -586,7 +682,16 @@ impl Drop for Invalidation<'_> {
     }
 }
 
-/// Calls a handler, watched; `None` if it panicked, in which case its devices are in quarantine.
+/// Why a device counts that no registration names any more.
+const GONE: &str = "it was in quarantine when the last registration that named it here ended";
+
+/// The first device of `inner` that is in quarantine.
+fn dead(inner: &Inner) -> Option<&Device> {
+    let mut devices = inner.targets.iter().map(|target| &target.device);
+    devices.find(|device| device.health() == Health::Quarantined)
+}
+
+/// Calls a handler; `None` if it panicked, in which case its devices are in quarantine.
 fn call<R>(
     space: &Space,
     inner: &Inner,
@@ -594,31 +699,46 @@ fn call<R>(
     stage: Stage,
     handler: impl FnOnce() -> R,
 ) -> Option<R> {
+    watched(space, inner, core, (stage, (inner.id, inner.name)), handler)
+}
+
+/// The same, where the watchdog knows what is called by another name.
+fn watched<R>(
+    space: &Space,
+    inner: &Inner,
+    core: &OpCore,
+    (stage, (id, name)): (Stage, (u64, Name)),
+    handler: impl FnOnce() -> R,
+) -> Option<R> {
     let result = {
-        let _watched = space.watch.enter(core.post, stage, inner.id, inner.name);
+        let _watched = space.watch.enter(core.post, stage, id, name);
         let _callback = InCallback::handler(inner.key());
-        catch_unwind(AssertUnwindSafe(handler))
+        if planted!("r22") {
+            Ok(handler())
+        } else {
+            catch_unwind(AssertUnwindSafe(handler))
+        }
     };
     result.map_err(|_| space.note_panic(inner, core.id)).ok()
 }
 
-/// Work that does not drain ends with a reset of every device of its registration; false if one has none.
+/// Work that does not drain ends with a reset of every device of its registration; false if it has none, or one is dead.
 fn reset_all(space: &Space, core: &OpCore, inner: &Inner) -> bool {
     let mut all = !inner.targets.is_empty();
     for target in &inner.targets {
-        if !reset(space, core, inner, &target.device) {
+        let device = &target.device;
+        let healthy = device.health() == Health::Healthy;
+        if !healthy || !reset(space, core, (inner.id, inner.name), device) {
             space.recorder.record(Kind::Quarantine, core.id, 0, 0);
-            target.device.quarantine();
+            device.quarantine();
             all = false;
         }
     }
     all
 }
 
-/// Resets a device, watched, for the sake of `inner`.
-fn reset(space: &Space, core: &OpCore, inner: &Inner, device: &Device) -> bool {
-    let _watched = space
-        .watch
-        .enter(core.post, Stage::Reset, inner.id, inner.name);
+/// Resets a device, watched under the name of whose sake it is for.
+fn reset(space: &Space, core: &OpCore, (id, name): (u64, Name), device: &Device) -> bool {
+    let _watched = space.watch.enter(core.post, Stage::Reset, id, name);
     device.reset(space.deadlines.reset).is_ok()
 }

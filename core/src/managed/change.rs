@@ -3,8 +3,9 @@
 use super::table::{Found, Mappings, Sick, State, Then, Vma};
 use super::{Map, MapError};
 use crate::addr::{Addr, PageSize, Range};
-use crate::context;
-use crate::engine::{self, InvalidateError, Mode, What};
+use crate::context::{self, OpenInvalidation};
+use crate::engine::{self, Failed, InvalidateError, Mode, What};
+use crate::lock::Leave;
 use crate::memory::{Memory, MemoryError, Rights};
 use crate::notifier::Cause;
 use crate::primitive::Arc;
@@ -109,9 +110,9 @@ fn claim<T>(
     }
 }
 
-fn unclaim(space: &Space, spans: &[Range], edit: impl FnOnce(&mut Mappings)) {
+fn unclaim<T>(space: &Space, spans: &[Range], edit: impl FnOnce(&mut Mappings) -> T) -> T {
     let mut mappings = space.table.mappings.lock();
-    edit(&mut mappings);
+    let edited = edit(&mut mappings);
     for span in spans {
         if let Some(at) = mappings.spans.iter().position(|one| one == span) {
             mappings.spans.swap_remove(at);
@@ -119,6 +120,7 @@ fn unclaim(space: &Space, spans: &[Range], edit: impl FnOnce(&mut Mappings)) {
     }
     drop(mappings);
     space.events.ended();
+    edited
 }
 
 /// Where to map: `Busy` if others are at work there.
@@ -246,27 +248,34 @@ pub(super) fn change(
     lock: Lock,
 ) -> Result<(), MapError> {
     let mut ended = Vec::new();
-    let result = run(space, range, what, lock, &mut ended);
+    let result = run(space, range, (what, None), lock, &mut ended);
     // Not before the span was given back: a release may want to map there.
     for segment in ended {
-        segment.put();
+        if lock == Lock::Plain(Mode::Try) {
+            segment.give();
+        } else {
+            segment.put();
+        }
     }
     result
 }
 
-/// Unmaps a range, and leaves the shares of segments in it to the caller.
-pub(crate) fn unmap_keeping_shares(
+/// Unmaps what is left of `segment` in `range`, and leaves its share to the caller.
+pub(crate) fn unmap_part_of(
+    segment: &Arc<SegmentInner>,
     space: &Arc<Space>,
     range: Range,
     lock: Lock,
 ) -> Result<(), MapError> {
-    run(space, range, Change::Unmap, lock, &mut Vec::new())
+    let what = (Change::Unmap, Some(segment));
+    run(space, range, what, lock, &mut Vec::new())
 }
 
+/// The operation, on nothing but a given segment where there is one.
 fn run(
     space: &Arc<Space>,
     range: Range,
-    change: Change,
+    (change, only): (Change, Option<&Arc<SegmentInner>>),
     lock: Lock,
     ended: &mut Vec<Arc<SegmentInner>>,
 ) -> Result<(), MapError> {
@@ -290,6 +299,13 @@ fn run(
         "change a mapping",
         range,
         |mappings| {
+            // Between the look for its parts and this claim somebody may have unmapped it, and mapped something else there (R14).
+            if let Some(only) = only
+                && !mappings.overlapping(range).all(|(_, vma)| vma.is_of(only))
+            {
+                let hole = range.start();
+                return Err(MapError::NotMapped { range, hole });
+            }
             let found = mappings.check(range, change)?;
             // A segment goes as a whole, whatever part of it is unmapped.
             let whole = found.segments.iter().map(|segment| segment.range);
@@ -308,6 +324,9 @@ fn run(
             Ok(Claim::Claimed((found, spans)))
         },
     )?;
+    // What callbacks put off may want this span, or a map lock whose holder waits for it: it runs when the span is given back.
+    let _leave = Leave;
+    let open = OpenInvalidation::enter();
     let Found {
         sizes,
         segments,
@@ -330,11 +349,13 @@ fn run(
         Change::Protect(rights) => memory.protect(range, rights),
         Change::Remap(to) => memory.remap(range, to),
     });
-    unclaim(space, &spans, |mappings| {
-        finish(mappings, range, change, &result, (space, &segments))
+    let gone = unclaim(space, &spans, |mappings| {
+        finish(mappings, range, change, &result, &segments)
     });
+    drop(open);
+    drop(gone);
     ended.extend(segments.into_iter().filter(|one| one.is_over()));
-    result.map_err(Into::into)
+    result.map_err(|failed| failed.error.into())
 }
 
 /// The table after the phases: as the pages are now.
@@ -342,19 +363,20 @@ fn finish(
     mappings: &mut Mappings,
     range: Range,
     change: Change,
-    result: &Result<(), InvalidateError>,
-    (space, segments): (&Space, &[Arc<SegmentInner>]),
-) {
+    result: &Result<(), Failed<'_>>,
+    segments: &[Arc<SegmentInner>],
+) -> Vec<Vma> {
+    let mut gone = Vec::new();
     mappings.split(range);
-    match result {
-        Ok(()) | Err(InvalidateError::HandlerPanicked { changed: true, .. }) => match change {
-            Change::Unmap | Change::Recover => mappings.remove(range),
+    match result.as_ref().map_err(|failed| (&failed.error, failed)) {
+        Ok(()) | Err((InvalidateError::HandlerPanicked { changed: true, .. }, _)) => match change {
+            Change::Unmap | Change::Recover => gone = mappings.remove(range),
             Change::Discard => {}
             Change::Protect(rights) => mappings.each(range, |(_, vma)| vma.rights = rights),
             Change::Remap(to) => {
                 let mut moved = Vec::new();
                 mappings.each(range, |(start, vma)| moved.push((*start, vma.clone())));
-                mappings.remove(range);
+                drop(mappings.remove(range));
                 let shift = |addr: Addr| {
                     let offset = addr.get() - range.start().get();
                     Addr::new(to.start().get() + offset)
@@ -369,33 +391,36 @@ fn finish(
                 }
             }
         },
-        Err(
-            InvalidateError::Quarantined { .. }
+        Err((
+            error @ (InvalidateError::Quarantined { .. }
             | InvalidateError::NotDrained { .. }
-            | InvalidateError::HandlerPanicked { .. },
-        ) => {
+            | InvalidateError::HandlerPanicked { .. }
+            | InvalidateError::Change(MemoryError::Panicked)),
+            failed,
+        )) => {
             let then = if change.unmaps() {
                 Then::Unmap
             } else {
                 Then::Keep
             };
             mappings.each(range, |(_, vma)| vma.state = State::Quarantined { then });
-            let sick = |device: &Device| device.health() == Health::Quarantined;
-            let mut devices: Vec<Device> = Vec::new();
-            if let Err(InvalidateError::Quarantined { device, .. }) = result {
+            let mut devices: Vec<Device> = failed.devices().cloned().collect();
+            if let InvalidateError::Quarantined { device, .. } = error {
                 devices.push(device.clone());
             }
-            let contexts = segments.iter().map(|segment| segment.context.device());
-            devices.extend(contexts.filter(|device| sick(device)).cloned());
-            space.registry.walk(range, |_, inner| {
-                let targets = inner.targets.iter().map(|target| &target.device);
-                devices.extend(targets.filter(|device| sick(device)).cloned());
-                std::ops::ControlFlow::Continue(())
+            let contexts = segments.iter().map(|segment| &segment.device);
+            let sick = contexts.filter(|device| device.health() == Health::Quarantined);
+            devices.extend(sick.cloned());
+            mappings.sick.push(Sick {
+                range,
+                devices,
+                registrations: failed.registrations().cloned().collect(),
+                for_good: matches!(error, InvalidateError::Change(MemoryError::Panicked)),
             });
-            mappings.sick.push(Sick { range, devices });
         }
         Err(_) => {}
     }
+    gone
 }
 
 /// Gives back what was in quarantine for devices that are healthy again: an unmap that had failed is done once more, all of

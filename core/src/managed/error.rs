@@ -77,12 +77,12 @@ pub enum MapError {
         /// The segment.
         segment: Range,
     },
-    /// The guard is of another space than the segment.
-    #[error("the segment belongs to address space {segment:#x}, the guard to {guard:#x}")]
+    /// The segment, or its share, is of another space.
+    #[error("the segment belongs to address space {segment:#x}, not to {this:#x}")]
     OtherSpace {
-        /// The guard's space.
-        guard: u64,
-        /// The segment's space.
+        /// The space of the call, or of the guard.
+        this: u64,
+        /// The segment's, or its share's.
         segment: u64,
     },
     /// A `try_` form met a lock or a span that is held.

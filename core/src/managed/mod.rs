@@ -17,7 +17,7 @@ mod error;
 mod table;
 
 use self::change::{Change, change, map};
-pub(crate) use self::change::{Lock, map_segment, recover, unmap_keeping_shares};
+pub(crate) use self::change::{Lock, map_segment, recover, unmap_part_of};
 pub use self::error::MapError;
 pub(crate) use self::table::Table;
 use crate::addr::{Addr, PageSize, Range, RangeError};

@@ -8,6 +8,7 @@ use crate::addr::{Addr, PageSize, PageSizes, Range};
 use crate::events::Events;
 use crate::memory::{Memory, Rights};
 use crate::primitive::{Arc, Mutex};
+use crate::registration::Inner;
 use crate::segment::SegmentInner;
 use crate::tlb::{Device, Health};
 
@@ -34,11 +35,34 @@ pub(super) struct Vma {
     pub(super) segment: Option<Arc<SegmentInner>>,
 }
 
-/// A range that is waited for by quarantine, with the devices that did not acknowledge.
+impl Vma {
+    pub(super) fn is_of(&self, segment: &Arc<SegmentInner>) -> bool {
+        matches!(&self.segment, Some(one) if Arc::ptr_eq(one, segment)) || planted!("r14")
+    }
+}
+
+/// A range in quarantine, and what it waits for.
 #[derive(Debug)]
 pub(super) struct Sick {
     pub(super) range: Range,
+    /// Devices that did not acknowledge: until they are recovered.
     pub(super) devices: Vec<Device>,
+    /// Registrations whose handlers failed with no device to answer for them: only they can say that it is over, by another try.
+    pub(super) registrations: Vec<Arc<Inner>>,
+    /// Nothing can tell any more that the pages are out of reach.
+    pub(super) for_good: bool,
+}
+
+impl Sick {
+    fn may_be_tried(&self) -> bool {
+        let healthy = |device: &Device| device.health() == Health::Healthy;
+        !self.for_good
+            && self.devices.iter().all(healthy)
+            && !self
+                .registrations
+                .iter()
+                .any(|one| one.word.load().is_detached())
+    }
 }
 
 /// What an operation finds in its range.
@@ -153,14 +177,25 @@ impl Mappings {
             .for_each(edit);
     }
 
-    pub(super) fn remove(&mut self, range: Range) {
-        self.by_start.retain(|start, _| !range.holds(*start));
+    /// Takes mappings out. They may hold the last count of a segment, whose context's drop may want this table: to be dropped unlocked.
+    #[must_use = "to be dropped when the table is not locked"]
+    pub(super) fn remove(&mut self, range: Range) -> Vec<Vma> {
         self.hint = self.hint.min(range.start().get());
+        let gone = self
+            .by_start
+            .extract_if(range.start()..=range.last(), |_, _| true);
+        gone.map(|(_, vma)| vma).collect()
     }
 
-    /// The first free range from the hint on.
+    /// A free range: the first from the hint on, or the first of all, as a hole below the hint may have been too small for
+    /// somebody else only.
     pub(super) fn find(&self, len: u64, page: PageSize, arena: Range) -> Option<Range> {
-        let mut from = self.hint.max(arena.start().get());
+        let start = arena.start().get();
+        self.find_from(self.hint.max(start), len, page, arena)
+            .or_else(|| self.find_from(start, len, page, arena))
+    }
+
+    fn find_from(&self, mut from: u64, len: u64, page: PageSize, arena: Range) -> Option<Range> {
         loop {
             let start = from.checked_next_multiple_of(page.bytes())?;
             let range = Range::new(start, len).ok()?;
@@ -201,64 +236,54 @@ impl Table {
         segments.filter(|one| !one.is_over()).cloned().collect()
     }
 
-    /// At exit: everything goes that no device can reach; false if something stays.
-    pub(crate) fn clear(&self, memory: &dyn Memory) -> bool {
-        let mut mappings = self.mappings.lock();
-        mappings.by_start.retain(|start, vma| {
+    /// At exit: everything goes that no device can reach; false if something stays. If one may reach all of the memory, only the
+    /// segments that are over go.
+    pub(crate) fn clear(&self, memory: &dyn Memory, reached: bool) -> bool {
+        // Nobody claims anything any more. Neither the memory nor what is dropped finds the table locked.
+        let mut all = std::mem::take(&mut self.mappings.lock().by_start);
+        all.retain(|start, vma| {
             let whole = Range::inclusive(*start, vma.last);
             let gone = match &vma.segment {
                 Some(segment) => segment.is_over(),
                 None => {
-                    vma.state == State::Mapped
+                    !reached
+                        && vma.state == State::Mapped
                         && whole.is_ok_and(|whole| memory.unmap(whole).is_ok())
                 }
             };
+            if !gone && vma.segment.is_none() {
+                // It stays for as long as the process lives.
+                vma.state = State::Quarantined { then: Then::Keep };
+            }
             !gone
         });
-        mappings.by_start.is_empty()
+        let empty = all.is_empty();
+        // Segments and devices hold the space, and nobody asks for them any more.
+        all.retain(|_, vma| vma.segment.is_none());
+        let sick = {
+            let mut mappings = self.mappings.lock();
+            mappings.by_start = all;
+            std::mem::take(&mut mappings.sick)
+        };
+        drop(sick);
+        empty
     }
 
-    /// At exit: the memory that is left stays, in quarantine. Segments and devices are let go of, as they hold the space, and
-    /// nobody asks for them any more.
-    pub(crate) fn keep(&self) {
-        let mut mappings = self.mappings.lock();
-        let mut segments = Vec::new();
-        mappings.by_start.retain(|_, vma| {
-            vma.state = State::Quarantined { then: Then::Keep };
-            let segment = vma.segment.take();
-            let memory = segment.is_none();
-            segments.extend(segment);
-            memory
-        });
-        let sick = std::mem::take(&mut mappings.sick);
-        drop(mappings);
-        drop((segments, sick));
-    }
-
-    /// Takes out what was in quarantine for devices that are healthy again.
+    /// Takes out what was in quarantine and may be out of it.
     pub(super) fn recovered(&self) -> Vec<Sick> {
         let mut mappings = self.mappings.lock();
-        let (well, sick): (Vec<_>, Vec<_>) = std::mem::take(&mut mappings.sick)
-            .into_iter()
-            .partition(|one| {
-                // Without a device to recover nothing can tell that the pages are out of reach.
-                !one.devices.is_empty()
-                    && one
-                        .devices
-                        .iter()
-                        .all(|device| device.health() == Health::Healthy)
-            });
+        let all = std::mem::take(&mut mappings.sick);
+        let (well, sick) = all.into_iter().partition(Sick::may_be_tried);
         mappings.sick = sick;
         well
     }
 
     /// The mappings that are left of a segment.
     pub(crate) fn parts_of(&self, segment: &Arc<SegmentInner>) -> Vec<Range> {
-        let own = |vma: &Vma| matches!(&vma.segment, Some(one) if Arc::ptr_eq(one, segment));
         let mappings = self.mappings.lock();
         let overlapping = mappings.overlapping(segment.range);
         overlapping
-            .filter(|(_, vma)| own(vma))
+            .filter(|(_, vma)| vma.is_of(segment))
             .map(|(whole, _)| whole)
             .collect()
     }

@@ -22,7 +22,7 @@ pub(crate) use self::recent::{Logged, Recent};
 use self::state::{Detach, State, StateWord};
 use crate::addr::Range;
 use crate::context::{self, Place, Refused};
-use crate::list::Linked;
+use crate::list::{Link, Linked, PutOff};
 use crate::notifier::Notifier;
 use crate::primitive::atomic::{AtomicPtr, Ordering};
 use crate::primitive::{Arc, Mutex};
@@ -101,14 +101,18 @@ pub(crate) struct Inner {
     pub(crate) range: Range,
     pub(crate) word: StateWord,
     pub(crate) notifier: StdArc<dyn Notifier>,
+    /// What the watchdog calls the handler, and errors.
     pub(crate) name: Name,
+    pub(crate) handler: &'static str,
     pub(crate) targets: Box<[Target]>,
     pub(crate) space: Arc<Space>,
     pub(crate) recent: Recent,
     /// The pointer of the index's strong count, set before it is published.
     this: AtomicPtr<Inner>,
-    /// The next of those that a thread has yet to insert; later, on the completed list.
-    next: Mutex<Option<Arc<Inner>>>,
+    /// The next on the space's completed list.
+    next: Link<Inner>,
+    /// The next of those that a thread has yet to insert; later, of those that it has completed.
+    next_put_off: Link<Inner>,
 }
 
 impl fmt::Debug for Inner {
@@ -169,8 +173,20 @@ impl Inner {
 }
 
 impl Linked for Inner {
-    fn next(&self) -> &Mutex<Option<Arc<Self>>> {
+    fn next(&self) -> &Link<Self> {
         &self.next
+    }
+}
+
+impl PutOff for Inner {
+    fn next_put_off(&self) -> &Link<Self> {
+        &self.next_put_off
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.space.unreserve(self.targets.len());
     }
 }
 
@@ -229,12 +245,14 @@ impl Prepared {
                 range,
                 word,
                 name: Name::new(notifier.name()),
+                handler: notifier.name(),
                 notifier,
                 targets: targets.into(),
                 space: space.clone(),
                 recent: Recent::new(),
                 this: AtomicPtr::new(std::ptr::null_mut()),
                 next: Mutex::new(None),
+                next_put_off: Mutex::new(None),
             }),
         }
     }
@@ -295,8 +313,8 @@ impl Registration {
         self.inner.range
     }
 
-    /// The one step after which no new callback begins. Never waits; legal everywhere. `release` runs after the last
-    /// callback that is running.
+    /// The one step after which no new callback begins. Never waits for a callback; legal everywhere. `release` runs after the
+    /// last callback that is running: here and now, with whatever else this thread has put off, if none is and nothing is held.
     pub fn detach(&self) {
         self.drop_by(|word| word.detach(false));
     }
@@ -308,20 +326,27 @@ impl Registration {
         }
     }
 
-    /// Waits until no callback of this registration runs: for those of this one, and for nothing else. With the map lock
-    /// held it is legal: no callback can need that lock. Inside a callback or an open invalidation it cannot wait, and says so.
+    /// Waits until no callback of this registration runs that had begun: for those of this one, and for nothing else, and if it is
+    /// detached for all. With the map lock held it is legal: no callback can need that lock. Inside a callback or an open
+    /// invalidation it cannot wait, and says so.
     ///
     /// # Errors
     /// [`Refused`] with a `NotifierLock` held (outside a callback), as a callback may be waiting for it.
     pub fn synchronize(&self) -> Result<Synchronized, Refused> {
-        if context::inside_callback() {
-            return Ok(Synchronized::Deferred);
+        if !planted!("r24") {
+            if context::inside_callback() {
+                return Ok(Synchronized::Deferred);
+            }
+            context::wait_refusal("synchronize")?;
         }
-        context::wait_refusal("synchronize")?;
-        self.inner
-            .space
-            .events
-            .wait(None, || self.inner.word.load().uses() == 0);
+        let (inner, events) = (&self.inner, &self.inner.space.events);
+        // What began before it is inserted, or is detached, cannot be overtaken: then no more begin.
+        events.wait(None, || inner.word.load().state() != State::Inserting);
+        let begun = inner.recent.started();
+        events.wait(None, || {
+            let word = inner.word.load();
+            word.uses() == 0 || !word.is_detached() && inner.recent.have_ended(begun)
+        });
         Ok(Synchronized::Quiet)
     }
 
@@ -406,5 +431,54 @@ impl Drop for Registration {
         if self.owned {
             self.detach();
         }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::ops::ControlFlow;
+    use std::sync::{Arc, Mutex, mpsc};
+    use std::time::Duration;
+
+    use crate::{AddressSpace, Deadlines, Notifier, Range, Registration};
+
+    struct Plain;
+    impl Notifier for Plain {}
+
+    /// Owns another registration.
+    struct Owner(#[allow(dead_code, reason = "it is dropped")] Mutex<Option<Registration>>);
+    impl Notifier for Owner {}
+
+    #[test]
+    fn the_last_reference_to_a_notifier_is_not_dropped_under_the_lock_of_the_index() {
+        let (done, over) = mpsc::channel();
+        std::thread::spawn(move || {
+            let space = AddressSpace::without_memory(Deadlines::default());
+            let page = |nth: u64| Range::new(nth << 12, 4096).unwrap();
+            let inner = space.register(page(1), Arc::new(Plain), &[]).unwrap();
+            let owner = Arc::new(Owner(Mutex::new(Some(inner))));
+            let outer = space.register(page(2), owner, &[]).unwrap();
+            let (go, gone) = mpsc::channel::<()>();
+            let (walks, walking) = mpsc::channel::<()>();
+            let walker = {
+                let space = space.clone();
+                std::thread::spawn(move || {
+                    space.space.registry.walk(Range::ALL, |_, _| {
+                        let _ = walks.send(());
+                        let _ = gone.recv();
+                        ControlFlow::Break(())
+                    });
+                })
+            };
+            walking.recv().unwrap();
+            outer.unregister().unwrap();
+            drop(outer);
+            go.send(()).unwrap();
+            walker.join().unwrap();
+            let _next = space.register(page(3), Arc::new(Plain), &[]).unwrap();
+            done.send(()).unwrap();
+        });
+        let waited = over.recv_timeout(Duration::from_secs(5));
+        waited.expect("a deadlock");
     }
 }

@@ -108,6 +108,21 @@ impl Recent {
         self.active.fetch_sub(1, Ordering::Release);
     }
 
+    /// How many have started.
+    pub(crate) fn started(&self) -> u64 {
+        let log = self.log.lock();
+        let started = self.started.load(Ordering::Relaxed);
+        drop(log);
+        started
+    }
+
+    /// Whether the first `begun` have ended. Those that found no place in the log count as the oldest.
+    pub(crate) fn have_ended(&self, begun: u64) -> bool {
+        let log = self.log.lock();
+        let mut entries = log.entries.iter().flatten();
+        log.unlogged == 0 && !entries.any(|one| one.active && one.number <= begun)
+    }
+
     /// How many have started, if no active one overlaps `range`.
     pub(crate) fn undisturbed(&self, range: Range, active: &Active) -> Option<u64> {
         let started = self.started.load(Ordering::Acquire);
@@ -134,7 +149,7 @@ impl Recent {
             return false;
         }
         let log = self.log.lock();
-        log.forgotten > seen
+        log.forgotten > seen && !planted!("r14-fault")
             || log
                 .entries
                 .iter()

@@ -62,9 +62,14 @@ impl Snapshot {
         (self.0 & SHARES) >> 8
     }
 
+    /// No callback begins any more.
+    pub(crate) fn is_detached(self) -> bool {
+        matches!(self.state(), State::Detached | State::Released)
+    }
+
     /// No callback runs or will run.
     pub(crate) fn is_quiet(self) -> bool {
-        matches!(self.state(), State::Detached | State::Released) && self.uses() == 0
+        self.is_detached() && self.uses() == 0
     }
 
     fn with(self, state: State) -> Self {
@@ -196,7 +201,9 @@ impl StateWord {
                 word.state(),
                 State::Prepared | State::Inserting | State::Live
             );
-            (joinable && word.shares() > 0 || planted!("r31")).then_some(Snapshot(word.0 + SHARE))
+            // With as many shares as can be counted the newcomer makes a registration of its own.
+            (joinable && (1..SHARES >> 8).contains(&word.shares()) || planted!("r31"))
+                .then_some(Snapshot(word.0 + SHARE))
         })
         .is_ok()
     }

@@ -75,21 +75,24 @@ impl<T> Registry<T> {
 
     /// Adds an entry. `id` is unique.
     pub(crate) fn insert(&self, range: Range, id: u64, value: Arc<T>) {
-        let _writer = self.writer.lock();
+        let writer = self.writer.lock();
         let root = self.current().insert(&Entry { range, id, value });
-        self.publish(Arc::new(root));
+        let free = self.publish(Arc::new(root));
+        // The last count of a value may be among it, and with it whatever a driver drops.
+        drop(writer);
+        drop(free);
     }
 
     /// Takes an entry away; whether it was there.
     pub(crate) fn remove(&self, range: Range, id: u64) -> bool {
-        let _writer = self.writer.lock();
-        match self.current().remove((range.start(), id)) {
-            Some(root) => {
-                self.publish(root);
-                true
-            }
-            None => false,
-        }
+        let writer = self.writer.lock();
+        let Some(root) = self.current().remove((range.start(), id)) else {
+            return false;
+        };
+        let free = self.publish(root);
+        drop(writer);
+        drop(free);
+        true
     }
 
     /// The current version; the writer's lock must be held, or a section be open.
@@ -105,13 +108,22 @@ impl<T> Registry<T> {
         self.srcu.reclaim();
     }
 
-    fn publish(&self, root: Arc<Node<T>>) {
+    /// Gives back old versions that nobody sees any more.
+    fn publish(&self, root: Arc<Node<T>>) -> Vec<(u64, Box<Tree<T>>)> {
+        if planted!("r10") {
+            // In two steps, as whoever changes an index in place.
+            drop(self.replace(Arc::new(Node::empty())));
+        }
+        self.replace(root)
+    }
+
+    fn replace(&self, root: Arc<Node<T>>) -> Vec<(u64, Box<Tree<T>>)> {
         let new = Box::into_raw(Self::tree(root));
         // Release, with the Acquire in `walk`.
         let old = self.tree.swap(new, Ordering::Release);
         // SAFETY: `old` came from `Box::into_raw` and was unlinked by this swap, once. Readers may still see it:
-        // `retire` drops it when none can.
-        self.srcu.retire([unsafe { Box::from_raw(old) }]);
+        // `retire` gives it back when none can.
+        self.srcu.retire([unsafe { Box::from_raw(old) }])
     }
 }
 

@@ -139,6 +139,34 @@ mod model {
     use crate::primitive::Arc;
     use crate::registry::Registry;
 
+    /// R10: a walk beside an insertion that splits a node, and beside a removal, sees what is there throughout.
+    #[test]
+    fn a_walk_beside_a_change_sees_one_consistent_version() {
+        let mut builder = loom::model::Builder::new();
+        builder.preemption_bound = Some(3);
+        builder.check(|| {
+            let registry = std::sync::Arc::new(Registry::new());
+            let page = |nth: u64| Range::new(nth << 12, 4096u64).unwrap();
+            registry.insert(page(1), 1, Arc::new(1));
+            registry.insert(page(3), 3, Arc::new(3));
+            let walker = {
+                let registry = registry.clone();
+                loom::thread::spawn(move || {
+                    let mut seen = Vec::new();
+                    registry.walk(Range::ALL, |_, id| {
+                        seen.push(*id);
+                        ControlFlow::Continue(())
+                    });
+                    seen
+                })
+            };
+            registry.insert(page(2), 2, Arc::new(2));
+            assert!(registry.remove(page(2), 2));
+            let seen = walker.join().unwrap();
+            assert!(seen == [1, 3] || seen == [1, 2, 3], "{seen:?}");
+        });
+    }
+
     struct Canary(Arc<AtomicBool>);
 
     impl Drop for Canary {

@@ -5,13 +5,14 @@ use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc as StdArc;
 
-use super::{Deadlines, MapLock};
+use super::{Deadlines, ExitError, MapLock};
 use crate::active::{Active, SLOTS};
 use crate::addr::{PageSizes, Range};
 use crate::context::{self, InCallback};
 use crate::engine::{self, DeviceOp, Hit, InvalidateError};
 use crate::events::Events;
-use crate::list::List;
+use crate::ghosts::Ghosts;
+use crate::list::{Link, List, PutOff};
 use crate::managed::Table;
 use crate::memory::Memory;
 use crate::notifier::{Cause, Notifier};
@@ -30,10 +31,10 @@ use crate::watch::Watch;
 struct Lifecycle {
     exiting: bool,
     exited: bool,
+    /// A device may still have reached its memory when it had exited.
+    reached: bool,
     /// Inserted and not yet released.
     registered: usize,
-    /// Device targets of those; sizes the pools.
-    targets: usize,
 }
 
 pub(crate) struct Space {
@@ -56,13 +57,17 @@ pub(crate) struct Space {
     exit_begun: AtomicBool,
     pub(super) owners: AtomicUsize,
     numbers: AtomicU64,
+    /// Registrations that were made and not dropped, and the device targets of those; they size the pools.
+    made: AtomicUsize,
+    targets: AtomicUsize,
+    /// Complete, and not released yet.
     completed: List<Inner>,
-    /// Segments whose handles were dropped where they could not be unmapped.
-    dropped: List<SegmentInner>,
+    /// What devices that are in quarantine may still reach through registrations that are over.
+    pub(crate) ghosts: Ghosts,
     exit_wanted: AtomicBool,
     /// On some thread's list of spaces with something put off, and the next of that list.
     put_off: AtomicBool,
-    put_off_next: Mutex<Option<Arc<Space>>>,
+    next_put_off: Link<Space>,
 }
 
 impl fmt::Debug for Space {
@@ -70,6 +75,12 @@ impl fmt::Debug for Space {
         f.debug_struct("Space")
             .field("id", &self.id)
             .finish_non_exhaustive()
+    }
+}
+
+impl PutOff for Space {
+    fn next_put_off(&self) -> &Link<Self> {
+        &self.next_put_off
     }
 }
 
@@ -103,11 +114,13 @@ impl Space {
             exit_begun: AtomicBool::new(false),
             owners: AtomicUsize::new(1),
             numbers: AtomicU64::new(1),
+            made: AtomicUsize::new(0),
+            targets: AtomicUsize::new(0),
             completed: List::new(),
-            dropped: List::new(),
+            ghosts: Ghosts::new(),
             exit_wanted: AtomicBool::new(false),
             put_off: AtomicBool::new(false),
-            put_off_next: Mutex::new(None),
+            next_put_off: Mutex::new(None),
         };
         space.hits.reserve(SPARE);
         space.device_ops.reserve(SPARE);
@@ -133,13 +146,18 @@ impl Space {
         self.lifecycle.lock().registered
     }
 
-    /// Sets aside what invalidations of one more registration, with `targets` devices, can need.
+    /// Sets aside what invalidations of one more registration, with `targets` devices, can need; until [`Space::unreserve`].
     pub(crate) fn reserve(&self, targets: usize) {
-        let lifecycle = self.lifecycle.lock();
-        let (registered, named) = (lifecycle.registered + 1, lifecycle.targets + targets);
-        drop(lifecycle);
-        self.hits.reserve(2 * registered + SPARE);
+        // Relaxed: each sees its own share counted, which is all that it relies on.
+        let made = self.made.fetch_add(1, Ordering::Relaxed) + 1;
+        let named = self.targets.fetch_add(targets, Ordering::Relaxed) + targets;
+        self.hits.reserve(2 * made + SPARE);
         self.device_ops.reserve(2 * named + SPARE);
+    }
+
+    pub(crate) fn unreserve(&self, targets: usize) {
+        self.made.fetch_sub(1, Ordering::Relaxed);
+        self.targets.fetch_sub(targets, Ordering::Relaxed);
     }
 
     /// Counts a registration as inserted, and takes the insertion's use of it, unless the space is exiting. The lock is what exit
@@ -151,7 +169,6 @@ impl Space {
         }
         inner.word.begin_insert();
         lifecycle.registered += 1;
-        lifecycle.targets += inner.targets.len();
         drop(lifecycle);
         self.stats.add(Counter::Inserts, 1);
         true
@@ -164,12 +181,15 @@ impl Space {
             .record(Kind::Insert, id, range.start().get(), range.last().get());
     }
 
-    /// A registration is detached and out of use: it waits for its release. Allocates nothing; legal everywhere.
+    /// A registration is detached and out of use: it waits for its release, by this thread when it is outermost, or by another
+    /// one before. Allocates nothing; legal everywhere.
     pub(crate) fn complete(inner: Arc<Inner>) {
-        let space = inner.space.clone();
-        space.completed.push(inner);
+        let space = &inner.space;
+        space.completed.push(inner.clone());
         space.events.ended();
-        context::put_off(&space);
+        if !planted!("r3-put-off") {
+            context::completed(inner);
+        }
     }
 
     pub(crate) fn has_completed(&self) -> bool {
@@ -180,17 +200,14 @@ impl Space {
     pub(crate) fn run_completed(this: &Arc<Self>) {
         while let Some(inner) = this.completed.pop() {
             this.release(inner);
+            // What it has put off itself.
+            context::leave();
         }
     }
 
-    /// A segment's handle was dropped: it is unmapped here and now, or when this thread is outermost.
-    pub(crate) fn drop_segment(this: &Arc<Self>, segment: &Arc<SegmentInner>) {
-        this.dropped.push(segment.clone());
-        context::put_off(this);
-        context::leave();
-    }
-
     fn release(&self, inner: Arc<Inner>) {
+        // Before it leaves the index: a device that does not answer any more may hold entries of its range for ever.
+        self.ghosts.add(inner.range, &inner.targets);
         self.registry.remove(inner.range, inner.id);
         {
             let _watched = self.watch.enter_release(inner.id, inner.name);
@@ -210,7 +227,6 @@ impl Space {
         {
             let mut lifecycle = self.lifecycle.lock();
             lifecycle.registered -= 1;
-            lifecycle.targets -= inner.targets.len();
         }
         self.events.ended();
     }
@@ -224,45 +240,33 @@ impl Space {
         }
     }
 
-    /// Puts the space before `head` in a thread's list; it is in one list at most, and then the list stays as it is.
-    pub(crate) fn queue_before(this: &Arc<Self>, head: Option<Arc<Space>>) -> Option<Arc<Space>> {
-        // AcqRel: one thread queues it; the list itself belongs to that thread.
-        if this.put_off.swap(true, Ordering::AcqRel) {
-            return head;
-        }
-        *this.put_off_next.lock() = head;
-        Some(this.clone())
-    }
-
-    pub(crate) fn unqueue(&self) -> Option<Arc<Space>> {
-        let next = self.put_off_next.lock().take();
-        // AcqRel, not a plain store: it reads the swap of whoever completed something and found the space queued already, so that
-        // what was put on the completed list before is seen by the run that follows.
-        self.put_off.swap(false, Ordering::AcqRel);
-        next
+    /// Whether the caller is to put it on its thread's list: it is on one list at most.
+    pub(crate) fn queue(&self) -> bool {
+        // AcqRel: one thread queues it.
+        !self.put_off.swap(true, Ordering::AcqRel)
     }
 
     /// What was put off, now that the thread is outermost.
     pub(crate) fn run_put_off(this: &Arc<Self>) {
-        Self::run_completed(this);
-        while let Some(segment) = this.dropped.pop() {
-            SegmentInner::unmap_dropped(&segment, this);
-        }
+        // AcqRel, not a plain store: it reads the swap of whoever found the space queued already, so that what was wanted before is
+        // seen below.
+        this.put_off.swap(false, Ordering::AcqRel);
         this.recorder.dump_if_wanted(this.id);
         if this.exit_wanted.swap(false, Ordering::AcqRel) {
             // Whoever is at it already may be further up on this stack.
             if !this.is_exiting() {
-                Self::exit(this);
+                // Nobody is here to be told.
+                let _ = Self::exit(this);
             }
         }
     }
 
-    /// Ends the space; the second time it waits for the first.
-    pub(super) fn exit(this: &Arc<Self>) {
+    /// Ends the space; the second time it waits for the first. Whether no device reaches its memory.
+    pub(super) fn exit(this: &Arc<Self>) -> Result<(), ExitError> {
         if !context::is_outermost() {
             this.exit_wanted.store(true, Ordering::Release);
             context::put_off(this);
-            return;
+            return Ok(());
         }
         let first = !std::mem::replace(&mut this.lifecycle.lock().exiting, true);
         this.exit_begun.store(true, Ordering::Relaxed);
@@ -294,22 +298,30 @@ impl Space {
             this.events
                 .wait(None, || released() || this.has_completed());
         }
-        this.shared.lock().clear();
+        // Dropped unlocked: what it drops may be a driver's.
+        let shared = std::mem::take(&mut *this.shared.lock());
+        drop(shared);
         this.registry.reclaim();
-        if first
-            && let Some(memory) = &this.memory
-            && (reached || !this.table.clear(&**memory))
-        {
-            // A device that did not acknowledge may reach these pages for as long as the process lives: so long they stay.
-            this.table.keep();
-            std::mem::forget(memory.clone());
-        }
         if first {
-            this.lifecycle.lock().exited = true;
+            if let Some(memory) = &this.memory {
+                reached |= !this.table.clear(&**memory, reached);
+                if reached && !planted!("r20-exit") {
+                    // A device that did not acknowledge may reach these pages for as long as the process lives: so long they stay.
+                    std::mem::forget(memory.clone());
+                }
+            }
+            let mut lifecycle = this.lifecycle.lock();
+            lifecycle.exited = true;
+            lifecycle.reached = reached;
+            drop(lifecycle);
             this.events.ended();
         } else {
             this.events.wait(None, || this.lifecycle.lock().exited);
         }
+        if this.lifecycle.lock().reached {
+            return Err(ExitError::Reached { space: this.id });
+        }
+        Ok(())
     }
 
     /// A shootdown for exit; false if a device may still reach the range. A panic in `end` came after every device had
@@ -325,8 +337,9 @@ impl Space {
             cause: Cause::Exit,
             segments,
         };
+        let result = engine::run(this, what, engine::Mode::Blocking, || Ok(()));
         matches!(
-            engine::run(this, what, engine::Mode::Blocking, || Ok(())),
+            result.map_err(|failed| failed.error),
             Ok(()) | Err(InvalidateError::HandlerPanicked { changed: true, .. })
         )
     }

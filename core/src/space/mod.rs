@@ -8,8 +8,8 @@
 //! every registration, and waits until every `release` that any thread has begun has returned (R4); then the memory goes.
 //!
 //! **Completion.** Who completes a registration puts it on the space's completed list. The list is run (index entry away,
-//! `release`, Released) by any thread that is outermost: it holds no lock of ours and is inside no callback. Who completes where
-//! that is not so remembers the space ([`context::put_off`]) and runs the list when it has left the last of them.
+//! `release`, Released) by any thread that is outermost: it holds no lock of ours and is inside no callback. Who completes
+//! remembers it ([`context::completed`]) and runs the list when it has left the last of them, if nobody has before.
 
 mod inner;
 mod map_lock;
@@ -17,6 +17,8 @@ mod map_lock;
 use std::fmt;
 use std::sync::Arc as StdArc;
 use std::time::Duration;
+
+use thiserror::Error;
 
 pub(crate) use self::inner::Space;
 pub(crate) use self::map_lock::{Held, MapLock};
@@ -88,10 +90,30 @@ impl Clone for AddressSpace {
 impl Drop for AddressSpace {
     fn drop(&mut self) {
         // AcqRel: the last one has seen what the others did.
-        if self.space.owners.fetch_sub(1, Ordering::AcqRel) == 1 {
-            Space::exit(&self.space);
+        if self.space.owners.fetch_sub(1, Ordering::AcqRel) == 1
+            && let Err(error) = Space::exit(&self.space)
+        {
+            tracing::error!(%error, "the last owner of an address space is gone");
         }
     }
+}
+
+/// Why an exit was refused, or what it has to tell.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Error)]
+#[non_exhaustive]
+pub enum ExitError {
+    /// Not where it was called. Nothing has happened.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// The space is over, and every registration is released, but a device did not acknowledge: it may still reach the memory.
+    /// That of a managed space stays where it is for as long as the process lives; other memory is the caller's to keep.
+    #[error(
+        "address space {space:#x} is over, but a device may still reach its memory: keep that until the device has been reset"
+    )]
+    Reached {
+        /// Which.
+        space: u64,
+    },
 }
 
 /// Keeps an address space's own memory past its exit, not the space alive: a driver holds one to unregister later.
@@ -169,7 +191,11 @@ impl AddressSpace {
     ) -> Result<Prepared, Refused> {
         context::callback_refusal("prepare")?;
         let word = StateWord::new();
-        Ok(Prepared::new(&self.space, range, notifier, targets, word))
+        let prepared = Prepared::new(&self.space, range, notifier, targets, word);
+        if planted!("r25") {
+            let _ = prepared.admit();
+        }
+        Ok(prepared)
     }
 
     /// Prepares and inserts.
@@ -190,11 +216,11 @@ impl AddressSpace {
     /// finds nothing to do.
     ///
     /// # Errors
-    /// [`Refused`] where waiting is not legal. Dropping the last owner there puts the exit off.
-    pub fn exit(&self) -> Result<(), Refused> {
+    /// [`Refused`] where waiting is not legal; dropping the last owner there puts the exit off. [`ExitError::Reached`], each time,
+    /// if a device may still reach the memory.
+    pub fn exit(&self) -> Result<(), ExitError> {
         context::map_lock_refusal("exit")?;
-        Space::exit(&self.space);
-        Ok(())
+        Space::exit(&self.space)
     }
 
     /// Runs what is put off: releases, quarantined memory whose devices have recovered, and `tracing` events (level debug) for

@@ -8,7 +8,9 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use shootdown::{AddressSpace, Deadlines, DmaWindow, Interrupts, ProcessMemory, Target};
 use shootdown_vfio::pci::{BindError, Bound, Pci};
-use shootdown_vfio::{Device, FunctionReset, Iommu, IommuError, Kind, Report, Reuse, VfioError};
+use shootdown_vfio::{
+    Device, FunctionReset, Iommu, IommuError, KernelLog, Kind, Report, Reuse, VfioError,
+};
 use thiserror::Error;
 
 use crate::devices;
@@ -77,6 +79,8 @@ struct Step {
     microseconds: u64,
     /// The shootdown in it, from the call to its return.
     shootdown_microseconds: Option<u64>,
+    /// The fault of the device that the kernel's log told of, if it did.
+    fault: Option<String>,
     error: Option<String>,
 }
 
@@ -167,6 +171,10 @@ fn check(
     let endpoints = device.container().cloned();
     let endpoints = endpoints.map(|one| one as Arc<dyn DmaWindow>);
     let iommu = Iommu::new(endpoints.into_iter().collect(), Reuse::Never)?;
+    // Without the right to read it the check proves as much, and shows less.
+    if let Ok(log) = KernelLog::open(device.address()) {
+        iommu.watch(Arc::new(log));
+    }
     let memory = Arc::new(ProcessMemory::reserve(ARENA)?);
     let space = AddressSpace::managed(memory, Deadlines::default());
     let registers = Arc::new(device.region(0)?);
@@ -231,6 +239,7 @@ fn steps<C: Copy, E: Display>(
         check: name(step.check),
         microseconds: microseconds(step.took),
         shootdown_microseconds: step.shootdown.map(microseconds),
+        fault: step.fault.map(|fault| fault.to_string()),
         error: step.result.err().map(|error| error.to_string()),
     });
     (steps.collect(), passed)
@@ -263,6 +272,9 @@ impl Display for Attached {
                 write!(f, ", shootdown in {shootdown} us")?;
             }
             writeln!(f)?;
+            if let Some(fault) = &step.fault {
+                writeln!(f, "    IOMMU fault: {fault}")?;
+            }
             if let Some(error) = &step.error {
                 writeln!(f, "    {error}")?;
             }

@@ -89,8 +89,8 @@ fn entry(pci: &Pci, function: Function) -> Entry {
     }
 }
 
-/// Class and subclass of PCI bridges.
-const BRIDGE: u32 = 0x0604;
+/// The class of bridges of all kinds: nothing that a driver here could use.
+const BRIDGE: u32 = 0x06;
 
 /// What keeps VFIO from having the function's group, the function's own driver aside; each with what would mend it.
 pub(crate) fn blocking(pci: &Pci, function: &Function) -> Vec<String> {
@@ -116,7 +116,7 @@ pub(crate) fn blocking(pci: &Pci, function: &Function) -> Vec<String> {
 
 /// All that keeps VFIO from having the function.
 pub(crate) fn missing(pci: &Pci, function: &Function) -> Vec<String> {
-    if function.class >> 8 == BRIDGE {
+    if function.class >> 16 == BRIDGE {
         return vec!["it is a bridge: attach what is behind it".to_owned()];
     }
     let mut missing = blocking(pci, function);
@@ -128,10 +128,16 @@ pub(crate) fn missing(pci: &Pci, function: &Function) -> Vec<String> {
         let address = &function.address;
         missing.push(match driver_for(function) {
             Some(_) => format!("{has}: shootdown attach {address} --bind"),
-            None => format!(
-                "{has}: cd /sys/bus/pci; echo vfio-pci > devices/{address}/driver_override; \
-                 echo {address} > devices/{address}/driver/unbind; echo {address} > drivers_probe"
-            ),
+            None => {
+                let unbind = match &function.driver {
+                    Some(_) => format!("echo {address} > devices/{address}/driver/unbind; "),
+                    None => String::new(),
+                };
+                format!(
+                    "{has}: cd /sys/bus/pci; echo vfio-pci > devices/{address}/driver_override; {unbind}\
+                     echo {address} > drivers_probe"
+                )
+            }
         });
     }
     missing
@@ -160,8 +166,7 @@ impl fmt::Display for Devices {
                 mark("pri", one.pri),
                 mark("pasid", one.pasid)
             );
-            writeln!(
-                f,
+            let line = format!(
                 "{:<13} {:04x}:{:04x} {:06x} {:>5} {:<11} {:<6} {:<12} {:<15} {}",
                 one.address,
                 one.vendor,
@@ -177,7 +182,8 @@ impl fmt::Display for Devices {
                 },
                 translation,
                 if one.missing.is_empty() { "ready" } else { "" },
-            )?;
+            );
+            writeln!(f, "{}", line.trim_end())?;
             if !one.with.is_empty() {
                 writeln!(f, "{:14}shares its group with {}", "", one.with.join(", "))?;
             }

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use rand::Rng;
-use shootdown::{Addr, AddressSpace, Map, MapError, PageSize, Range, Rights};
+use shootdown::{Addr, AddressSpace, ExitError, Map, MapError, PageSize, Range, Rights};
 use shootdown_gru::{Element, GruError, Instruction, Segment, Status};
 use shootdown_hw_model::ModelMemory;
 
@@ -320,8 +320,10 @@ impl Worker<'_> {
             _ => {}
         }
         self.shared.await_health();
-        if let Err(error) = space.exit() {
-            self.find(format!("exit: {error}"));
+        match space.exit() {
+            // Memory that a dead device may still reach stays.
+            Ok(()) | Err(ExitError::Reached { .. }) => {}
+            Err(error) => self.find(format!("exit: {error}")),
         }
         let stats = space.stats();
         let sums = &self.shared.short_lived;

@@ -7,14 +7,14 @@
 //!   the device's buffer is fetched, and holds nothing of the secret.
 //!
 //! Both count only if the transfer was still to come when the shootdown had returned; else the check says that it came too late.
-//! That the IOMMU *faulted*, neither the device nor type1 tells: whoever watches the IOMMU knows.
+//! That the IOMMU *faulted*, neither the device nor type1 tells: whoever watches the IOMMU knows ([`Iommu::watch`]).
 
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shootdown::{AddressSpace, Interrupts, Map, MapError, Range, Registers, Rights};
-use shootdown_vfio::{Iommu, Report, Window, WindowOptions};
+use shootdown_vfio::{Iommu, Proof, Report, Window, WindowOptions};
 use thiserror::Error;
 
 use crate::bytes::Words;
@@ -131,6 +131,9 @@ const PAGE: u64 = 4096;
 /// What one transfer carries here, in bytes.
 const CHUNK: u64 = 2048;
 
+/// How long a fault may take to be told of; nothing depends on it.
+const PATIENCE: Duration = Duration::from_millis(20);
+
 /// A word that no page holds by chance.
 fn pattern(seed: u64) -> impl Fn(u64) -> u64 + Copy {
     move |nth| (seed << 32 | nth).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1
@@ -159,8 +162,8 @@ pub fn self_check(ports: &CheckPorts<'_>) -> Report<Check, CheckError> {
         report.step(Check::Interrupt, |_| Ok(edu.check_interrupt()?))?;
         let rig = report.step(Check::Window, |_| Rig::new(ports, &edu))?;
         report.step(Check::RoundTrip, |_| rig.round_trip(1))?;
-        report.step(Check::WriteCutOff, |took| rig.write_cut_off(took))?;
-        report.step(Check::ReadCutOff, |took| rig.read_cut_off(took))?;
+        report.step(Check::WriteCutOff, |proof| rig.write_cut_off(proof))?;
+        report.step(Check::ReadCutOff, |proof| rig.read_cut_off(proof))?;
         report.step(Check::Touched, |_| rig.round_trip(6))
     })
 }
@@ -169,6 +172,7 @@ pub fn self_check(ports: &CheckPorts<'_>) -> Report<Check, CheckError> {
 struct Rig<'p> {
     edu: Arc<Edu>,
     space: &'p AddressSpace,
+    iommu: &'p Arc<Iommu>,
     page: Range,
     /// Always there, but while the value is dropped.
     window: Option<Window>,
@@ -181,6 +185,7 @@ impl<'p> Rig<'p> {
             page: space.map(Map::anonymous(PAGE))?,
             edu: edu.clone(),
             space,
+            iommu: ports.iommu,
             window: None,
         };
         let options = WindowOptions {
@@ -213,16 +218,22 @@ impl<'p> Rig<'p> {
     fn against(
         &self,
         direction: Direction,
-        took: &mut Option<Duration>,
+        proof: &mut Proof,
         shootdown: impl FnOnce() -> Result<(), MapError>,
     ) -> Result<(), CheckError> {
         let transfer = self.arm(0, direction)?;
         let begun = Instant::now();
         shootdown()?;
         let elapsed = begun.elapsed();
-        *took = Some(elapsed);
+        proof.shootdown = Some(elapsed);
         let in_time = transfer.is_running()?;
         transfer.wait()?;
+        // Who tells of faults does so when it gets round to it.
+        let begun = Instant::now();
+        while proof.fault.is_none() && begun.elapsed() < PATIENCE {
+            std::thread::sleep(Duration::from_millis(1));
+            proof.fault = self.iommu.faults().into_iter().find_map(|(_, found)| found);
+        }
         if in_time {
             Ok(())
         } else {
@@ -243,13 +254,13 @@ impl<'p> Rig<'p> {
         }
     }
 
-    fn write_cut_off(&self, took: &mut Option<Duration>) -> Result<(), CheckError> {
+    fn write_cut_off(&self, proof: &mut Proof) -> Result<(), CheckError> {
         let (kept, armed) = (pattern(2), pattern(3));
         self.words(0).fill(armed);
         self.arm(0, Direction::ToDevice)?.wait()?;
         self.words(0).fill(kept);
         let page = self.page;
-        self.against(Direction::ToMemory, took, || {
+        self.against(Direction::ToMemory, proof, || {
             self.space.protect(page, Rights::READ)
         })?;
         let wrong = self.words(0).find(|nth, word| word != kept(nth));
@@ -260,13 +271,13 @@ impl<'p> Rig<'p> {
         }
     }
 
-    fn read_cut_off(&self, took: &mut Option<Duration>) -> Result<(), CheckError> {
+    fn read_cut_off(&self, proof: &mut Proof) -> Result<(), CheckError> {
         let (harmless, secret) = (pattern(4), pattern(5));
         self.words(0).fill(harmless);
         self.arm(0, Direction::ToDevice)?.wait()?;
         self.words(0).fill(secret);
         let page = self.page;
-        let cut_off = self.against(Direction::ToDevice, took, || self.space.unmap(page));
+        let cut_off = self.against(Direction::ToDevice, proof, || self.space.unmap(page));
         // Also after a failure: the page is there again for whoever comes next.
         match self.space.map(Map::anonymous(PAGE).at(page.start())) {
             // The shootdown failed, so that the page is still there.

@@ -1,6 +1,6 @@
 //! The driver and its self check over the model, and what the check finds when somebody forgets to cut off.
 
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use shootdown_edu::{
 };
 use shootdown_hw_model::edu as model;
 use shootdown_hw_model::{Bus, ModelMemory};
-use shootdown_vfio::{Iommu, Operation, Reuse, Window, WindowOptions};
+use shootdown_vfio::{DmaFault, FaultSource, Iommu, Operation, Reuse, Window, WindowOptions};
 
 /// An IOMMU that unmaps so many times, and then only says so.
 struct Forgetful {
@@ -45,6 +45,25 @@ impl DmaWindow for Forgetful {
         self.unmaps.fetch_sub(1, SeqCst);
         std::thread::sleep(*self.slowness.lock().unwrap());
         self.iommu.unmap(iova)
+    }
+}
+
+/// Faults of the model, as they come.
+struct ModelFaults {
+    iommu: Arc<model::ModelIommu>,
+    told: AtomicUsize,
+}
+
+impl FaultSource for ModelFaults {
+    fn take(&self) -> Vec<DmaFault> {
+        let faults = self.iommu.faults();
+        let told = self.told.swap(faults.len(), SeqCst);
+        let new = faults[told..].iter();
+        new.map(|one| DmaFault {
+            iova: one.iova,
+            write: one.write,
+        })
+        .collect()
     }
 }
 
@@ -95,8 +114,21 @@ const DELAY: Duration = Duration::from_millis(50);
 #[test]
 fn the_self_check_passes_and_the_iommu_saw_both_transfers_fault() {
     let rig = rig(DELAY);
+    rig.iommu.watch(Arc::new(ModelFaults {
+        iommu: rig.endpoint.iommu.clone(),
+        told: AtomicUsize::new(0),
+    }));
     let report = self_check(&rig.ports());
     assert!(report.passed(), "{report:#?}");
+    let of = |check| report.steps.iter().find(|one| one.check == check).unwrap();
+    for (check, cause) in [
+        (Check::WriteCutOff, Cause::Protect),
+        (Check::ReadCutOff, Cause::Unmap),
+    ] {
+        let fault = of(check).fault.unwrap();
+        assert_eq!(fault.operation, Operation::CutOff(cause));
+    }
+    assert!(of(Check::RoundTrip).fault.is_none());
     let faults = rig.endpoint.iommu.faults();
     assert_eq!(
         faults.iter().map(|one| one.write).collect::<Vec<_>>(),

@@ -26,6 +26,8 @@ bitflags::bitflags! {
         const ASID_REUSED = 16;
         /// An unmapped segment's context goes on.
         const CONTEXT_NOT_UNLOADED = 32;
+        /// A context is unloaded with its pending faults left as they are (R33).
+        const FAULTS_NOT_FORCED = 128;
     }
 }
 

@@ -274,7 +274,9 @@ impl Context {
             if epoch != self.epoch && epoch.is_multiple_of(2) {
                 return Ok(());
             }
-            self.force_user_polling()?;
+            if !self.chiplet.planted(Plant::FAULTS_NOT_FORCED) {
+                self.force_user_polling()?;
+            }
             let stopped = self
                 .handle(cch::INTERRUPT_SYNC, 0, "INTERRUPT_SYNC of a context")
                 .or_else(not_running)

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shootdown::{AddressSpace, Map, MapError, Range, Rights};
-use shootdown_vfio::{DeviceWork, Report, Window, WindowOptions};
+use shootdown_vfio::{DeviceWork, Proof, Report, Window, WindowOptions};
 use thiserror::Error;
 
 use crate::command::Direction;
@@ -119,7 +119,7 @@ pub fn self_check(
             report.step(Check::Write, |_| rig.write_and_restore())?;
         }
         report.step(Check::Abort, |_| rig.abort())?;
-        report.step(Check::ReadCutOff, |took| rig.read_cut_off(took))?;
+        report.step(Check::ReadCutOff, |proof| rig.read_cut_off(proof))?;
         report.step(Check::Touched, |_| rig.read_twice())
     })
 }
@@ -209,7 +209,7 @@ impl Rig {
         }
     }
 
-    fn read_cut_off(&self, took: &mut Option<Duration>) -> Result<(), CheckError> {
+    fn read_cut_off(&self, proof: &mut Proof) -> Result<(), CheckError> {
         let part = self.part(0, BYTES);
         // A quick controller never has all of its places taken.
         for _ in 0..64 {
@@ -221,7 +221,7 @@ impl Rig {
         }
         let begun = Instant::now();
         self.space.unmap(part)?;
-        *took = Some(begun.elapsed());
+        proof.shootdown = Some(begun.elapsed());
         let iova = self.window.iova_of(part).map_err(NvmeError::from)?;
         let in_flight = !self.nvme.drained(iova);
         let map = Map::anonymous(BYTES).rights(Rights::READ_WRITE);

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use crate::history::Attribution;
+
 /// One step. `C` names what was checked, `E` why it failed.
 #[derive(Clone, Debug)]
 pub struct Step<C, E> {
@@ -11,8 +13,19 @@ pub struct Step<C, E> {
     pub took: Duration,
     /// How long the shootdown in it took, where there is one: from the call to its return.
     pub shootdown: Option<Duration>,
+    /// The first fault of the device that the IOMMU was heard of in it, and whose IOVA that was.
+    pub fault: Option<Attribution>,
     /// Why it failed, if it did.
     pub result: Result<(), E>,
+}
+
+/// What a step that proves a shootdown has seen.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Proof {
+    /// How long the shootdown took, from the call to its return.
+    pub shootdown: Option<Duration>,
+    /// The first fault of the device that the IOMMU was heard of, and whose IOVA that was.
+    pub fault: Option<Attribution>,
 }
 
 /// What came of a self check.
@@ -40,25 +53,26 @@ impl<C, E> Report<C, E> {
         !self.steps.is_empty() && self.steps.iter().all(|step| step.result.is_ok())
     }
 
-    /// Makes one step. `work` is given the place for the time that its shootdown took.
+    /// Makes one step. `work` is given the place for what it sees of a shootdown.
     ///
     /// # Errors
     /// It failed: no other is to be made.
     pub fn step<T>(
         &mut self,
         check: C,
-        work: impl FnOnce(&mut Option<Duration>) -> Result<T, E>,
+        work: impl FnOnce(&mut Proof) -> Result<T, E>,
     ) -> Result<T, Failed> {
         let begun = Instant::now();
-        let mut shootdown = None;
-        let (result, value) = match work(&mut shootdown) {
+        let mut proof = Proof::default();
+        let (result, value) = match work(&mut proof) {
             Ok(value) => (Ok(()), Ok(value)),
             Err(error) => (Err(error), Err(Failed)),
         };
         self.steps.push(Step {
             check,
             took: begun.elapsed(),
-            shootdown,
+            shootdown: proof.shootdown,
+            fault: proof.fault,
             result,
         });
         value

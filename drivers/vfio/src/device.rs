@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use shootdown::DeviceError;
 use vfio_bindings::bindings::vfio as abi;
 
-use crate::caps::{Bytes, walk};
+use crate::answer::{parse_region, parse_siblings};
+use crate::caps::Bytes;
 use crate::container::{Container, Group, check_owner};
 use crate::error::{self, VfioError};
 use crate::irq::{self, Irqs, Kind};
@@ -218,36 +219,7 @@ impl Device {
             libc::EINVAL => no_region(),
             errno => error::call(call, self.address(), errno),
         })?;
-        let bytes = Bytes(&answer);
-        let parse = || {
-            let info = abi::vfio_region_info {
-                argsz: 0,
-                flags: bytes.u32(offset_of!(abi::vfio_region_info, flags))?,
-                index,
-                cap_offset: bytes.u32(offset_of!(abi::vfio_region_info, cap_offset))?,
-                size: bytes.u64(offset_of!(abi::vfio_region_info, size))?,
-                offset: bytes.u64(offset_of!(abi::vfio_region_info, offset))?,
-            };
-            if info.flags & abi::VFIO_REGION_INFO_FLAG_MMAP == 0 {
-                return Ok((info, Vec::new()));
-            }
-            let mut mappable = vec![(0, info.size)];
-            if info.flags & abi::VFIO_REGION_INFO_FLAG_CAPS != 0 {
-                let chain = walk(&answer, info.cap_offset)?;
-                let mut sparse = chain
-                    .iter()
-                    .filter(|one| u32::from(one.id) == abi::VFIO_REGION_INFO_CAP_SPARSE_MMAP);
-                if let Some(one) = sparse.next() {
-                    mappable = one.pairs(
-                        offset_of!(abi::vfio_region_info_cap_sparse_mmap, nr_areas),
-                        offset_of!(abi::vfio_region_info_cap_sparse_mmap, areas),
-                    )?;
-                }
-            }
-            mappable.retain(|(_, size)| *size > 0);
-            Ok((info, mappable))
-        };
-        parse().map_err(|error| VfioError::Chain { call, error })
+        parse_region(&answer, index).map_err(|error| VfioError::Chain { call, error })
     }
 
     /// Region `index`: 0 to 5 are the BARs. What of it can be mapped is mapped, once for each call.
@@ -411,30 +383,9 @@ impl Device {
         let least = size_of::<abi::vfio_pci_hot_reset_info>();
         let answer = sys::query(self.handle.file.as_fd(), Call::Get12, least, |_| ())
             .map_err(|errno| error::call(call, self.address(), errno))?;
-        let bytes = Bytes(&answer);
-        let parse = || {
-            let count = bytes.u32(offset_of!(abi::vfio_pci_hot_reset_info, count))?;
-            // Ends at the end of the answer, whatever the count says.
-            (0..count as usize)
-                .map(|nth| {
-                    let at = least + nth * size_of::<abi::vfio_pci_dependent_device>();
-                    let place = bytes.u32(at + 4)?.to_ne_bytes();
-                    let segment = u16::from_ne_bytes([place[0], place[1]]);
-                    let (bus, devfn) = (place[2], place[3]);
-                    Ok(Sibling {
-                        group: bytes.u32(at)?,
-                        address: format!(
-                            "{segment:04x}:{bus:02x}:{:02x}.{}",
-                            devfn >> 3,
-                            devfn & 7
-                        ),
-                    })
-                })
-                .collect::<Result<Vec<_>, _>>()
-        };
         Ok(HotReset {
             device: self,
-            siblings: parse().map_err(|error| VfioError::Chain { call, error })?,
+            siblings: parse_siblings(&answer).map_err(|error| VfioError::Chain { call, error })?,
         })
     }
 }
@@ -479,5 +430,53 @@ impl HotReset<'_> {
             .map_err(|errno| error::call(call, device.address(), errno))?;
         device.handle.failed.store(false, Ordering::Relaxed);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    /// A device of which there are only the words of its end.
+    fn handle() -> (Handle, File, File) {
+        let (error, request) = (sys::eventfd().unwrap(), sys::eventfd().unwrap());
+        let others = (error.try_clone().unwrap(), request.try_clone().unwrap());
+        let handle = Handle {
+            file: File::open("/dev/null").unwrap(),
+            address: "0000:00:00.0".into(),
+            owner: sys::process(),
+            failed: AtomicBool::new(false),
+            wanted_back: AtomicBool::new(false),
+            error: Some(error),
+            request: Some(request),
+        };
+        (handle, others.0, others.1)
+    }
+
+    #[test]
+    fn a_failure_ends_a_wait_and_refuses_registers_until_a_reset() {
+        let (handle, mut error, _request) = handle();
+        assert_eq!(handle.check(), Ok(()));
+        error.write_all(&1_u64.to_ne_bytes()).unwrap();
+        let begun = Instant::now();
+        irq::observe(&handle, None, Duration::from_secs(60)).unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(30));
+        assert!(matches!(handle.check(), Err(DeviceError::Gone { .. })));
+        // What `reset` does when it has succeeded.
+        handle.failed.store(false, Ordering::Relaxed);
+        irq::observe(&handle, None, Duration::ZERO).unwrap();
+        assert_eq!(handle.check(), Ok(()), "an old word is not found again");
+    }
+
+    #[test]
+    fn a_device_that_is_wanted_back_works_until_it_is_given_up() {
+        let (handle, _error, mut request) = handle();
+        request.write_all(&1_u64.to_ne_bytes()).unwrap();
+        irq::observe(&handle, None, Duration::from_secs(60)).unwrap();
+        assert!(handle.is_wanted_back());
+        assert_eq!(handle.check(), Ok(()));
     }
 }

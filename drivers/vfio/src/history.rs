@@ -57,8 +57,13 @@ impl fmt::Display for Attribution {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "window {} (IOVA {} of memory {}): {} was {} {:?} ago",
-            self.window, self.iova, self.memory, self.part, self.operation, self.ago
+            "window {} (IOVA {} of memory {}): {} was {} {:.1} ms ago",
+            self.window,
+            self.iova,
+            self.memory,
+            self.part,
+            self.operation,
+            self.ago.as_secs_f64() * 1000.0
         )
     }
 }

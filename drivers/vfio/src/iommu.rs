@@ -6,11 +6,12 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use shootdown::{Addr, DeviceError, DmaWindow, Range, Rights};
 use thiserror::Error;
 
+use crate::faults::{DmaFault, FaultSource};
 use crate::history::{Attribution, Entry, History};
 use crate::iova::{Iovas, Reuse};
 
@@ -37,6 +38,7 @@ pub struct Iommu {
     iovas: Mutex<Iovas>,
     history: Mutex<History>,
     windows: AtomicU64,
+    faults: OnceLock<Arc<dyn FaultSource>>,
 }
 
 impl fmt::Debug for Iommu {
@@ -72,16 +74,33 @@ impl Iommu {
             ranges,
             history: Mutex::new(History::new()),
             windows: AtomicU64::new(0),
+            faults: OnceLock::new(),
             endpoints,
         }))
     }
 
     /// Whose IOVA this is, or was last, and what was done to it: for a fault that the IOMMU reports.
     ///
-    /// Type1 of VFIO reports none: the kernel's log does, and the witness of a virtual machine. `None` if the last
-    /// operation on it is too long ago, or there was none.
+    /// Type1 of VFIO reports none; [`Iommu::faults`] has those that somebody else tells of. `None` if the last operation on it is too
+    /// long ago, or there was none.
     pub fn attribute(&self, iova: Addr) -> Option<Attribution> {
         self.history().last(iova)
+    }
+
+    /// From now on faults are learned of from `source`; the first one that is given stays.
+    pub fn watch(&self, source: Arc<dyn FaultSource>) {
+        // A second one would share the faults with the first, and neither have all.
+        let _ = self.faults.set(source);
+    }
+
+    /// The faults since the last call, as far as anybody tells, and whose IOVAs they were. Does not wait. None does not mean that
+    /// there was none, see [`KernelLog`](crate::KernelLog).
+    pub fn faults(&self) -> Vec<(DmaFault, Option<Attribution>)> {
+        let taken = self.faults.get().map(|source| source.take());
+        let taken = taken.into_iter().flatten();
+        taken
+            .map(|fault| (fault, self.attribute(fault.iova)))
+            .collect()
     }
 
     pub(crate) fn record(&self, entry: Entry) {

@@ -107,12 +107,12 @@ pub(crate) fn observe(
     timeout: Duration,
 ) -> Result<(), DeviceError> {
     let files = [vector, handle.error.as_ref(), handle.request.as_ref()];
-    let [_, failed, wanted] =
-        sys::wait_readable(files, timeout).map_err(|errno| error::system("poll", errno))?;
-    if failed {
+    sys::wait_readable(files, timeout).map_err(|errno| error::system("poll", errno))?;
+    // Each word is taken once: what a reset has mended is not found again.
+    if handle.error.as_ref().is_some_and(|event| take(event) > 0) {
         handle.fail();
     }
-    if wanted {
+    if handle.request.as_ref().is_some_and(|event| take(event) > 0) {
         handle.want_back();
     }
     Ok(())
@@ -174,6 +174,11 @@ impl Interrupts for Irqs {
             set(&self.handle.file, self.kind, unmask, 1, &[])
                 .map_err(|errno| error::system("VFIO_DEVICE_SET_IRQS", errno))?;
         }
+        let timeout = if self.handle.is_wanted_back() {
+            Duration::ZERO
+        } else {
+            timeout
+        };
         observe(&self.handle, Some(event), timeout)?;
         let fired = take(event);
         if fired > 0 {

@@ -20,8 +20,8 @@
 //!   device's, and has waited for both.
 //! * An unmap that succeeds can have unmapped nothing. What came back is therefore compared with a book of what is mapped, and
 //!   every container is visited ([`DeviceError::Mismatch`](shootdown::DeviceError::Mismatch)).
-//! * A device that goes on after the cut-off faults. Type1 reports such a fault to nobody but the kernel's log; where one is
-//!   learned of, [`Iommu::attribute`] says whose IOVA it was and what was done to it last.
+//! * A device that goes on after the cut-off faults. Type1 reports such a fault to nobody but the kernel's log ([`KernelLog`]); where
+//!   one is learned of, [`Iommu::faults`] and [`Iommu::attribute`] say whose IOVA it was and what was done to it last.
 //!
 //! # Locks, in their order
 //! | lock | held during | under it |
@@ -36,6 +36,7 @@
 //! An IOMMU that is switched on in firmware and kernel; all devices of the group bound to vfio-pci or to nothing; the right to open
 //! `/dev/vfio/GROUP`; RLIMIT_MEMLOCK for what is mapped. Each error says which of them is missing.
 
+mod answer;
 mod bits;
 mod book;
 mod caps;
@@ -43,6 +44,7 @@ mod check;
 mod container;
 mod device;
 mod error;
+mod faults;
 mod history;
 mod iommu;
 mod iova;
@@ -56,10 +58,11 @@ mod window;
 mod work;
 
 pub use caps::ChainError;
-pub use check::{Failed, Report, Step};
+pub use check::{Failed, Proof, Report, Step};
 pub use container::{Container, Group, IommuInfo};
 pub use device::{Departure, Device, HotReset, Sibling, open};
 pub use error::VfioError;
+pub use faults::{DmaFault, FaultSource, KernelLog};
 pub use history::{Attribution, Operation};
 pub use iommu::{Iommu, IommuError};
 pub use iova::Reuse;

@@ -10,7 +10,8 @@ use thiserror::Error;
 /// How a window is made.
 #[derive(Clone, Debug)]
 pub struct WindowOptions {
-    /// What is mapped, and unmapped, at a time, in bytes: a power of two, and at least a page of the IOMMU. Large ones are few
+    /// What is mapped, and unmapped, at a time, in bytes: a power of two, and at least a page of the IOMMU. IOVAs begin at a multiple
+    /// of it: where the memory does too, the IOMMU can use pages as large as the memory has. Large ones are few
     /// mappings (65 535 are possible by default) and few entries in the IOMMU's TLB; small ones leave more in
     /// place when a page of the window goes.
     pub granule: u64,

@@ -319,6 +319,23 @@ mod tests {
         assert!(begun.elapsed() >= Duration::from_millis(20));
     }
 
+    #[test]
+    fn memory_is_kept_from_children() {
+        let page = MmapMut::map_anon(4096).unwrap();
+        let range = Range::new(page.as_ptr() as u64, 4096).unwrap();
+        let flags = || {
+            let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+            let start = format!("{:x}-", range.start().get());
+            let mut lines = smaps.lines().skip_while(|line| !line.starts_with(&start));
+            let flags = lines.find_map(|line| line.strip_prefix("VmFlags:"));
+            flags.map(str::to_owned)
+        };
+        // A mapping that has grown together with a neighbour begins elsewhere.
+        assert!(!flags().is_some_and(|flags| flags.contains(" dc")));
+        keep_from_children(range).unwrap();
+        assert!(flags().unwrap().contains(" dc"), "do not copy");
+    }
+
     /// R21: a signal ends the system call, and not the wait.
     #[test]
     fn a_wait_goes_on_after_a_signal() {

@@ -29,6 +29,9 @@ use crate::options::{WindowError, WindowOptions};
 use crate::sys;
 use crate::work::{DeviceWork, InFlight};
 
+/// Granules that are mapped with the lock held at a time: a shootdown waits for so many system calls at most.
+const STEP: u64 = 256;
+
 /// Non-blocking operations that were refused and have not ended yet, by number: they were not stopped, so they are not resumed.
 /// As many as an address space has operations in progress.
 #[derive(Debug)]
@@ -419,9 +422,31 @@ impl Window {
         time: Duration,
         f: impl FnOnce(Range) -> T,
     ) -> Result<T, WindowError> {
-        let inner = &*self.inner;
         let iova = self.iova_of(part)?;
-        let numbers = inner.numbers(part);
+        let numbers = self.inner.numbers(part);
+        let begun = Instant::now();
+        let left = || time.saturating_sub(begun.elapsed());
+        let (mut first, last) = (*numbers.start(), *numbers.end());
+        while last - first >= STEP {
+            let some = first..=first + STEP - 1;
+            self.undisturbed(some.clone(), left(), |inner| inner.map_missing(some))?;
+            first += STEP;
+        }
+        // All of it, as far as it has gone again meanwhile.
+        self.undisturbed(numbers.clone(), left(), |inner| {
+            inner.map_missing(numbers)?;
+            Ok(f(iova))
+        })
+    }
+
+    /// Calls `f` with the lock held while no invalidation of these granules is in progress.
+    fn undisturbed<T>(
+        &self,
+        numbers: RangeInclusive<u64>,
+        time: Duration,
+        f: impl FnOnce(&Inner) -> Result<T, DeviceError>,
+    ) -> Result<T, WindowError> {
+        let inner = &*self.inner;
         let entry = inner.of(inner.memory, *numbers.start(), *numbers.end());
         let mut fault = self.registration().begin(entry, time)?;
         loop {
@@ -437,8 +462,7 @@ impl Window {
                         granule: inner.of(inner.memory, sick, sick),
                     });
                 }
-                inner.map_missing(numbers)?;
-                return Ok(f(iova));
+                return Ok(f(inner)?);
             }
             drop(state);
             fault.again()?;

@@ -77,6 +77,16 @@ impl ModelIommu {
         faults
     }
 
+    /// A page of `part` of the memory that something is mapped to, if there is one.
+    pub fn maps(&self, part: Range) -> Option<Range> {
+        let table = self.lock();
+        let mut pages = table
+            .entries
+            .values()
+            .map(|entry| Range::page(entry.addr, PageSize::FourKiB));
+        pages.find(|page| page.overlaps(part))
+    }
+
     fn lock(&self) -> MutexGuard<'_, Table> {
         // Entries are whole at any time.
         self.table.lock().unwrap_or_else(PoisonError::into_inner)

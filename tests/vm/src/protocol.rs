@@ -72,6 +72,8 @@ pub enum Line {
     Fail(String, String),
     /// Something that was measured: name and text.
     Figure(String, String),
+    /// A line that the command under test printed: name of the file that it belongs to, and text.
+    Output(String, String),
     /// Something worth reading when a run failed.
     Note(String),
 }
@@ -91,6 +93,7 @@ impl fmt::Display for Line {
             Self::Ok(name) => write!(f, "TEST {name} ok"),
             Self::Fail(name, why) => write!(f, "TEST {name} FAIL {}", one_line(why)),
             Self::Figure(name, text) => write!(f, "FIGURE {name}: {}", one_line(text)),
+            Self::Output(name, text) => write!(f, "OUTPUT {name}: {}", one_line(text)),
             Self::Note(text) => write!(f, "NOTE {}", one_line(text)),
         }
     }
@@ -128,6 +131,10 @@ impl Line {
             "FIGURE" => {
                 let (name, text) = rest.split_once(": ")?;
                 Some(Self::Figure(name.into(), text.into()))
+            }
+            "OUTPUT" => {
+                let (name, text) = rest.split_once(": ")?;
+                Some(Self::Output(name.into(), text.into()))
             }
             "NOTE" => Some(Self::Note(rest.into())),
             _ => None,
@@ -175,6 +182,8 @@ mod tests {
             Line::Ok(name()),
             Line::Fail(name(), "because of this".into()),
             Line::Figure("time of a map".into(), "1.5 us".into()),
+            Line::Output("a.txt".into(), "  some: text".into()),
+            Line::Output("a.txt".into(), String::new()),
             Line::Note("some text".into()),
         ] {
             assert_eq!(Line::parse(&line.to_string()), Some(line));

@@ -198,7 +198,12 @@ impl Witness {
                 self.stray.push(Complaint::OutOfPlace(line.to_string()));
             }
             (
-                Line::Plan(_) | Line::Ok(_) | Line::Fail(..) | Line::Figure(..) | Line::Note(_),
+                Line::Plan(_)
+                | Line::Ok(_)
+                | Line::Fail(..)
+                | Line::Figure(..)
+                | Line::Output(..)
+                | Line::Note(_),
                 _,
             ) => {}
         }

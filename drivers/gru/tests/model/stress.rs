@@ -1,12 +1,12 @@
 //! Unmaps beside instructions: without plants the oracle finds nothing, with each of them it does.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::{LONG, Rig, at};
-use shootdown::{AddressSpace, Map, PageSize, Range};
+use shootdown::{AddressSpace, Drain, Map, Notifier, Op, PageSize, Range, WouldBlock};
 use shootdown_gru::{Config, Element, GruError, Instruction, LateDropIns, Plant, Segment};
 use shootdown_hw_model::gru::{Chiplet, ChipletConfig, FaultPlan, Latency, Plant as ModelPlant};
 
@@ -183,10 +183,14 @@ fn split(rig: &Rig, time: Duration) -> u64 {
 }
 
 #[test]
-fn the_sequence_of_part_of_an_entry_is_found_and_that_of_the_whole_is_right() {
+fn the_sequence_of_the_whole_entry_protects_beside_an_unmap_of_a_part() {
     let right = rig(Plant::empty(), ModelPlant::empty());
     split(&right, Duration::from_secs(1));
     right.clean();
+}
+
+#[test]
+fn the_sequence_of_a_part_of_the_entry_is_found() {
     assert!(split(&rig(Plant::WRONG_RANGE, ModelPlant::empty()), LONG) > 0);
 }
 
@@ -209,10 +213,14 @@ fn reuse(plants: Plant) -> Rig {
 }
 
 #[test]
-fn an_asid_handed_out_again_is_flushed_first_or_found() {
+fn an_asid_handed_out_again_is_flushed_first() {
     let right = reuse(Plant::empty());
     assert_eq!(right.gru.stats().asid_wraps, 7);
     right.clean();
+}
+
+#[test]
+fn an_asid_handed_out_again_without_a_flush_is_found() {
     assert!(reuse(Plant::ASID_REUSED).stale() > 0);
 }
 
@@ -232,9 +240,64 @@ fn leave(plants: Plant) -> Rig {
 }
 
 #[test]
-fn a_context_that_goes_on_after_its_segment_is_found() {
+fn a_context_ends_with_its_segment() {
     leave(Plant::empty()).clean();
+}
+
+#[test]
+fn a_context_that_goes_on_after_its_segment_is_found() {
     assert!(leave(Plant::CONTEXT_NOT_UNLOADED).stale() > 0);
+}
+
+/// Has its segment miss on the data while that is being unmapped.
+struct Misses {
+    segment: Mutex<Option<Segment>>,
+    data: Range,
+}
+
+impl Notifier for Misses {
+    fn quiesce<'o>(&self, op: &Op<'o>) -> Result<Drain<'o>, WouldBlock> {
+        if let Some(segment) = &*self.segment.lock().unwrap() {
+            let set = Instruction::vset(self.data.start(), 1, Element::Double, 1);
+            segment.submit(0, &set).unwrap();
+            // Long enough for the miss to be in the fault map, with the thread that serves it waiting for the end of this.
+            thread::sleep(Duration::from_millis(50));
+        }
+        Ok(op.idle())
+    }
+}
+
+/// One unmap of a segment and of the data that it misses on meanwhile: the miss waits for the unmap.
+fn miss_on_what_goes(plants: Plant) -> Rig {
+    let rig = rig(plants, ModelPlant::empty());
+    let space = rig.space();
+    let data = space.map(Map::anonymous(4096)).unwrap();
+    let segment = rig.gru.segment(&space).unwrap();
+    let all = data.hull(segment.range());
+    assert_eq!(all.len(), data.len() + segment.range().len());
+    let misses = Arc::new(Misses {
+        segment: Mutex::new(Some(segment)),
+        data,
+    });
+    let registration = space.register(data, misses.clone(), &[]).unwrap();
+    // Not under the map lock, or the thread that serves the miss would not get it, and leave the miss to its user at once.
+    space.unmap(all).unwrap();
+    registration.unregister().unwrap();
+    drop(misses.segment.lock().unwrap().take());
+    rig
+}
+
+#[test]
+fn a_miss_that_waits_for_the_unmap_of_its_context_is_forced_to_its_user() {
+    let rig = miss_on_what_goes(Plant::empty());
+    assert_eq!(rig.gru.stats().resets, 0);
+    rig.clean();
+}
+
+#[test]
+fn a_miss_that_is_not_forced_to_its_user_keeps_its_context_from_unloading() {
+    let stats = miss_on_what_goes(Plant::FAULTS_NOT_FORCED).gru.stats();
+    assert_eq!((stats.contexts_leaked, stats.resets), (1, 1), "locked");
 }
 
 #[test]

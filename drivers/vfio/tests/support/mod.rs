@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use shootdown::{
-    Addr, AddressSpace, Deadlines, DeviceError, DmaWindow, Memory, MemoryError, PageSize,
+    Addr, AddressSpace, Deadlines, DeviceError, DmaWindow, Map, Memory, MemoryError, PageSize,
     PageSizes, ProcessMemory, Range, Rights, Translation, WouldBlock,
 };
-use shootdown_vfio::{DeviceWork, InFlight};
+use shootdown_vfio::{DeviceWork, InFlight, Window, WindowOptions};
 
 /// What happened, in order.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -51,6 +51,8 @@ pub(crate) struct FakeEndpoint {
     pub(crate) mapped: Mutex<Vec<(Range, Range)>>,
     /// The next so many maps succeed, then one fails.
     pub(crate) maps_left: AtomicU64,
+    /// How long a map takes, in microseconds.
+    pub(crate) slowness: AtomicU64,
     /// Unmaps fail.
     pub(crate) stuck: AtomicBool,
     /// Says that it unmapped, and does not.
@@ -63,6 +65,7 @@ impl FakeEndpoint {
             log: log.clone(),
             mapped: Mutex::new(Vec::with_capacity(1 << 16)),
             maps_left: AtomicU64::new(u64::MAX),
+            slowness: AtomicU64::new(0),
             stuck: AtomicBool::new(false),
             lies: AtomicBool::new(false),
         })
@@ -90,6 +93,10 @@ impl DmaWindow for FakeEndpoint {
     }
 
     fn map(&self, iova: Range, memory: Range, _: Rights) -> Result<(), DeviceError> {
+        let slowness = self.slowness.load(SeqCst);
+        if slowness > 0 {
+            std::thread::sleep(Duration::from_micros(slowness));
+        }
         let mut mapped = self.mapped.lock().unwrap();
         if mapped.iter().any(|(one, _)| one.overlaps(iova)) {
             return Err(DeviceError::Overlap { iova });
@@ -290,4 +297,34 @@ pub(crate) fn rig(endpoints: usize) -> Rig {
         endpoints,
         log,
     }
+}
+
+pub(crate) const SECOND: Duration = Duration::from_secs(1);
+
+pub(crate) fn options(granule: u64) -> WindowOptions {
+    WindowOptions {
+        granule,
+        deadline: SECOND,
+        ..WindowOptions::default()
+    }
+}
+
+pub(crate) fn open(rig: &Rig, memory: Range, granule: u64) -> Window {
+    Window::open(
+        &rig.iommu,
+        &rig.space,
+        memory,
+        rig.work.clone(),
+        options(granule),
+    )
+    .unwrap()
+}
+
+pub(crate) fn pages(rig: &Rig, count: u64) -> Range {
+    rig.space.map(Map::anonymous(count << 12)).unwrap()
+}
+
+/// The `nth` page of `range`.
+pub(crate) fn page(range: Range, nth: u64) -> Range {
+    Range::new(range.start().get() + (nth << 12), 4096).unwrap()
 }

@@ -30,7 +30,7 @@ pub(crate) enum Error {
         "apt's sources name no Debian archive; add one to /etc/apt/sources.list, or give --archive URI (the directory that holds `dists`)"
     )]
     NoArchive,
-    #[error("package {package} has no file {file}; remove {} and run again", cache.display())]
+    #[error("{package} lacks {file}: remove {} and run again", cache.display())]
     Missing {
         package: String,
         file: String,

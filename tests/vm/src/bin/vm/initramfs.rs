@@ -4,12 +4,14 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, at};
+use crate::program::Programs;
 
 const DIRECTORY: u32 = 0o040_755;
 const FILE: u32 = 0o100_755;
 
-/// The guest program as `/init`, and the modules, in the order in which they are to be inserted, as `/modules/N-NAME`.
-pub(crate) fn write(target: &Path, program: &Path, modules: &[PathBuf]) -> Result<(), Error> {
+/// The guest program as `/init`, the command as `/shootdown`, and the modules, in the order in which they are to be inserted, as
+/// `/modules/N-NAME`.
+pub(crate) fn write(target: &Path, programs: &Programs, modules: &[PathBuf]) -> Result<(), Error> {
     let mut archive = Newc {
         out: Vec::new(),
         inode: 1,
@@ -17,11 +19,13 @@ pub(crate) fn write(target: &Path, program: &Path, modules: &[PathBuf]) -> Resul
     for directory in ["dev", "proc", "sys", "tmp", "modules"] {
         archive.entry(directory, DIRECTORY, &[]);
     }
-    archive.entry("init", FILE, &at(program, std::fs::read(program))?);
-    for (at_, module) in modules.iter().enumerate() {
+    for (name, program) in [("init", &programs.guest), ("shootdown", &programs.command)] {
+        archive.entry(name, FILE, &at(program, std::fs::read(program))?);
+    }
+    for (nth, module) in modules.iter().enumerate() {
         let name = module.file_name().unwrap_or_default().to_string_lossy();
         archive.entry(
-            &format!("modules/{at_}-{name}"),
+            &format!("modules/{nth}-{name}"),
             FILE,
             &at(module, std::fs::read(module))?,
         );

@@ -39,6 +39,9 @@ struct Options {
     /// Keeps the guest's console and the IOMMU's trace in this file (without it the last run's is in the cache, as last.log).
     #[arg(long, value_name = "FILE")]
     keep_log: Option<PathBuf>,
+    /// Writes what the `shootdown` command printed in the guest to files in this directory.
+    #[arg(long, value_name = "DIR")]
+    save_output: Option<PathBuf>,
     /// Prints the report as one JSON object.
     #[arg(long)]
     json: bool,
@@ -80,17 +83,17 @@ fn main() -> ExitCode {
 }
 
 fn tier(options: &Options) -> Result<Report, Error> {
-    let (machine, program) = std::thread::scope(|scope| {
-        let program = scope.spawn(program::build);
+    let (machine, programs) = std::thread::scope(|scope| {
+        let programs = scope.spawn(program::build);
         let machine = cache::provide(options.archive.as_deref())?;
-        let program = program
+        let programs = programs
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        Ok((machine, program))
+        Ok((machine, programs))
     })?;
     let work = cache::Scratch::new(&machine.root)?;
     let initramfs = work.path().join("initramfs");
-    initramfs::write(&initramfs, &program, &machine.modules)?;
+    initramfs::write(&initramfs, &programs, &machine.modules)?;
     let disks = ["disk", "slow"].map(|name| work.path().join(name));
     for disk in &disks {
         let file = std::fs::File::create(disk).and_then(|file| file.set_len(qemu::DISK_BYTES));
@@ -111,6 +114,9 @@ fn tier(options: &Options) -> Result<Report, Error> {
         silence: Duration::from_secs(options.silence),
     };
     let mut report = run::run(&boot, &log, limits)?;
+    if let Some(directory) = &options.save_output {
+        report.save(directory)?;
+    }
     if options.keep_log.is_none() {
         let last = machine.root.join("last.log");
         error::at(&last, std::fs::rename(&log, &last))?;

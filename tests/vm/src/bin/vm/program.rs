@@ -1,4 +1,4 @@
-//! Builds the guest program: the same package's other binary, linked statically, as the guest has no libraries.
+//! Builds what runs in the guest, linked statically, as the guest has no libraries: its first process, and the project's command.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -10,8 +10,17 @@ use crate::process::shown;
 /// A target named explicitly keeps the flags from build scripts and procedural macros, which cannot be static.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// Builds it beside this program's own build and gives its path.
-pub(crate) fn build() -> Result<PathBuf, Error> {
+/// What runs in the guest.
+#[derive(Debug)]
+pub(crate) struct Programs {
+    /// The guest's first process.
+    pub(crate) guest: PathBuf,
+    /// `shootdown`, which it runs.
+    pub(crate) command: PathBuf,
+}
+
+/// Builds them beside this program's own build.
+pub(crate) fn build() -> Result<Programs, Error> {
     let own = at(Path::new("/proc/self/exe"), std::env::current_exe())?;
     // target/release/vm: two levels up is the directory of all builds.
     let builds = own.ancestors().nth(2).unwrap_or(Path::new("target"));
@@ -25,9 +34,14 @@ pub(crate) fn build() -> Result<PathBuf, Error> {
             "--release",
             "--quiet",
             "--locked",
-            "--no-default-features",
+            "--package",
+            "shootdown-vm-guest",
+            "--package",
+            "shootdown-cli",
             "--bin",
             "guest",
+            "--bin",
+            "shootdown",
             "--target",
             TARGET,
         ])
@@ -38,6 +52,8 @@ pub(crate) fn build() -> Result<PathBuf, Error> {
         // It is copied into the guest at each boot: no symbols.
         .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
         .env("CARGO_PROFILE_RELEASE_STRIP", "symbols")
+        // Little of it is hot, and most of a first run is spent building it.
+        .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1")
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .env_remove("CARGO_BUILD_TARGET");
@@ -54,5 +70,9 @@ pub(crate) fn build() -> Result<PathBuf, Error> {
             output,
         });
     }
-    Ok(target.join(TARGET).join("release/guest"))
+    let release = target.join(TARGET).join("release");
+    Ok(Programs {
+        guest: release.join("guest"),
+        command: release.join("shootdown"),
+    })
 }

@@ -56,6 +56,8 @@ impl Boot<'_> {
         let [fast, slow] = self.disks;
         let mut command = Command::new(&machine.loader);
         command
+            // Up to 7.2 the emulated CPU is a module.
+            .env("QEMU_MODULE_DIR", user.join("qemu"))
             .arg("--library-path")
             .arg(format!("{}:{}", system.display(), user.display()))
             .arg(&machine.qemu);
@@ -101,9 +103,9 @@ impl Boot<'_> {
             .arg(format!("if=none,id=disk,format=raw,file={}", fast.display()))
             .args(["-device", "nvme,serial=disk,drive=disk,addr=5"])
             .arg("-drive")
-            // One request a second: a read is in flight for as long.
+            // Four requests a second: who is behind others is in flight for long.
             .arg(format!(
-                "if=none,id=slow,format=raw,throttling.iops-total=1,throttling.iops-total-max=1,file={}",
+                "if=none,id=slow,format=raw,throttling.iops-total=4,throttling.iops-total-max=4,file={}",
                 slow.display()
             ))
             .args(["-device", "nvme,serial=slow,drive=slow,addr=6"])

@@ -1,11 +1,14 @@
 //! What a run found, for people and as JSON.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
 use serde::{Serialize, Serializer};
 use shootdown_vm::protocol::CONTROL;
 use shootdown_vm::witness::{Complaint, Findings};
+
+use crate::error::{Error, at};
 
 /// One check of the guest.
 #[derive(Debug, Serialize)]
@@ -90,6 +93,9 @@ fn verdict<S: Serializer>(verdict: &Option<Result<(), String>>, to: S) -> Result
 pub(crate) struct Report {
     pub(crate) checks: Vec<Check>,
     pub(crate) figures: Vec<(String, String)>,
+    /// What the `shootdown` command printed in the guest, by name of file.
+    #[serde(skip)]
+    pub(crate) outputs: BTreeMap<String, String>,
     /// What went wrong outside of checks.
     pub(crate) broken: Vec<String>,
     /// From QEMU's start to the first check.
@@ -107,6 +113,7 @@ impl Report {
         Self {
             checks: Vec::new(),
             figures: Vec::new(),
+            outputs: BTreeMap::new(),
             broken: Vec::new(),
             boot_ms: 0,
             run_ms: 0,
@@ -130,6 +137,16 @@ impl Report {
         }
         self.passed =
             self.broken.is_empty() && self.checks.iter().all(|check| check.failed.is_none());
+    }
+
+    /// Writes the command's outputs to files in a directory, which is made if it is not there.
+    pub(crate) fn save(&self, directory: &Path) -> Result<(), Error> {
+        at(directory, std::fs::create_dir_all(directory))?;
+        for (name, text) in &self.outputs {
+            let file = directory.join(name);
+            at(&file, std::fs::write(&file, text))?;
+        }
+        Ok(())
     }
 
     pub(crate) fn passed(&self) -> bool {

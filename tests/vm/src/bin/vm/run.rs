@@ -162,6 +162,11 @@ impl Reading {
             Line::Ok(name) => self.verdict(&name, Ok(())),
             Line::Fail(name, why) => self.verdict(&name, Err(why)),
             Line::Figure(name, text) => self.report.figures.push((name, text)),
+            Line::Output(name, text) => {
+                let output = self.report.outputs.entry(name).or_default();
+                output.push_str(&text);
+                output.push('\n');
+            }
             Line::Note(text) => self.other(text),
             Line::Unmap(_)
             | Line::Unmapped(_)

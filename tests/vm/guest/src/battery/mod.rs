@@ -2,10 +2,12 @@
 
 mod between;
 mod child;
+mod command;
 mod device;
 mod devices;
 mod drivers;
 mod flight;
+mod handed;
 mod hole;
 mod kernel;
 mod kinds;
@@ -25,11 +27,13 @@ pub(crate) const CHECKS: &[&[Check]] = &[
     flight::CHECKS,
     transport::CHECKS,
     device::CHECKS,
+    handed::CHECKS,
     windows::CHECKS,
     path::CHECKS,
     kinds::CHECKS,
     drivers::CHECKS,
     together::CHECKS,
+    command::CHECKS,
     flight::CONTROL,
     windows::CONTROL,
     drivers::CONTROL,

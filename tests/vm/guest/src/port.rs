@@ -11,7 +11,10 @@ use shootdown_vm::protocol::Line;
 const CONSOLE: u16 = 0xe9;
 /// QEMU's isa-debug-exit: it ends with status 2 n + 1.
 const EXIT: u16 = 0xf4;
-const GOOD: u32 = 16;
+/// All checks were run, whatever came of them.
+pub(crate) const GOOD: u32 = 16;
+/// None was.
+pub(crate) const BAD: u32 = 17;
 
 /// One line at a time.
 static SPEAKING: Mutex<()> = Mutex::new(());
@@ -39,12 +42,12 @@ pub(crate) fn say(line: &Line) {
     }
 }
 
-/// Ends the machine with the status that the host demands.
-pub(crate) fn end() -> ! {
+/// Ends the machine; the host demands [`GOOD`].
+pub(crate) fn end(status: u32) -> ! {
     loop {
         // SAFETY: the port belongs to QEMU's debug exit device; the machine is gone after it.
         unsafe {
-            asm!("out dx, eax", in("dx") EXIT, in("eax") GOOD, options(nomem, nostack, preserves_flags))
+            asm!("out dx, eax", in("dx") EXIT, in("eax") status, options(nomem, nostack, preserves_flags))
         };
         std::thread::yield_now();
     }

@@ -120,7 +120,7 @@ fn nvme() -> Outcome {
     Ok(())
 }
 
-/// The second controller's disk does one request a second: a read is in flight for as long.
+/// The second controller's disk does four requests a second: a read behind others is in flight for long.
 fn slow() -> Outcome {
     const DRAIN: Duration = Duration::from_millis(50);
     let deadlines = Deadlines {
@@ -141,8 +141,8 @@ fn slow() -> Outcome {
             ..WindowOptions::default()
         },
     )?;
-    // The first requests are free, as the disk has not done any yet.
-    let ahead: Vec<_> = (0..3)
+    // The first ones are free, as the disk has not done any yet.
+    let ahead: Vec<_> = (0..10)
         .map(|_| nvme.submit(&window, page(memory, 0), 0, Direction::Read))
         .collect::<Result<_, _>>()?;
     let changed = page(memory, 1);

@@ -1,4 +1,4 @@
-//! The guest's only process: mounts, inserts the modules, binds the devices to vfio-pci, runs the battery, ends the machine.
+//! The guest's first process: mounts, inserts the modules, binds the devices to vfio-pci, runs the battery, ends the machine.
 //!
 //! It runs as PID 1 of the guest that `vm` boots, and refuses to run anywhere else.
 
@@ -24,12 +24,17 @@ fn main() -> ExitCode {
         );
         return ExitCode::from(2);
     }
-    match port::open()
+    let set_up = port::open()
         .map_err(|error| error.to_string())
-        .and_then(|()| boot::boot())
-    {
-        Ok(()) => check::run(battery::CHECKS),
-        Err(why) => port::say(&Line::Note(format!("the guest could not be set up: {why}"))),
+        .and_then(|()| boot::boot());
+    match set_up {
+        Ok(()) => {
+            check::run(battery::CHECKS);
+            port::end(port::GOOD)
+        }
+        Err(why) => {
+            port::say(&Line::Note(format!("the guest could not be set up: {why}")));
+            port::end(port::BAD)
+        }
     }
-    port::end()
 }

@@ -1,6 +1,7 @@
 //! QEMU's edu device, by bare registers (QEMU's docs/specs/edu): a DMA begins 100 ms after it is asked for, cannot be stopped
 //! and does not report errors. That is a race window on demand.
 
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use shootdown::{DeviceError, Registers};
@@ -28,39 +29,58 @@ pub(crate) const CHUNK: usize = 2048;
 const LIMIT: Duration = Duration::from_secs(5);
 
 /// The device, however its registers are reached.
-pub(crate) struct Edu(Box<dyn Registers>);
+pub(crate) struct Edu {
+    registers: Box<dyn Registers>,
+    /// The byte that its buffer is full of, if it is known: above `u8::MAX` it is not.
+    holds: AtomicU16,
+}
 
 impl Edu {
     /// Waits for what an earlier driver may have left running.
     pub(crate) fn new(registers: impl Registers + 'static) -> Result<Self, Failure> {
-        let edu = Self(Box::new(registers));
+        let edu = Self {
+            registers: Box::new(registers),
+            holds: AtomicU16::new(u16::MAX),
+        };
         edu.finish()?;
         Ok(edu)
     }
 
     /// What the liveness register makes of a value.
     pub(crate) fn liveness(&self, value: u32) -> Result<u32, DeviceError> {
-        self.0.write32(LIVENESS, value)?;
-        self.0.read32(LIVENESS)
+        self.registers.write32(LIVENESS, value)?;
+        self.registers.read32(LIVENESS)
     }
 
     /// Raises an interrupt.
     pub(crate) fn raise(&self, bits: u32) -> Result<(), DeviceError> {
-        self.0.write32(RAISE, bits)
+        self.registers.write32(RAISE, bits)
     }
 
     /// Which interrupts are pending.
     pub(crate) fn pending(&self) -> Result<u32, DeviceError> {
-        self.0.read32(INTERRUPTS)
+        self.registers.read32(INTERRUPTS)
     }
 
     /// Takes pending interrupts away.
     pub(crate) fn acknowledge(&self, bits: u32) -> Result<(), DeviceError> {
-        self.0.write32(ACKNOWLEDGE, bits)
+        self.registers.write32(ACKNOWLEDGE, bits)
+    }
+
+    /// Whether its buffer is known to be full of this byte: each DMA costs 100 ms.
+    pub(crate) fn holds(&self, byte: u8) -> bool {
+        // Relaxed: one thread uses the device.
+        self.holds.load(Ordering::Relaxed) == byte.into()
+    }
+
+    /// Its buffer is full of this byte now.
+    pub(crate) fn loaded(&self, byte: u8) {
+        self.holds.store(byte.into(), Ordering::Relaxed);
     }
 
     /// Asks for a DMA of `len` bytes from memory to the device's buffer; it begins 100 ms later.
     pub(crate) fn arm_read(&self, iova: u64, len: usize) -> Result<(), DeviceError> {
+        self.holds.store(u16::MAX, Ordering::Relaxed);
         self.arm(iova, BUFFER, len, RUN)
     }
 
@@ -76,15 +96,15 @@ impl Edu {
         len: usize,
         command: u64,
     ) -> Result<(), DeviceError> {
-        self.0.write(SOURCE, source)?;
-        self.0.write(DESTINATION, destination)?;
-        self.0.write(COUNT, len as u64)?;
-        self.0.write(COMMAND, command)
+        self.registers.write(SOURCE, source)?;
+        self.registers.write(DESTINATION, destination)?;
+        self.registers.write(COUNT, len as u64)?;
+        self.registers.write(COMMAND, command)
     }
 
     /// Whether a DMA was asked for and has not ended.
     pub(crate) fn busy(&self) -> Result<bool, DeviceError> {
-        Ok(self.0.read(COMMAND)? & RUN != 0)
+        Ok(self.registers.read(COMMAND)? & RUN != 0)
     }
 
     /// Waits until no DMA is under way.

@@ -64,6 +64,19 @@ impl Function {
         fs::write("/sys/bus/pci/drivers_probe", &self.address)
     }
 
+    /// Gives it to the driver that the kernel has for it, if there is one.
+    pub(crate) fn give_back(&self) -> io::Result<()> {
+        self.unbind()?;
+        fs::write(self.path.join("driver_override"), "\n")?;
+        fs::write("/sys/bus/pci/drivers_probe", &self.address)
+    }
+
+    /// The driver that it is promised to, whatever its identity.
+    pub(crate) fn promised_to(&self) -> io::Result<Option<String>> {
+        let text = fs::read_to_string(self.path.join("driver_override"))?;
+        Ok(Some(text.trim().to_owned()).filter(|name| name != "(null)"))
+    }
+
     /// Takes it from its driver. The kernel waits for that driver's user to give it up.
     pub(crate) fn unbind(&self) -> io::Result<()> {
         fs::write(self.path.join("driver/unbind"), &self.address)

@@ -107,13 +107,18 @@ impl Rig {
 
     /// Fills the device's buffer with one byte.
     pub(crate) fn load(&self, byte: u8) -> Outcome {
+        if self.edu.holds(byte) {
+            return Ok(());
+        }
         let page = self.scratch.memory();
         self.view(page).fill(byte);
         let armed = self.scratch.with_mapped(page, SECOND, |iova| {
             self.edu.arm_read(iova.start().get(), CHUNK)
         });
         armed??;
-        self.edu.finish()
+        self.edu.finish()?;
+        self.edu.loaded(byte);
+        Ok(())
     }
 
     /// Arms a DMA of the device's buffer to a part of a window, as a driver does it.

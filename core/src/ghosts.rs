@@ -1,0 +1,69 @@
+//! What is left of registrations that ended while a device of theirs was in quarantine.
+//!
+//! As long as they are registered, every invalidation of their range meets the device and fails. When they are over nobody would ask
+//! any more, but the device may still hold entries, or run: so the space remembers the range with the device, until that has been
+//! recovered.
+
+use crate::addr::Range;
+use crate::primitive::Mutex;
+use crate::primitive::atomic::{AtomicBool, Ordering, fence};
+use crate::registration::Target;
+use crate::tlb::{Device, Health};
+
+pub(crate) struct Ghosts {
+    /// There are some, or have been.
+    some: AtomicBool,
+    all: Mutex<Vec<(Range, Device)>>,
+}
+
+impl Ghosts {
+    pub(crate) fn new() -> Self {
+        Self {
+            some: AtomicBool::new(false),
+            all: Mutex::new(Vec::new()),
+        }
+    }
+
+    /// A registration of `range` is about to leave the index. Allocates if a device is in quarantine, and forgets the ghosts of
+    /// those that are not any more.
+    pub(crate) fn add(&self, range: Range, targets: &[Target]) {
+        let sick = |device: &Device| device.health() == Health::Quarantined;
+        let fresh: Vec<_> = targets
+            .iter()
+            .filter(|target| sick(&target.device))
+            .map(|target| (range, target.device.clone()))
+            .collect();
+        if fresh.is_empty() {
+            return;
+        }
+        // Made before the lock is taken, and dropped after it: the shootdown path takes it.
+        let mut all = Vec::with_capacity(fresh.len());
+        loop {
+            let mut now = self.all.lock();
+            let needed = now.len() + fresh.len();
+            if all.capacity() >= needed {
+                all.extend(now.drain(..).filter(|(_, device)| sick(device)));
+                all.extend(fresh);
+                std::mem::swap(&mut *now, &mut all);
+                break;
+            }
+            drop(now);
+            all = Vec::with_capacity(needed);
+        }
+        self.some.store(true, Ordering::Relaxed);
+        // With the one in the walk's section: an invalidation that does not find the registration in the index finds this.
+        fence(Ordering::SeqCst);
+    }
+
+    /// A device in quarantine that may still reach something of `range`. Allocates nothing.
+    pub(crate) fn find(&self, range: Range) -> Option<Device> {
+        if !self.some.load(Ordering::Relaxed) {
+            return None;
+        }
+        let all = self.all.lock();
+        let found = all.iter().find(|(ghost, device)| {
+            ghost.overlaps(range) && device.health() == Health::Quarantined
+        });
+        found.map(|(_, device)| device.clone())
+    }
+}

@@ -1,0 +1,117 @@
+//! What may be waited for where: a ring of waits is a deadlock, which the checker reports by itself.
+
+use std::sync::Arc as StdArc;
+use std::sync::Mutex as StdMutex;
+
+use loom::thread;
+
+use super::{Held, Probe, Tally, check, invalidate, page, space};
+use crate::notifier::{Cause, Outcome};
+use crate::{Refused, Registration, Unregistered};
+
+/// R17: a callback that wants the map lock, whose holder waits for that callback, is told no.
+#[test]
+fn the_map_lock_is_refused_in_a_callback() {
+    check(2, || {
+        let space = space();
+        let refused = StdArc::new(Tally::new());
+        let probe = {
+            let (pin, refused) = (space.pin(), refused.clone());
+            Probe::acting(
+                move || {
+                    let owner = pin.upgrade().expect("the model has an owner");
+                    if matches!(owner.lock_write(), Err(Refused::InCallback { .. })) {
+                        refused.add();
+                    }
+                },
+                || {},
+            )
+        };
+        let registration = space.register(page(1), probe.clone(), &[]).unwrap();
+        let invalidating = {
+            let space = space.clone();
+            thread::spawn(move || invalidate(&space, page(1)))
+        };
+        let map = space.lock_write().unwrap();
+        assert_eq!(registration.unregister(), Ok(Unregistered::Quiet));
+        drop(map);
+        invalidating.join().unwrap();
+        assert_eq!(refused.get(), probe.quiesced.get());
+        probe.assert_released_once();
+    });
+}
+
+/// R24: each callback asks for the other registration's callbacks to end, and does not wait for that.
+#[test]
+fn handlers_that_synchronize_each_other_do_not_wait() {
+    check(2, || {
+        let space = space();
+        let places: [Other; 2] = Default::default();
+        let naming = |other: &Other| {
+            let other = other.clone();
+            Probe::acting(
+                move || {
+                    let other = other.lock().unwrap().clone();
+                    if let Some(other) = other {
+                        // What it says is a cell of the table; here it must not wait.
+                        let _ = other.synchronize().unwrap();
+                    }
+                },
+                || {},
+            )
+        };
+        let probes = [naming(&places[1]), naming(&places[0])];
+        for (nth, place) in places.iter().enumerate() {
+            let registration = space
+                .register(page(nth as u64), probes[nth].clone(), &[])
+                .unwrap();
+            *place.lock().unwrap() = Some(StdArc::new(registration));
+        }
+        let invalidating = {
+            let space = space.clone();
+            thread::spawn(move || invalidate(&space, page(1)))
+        };
+        invalidate(&space, page(0));
+        invalidating.join().unwrap();
+        places
+            .iter()
+            .for_each(|one| drop(one.lock().unwrap().take()));
+        probes.iter().for_each(|probe| probe.assert_released_once());
+    });
+}
+
+/// Where a handler finds the registration that it waits for.
+type Other = StdArc<StdMutex<Option<StdArc<Registration>>>>;
+
+/// R21: whoever waits for a callback to end is woken by the end of anything else, and goes on waiting.
+#[test]
+fn a_wait_outlasts_the_end_of_something_else() {
+    check(2, || {
+        let (space, probe, held) = (space(), Probe::new(), Held::default());
+        held.put(space.register(page(1), probe.clone(), &[]).unwrap());
+        let promised = StdArc::new(Tally::new());
+        let invalidating = {
+            let (space, probe, promised) = (space.clone(), probe.clone(), promised.clone());
+            thread::spawn(move || {
+                let open = space.begin_invalidation(page(1), Cause::External).unwrap();
+                let called = probe.quiesced.get() > 0;
+                // Ends, and is nothing of what is waited for.
+                let other = space.clone();
+                let other = thread::spawn(move || invalidate(&other, page(9)));
+                other.join().unwrap();
+                let early = called && promised.get() > 0;
+                open.end(Outcome::Changed).unwrap();
+                early
+            })
+        };
+        let map = space.lock_write().unwrap();
+        held.unregister(&[Unregistered::Quiet]);
+        promised.add();
+        drop(map);
+        assert!(
+            !invalidating.join().unwrap(),
+            "promised that no callback will run, with `end` to come"
+        );
+        probe.assert_released_once();
+    });
+}

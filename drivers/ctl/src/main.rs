@@ -13,6 +13,7 @@ mod plant;
 mod races;
 mod report;
 mod run;
+mod sources;
 mod trace;
 mod worker;
 
@@ -35,6 +36,10 @@ fn main() -> ExitCode {
         Some(Command::Plants(options)) => plants(&options),
         Some(Command::Devices(options)) => hardware::devices(&options),
         Some(Command::Attach(options)) => hardware::attach(&options),
+        Some(Command::Sources(options)) => match sources::run(&options) {
+            Ok((sources, json)) => output(&sources, json, true),
+            Err(error) => fail(&error, 3),
+        },
         None => run(&cli.run),
     }
 }

@@ -12,6 +12,8 @@
 //!   it stands for. [`Share`]: one registration for many segments.
 //! * [`DeviceTlb`]: issue, dispatch, poll, reset: how a TLB is flushed.
 //! * [`Segment`]: a device context ([`DeviceContext`]) behind a mapping of the space, which ends with that mapping.
+//! * [`Source`]: tells of changes that others make. [`Unotify`] stops foreign calls until the devices are flushed, [`Uffd`] is told late;
+//!   [`AddressSpace::watch`] starts one, [`Notifier::needs`] says what a driver can do with.
 //! * [`Fault`]: begin and retry, for installing a translation beside invalidations.
 //!
 //! # The protocol
@@ -54,7 +56,7 @@
 //! # Where to read on
 //! `registration::state` has the state word on which every race of unregister, release, exit and put is decided; `engine` the
 //! phases; `recent` and `fault` begin and retry; `registry` and `srcu` the lock-free walk; `managed` the spans; `segment` what a
-//! segment's end comes to; `space` the exit; `watch` the watchdog.
+//! segment's end comes to; `space` the exit; `watch` the watchdog; `source` what is seen of foreign calls, and when.
 
 #[macro_use]
 mod planted;

@@ -294,7 +294,7 @@ impl Prepared {
         if !later {
             context::wait_refusal("insert")?;
             // What is yet to be told of an earlier mapping is not told to this one (R29).
-            inner.space.sources.settle();
+            inner.space.sources.settle(inner.range);
         }
         let (needs, operations) = (inner.needs, inner.operations);
         inner.space.sources.check(inner.range, needs, operations)?;

@@ -164,17 +164,21 @@ impl Sources {
         })
     }
 
-    /// Waits until what happened before this call has been told, where a source is late (R29). Not inside a callback.
-    pub(crate) fn settle(&self) {
+    /// Waits until what happened before this call has been told, where a source is late (R29), and has what others may have mapped
+    /// in `range` looked at. Not inside a callback.
+    pub(crate) fn settle(&self, range: Range) {
         if self.is_empty() {
             return;
         }
         for nth in 0..SOURCES {
             let source = lock(&self.entries)[nth]
                 .as_ref()
-                .map(|entry| entry.source.clone());
-            if let Some(source) = source {
+                .map(|entry| (entry.source.clone(), entry.range.intersect(range)));
+            if let Some((source, part)) = source {
                 source.settle();
+                if let Some(part) = part {
+                    source.renew(part);
+                }
             }
         }
     }

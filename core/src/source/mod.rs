@@ -155,8 +155,8 @@ pub trait Source: Send + Sync + 'static {
     /// Waits until what had happened when it was called has been told. For sources that are late.
     fn settle(&self) {}
 
-    /// The framework has put new mappings over `range`: those who lose sight of what is mapped anew look again. Called inside the
-    /// shootdown path.
+    /// The framework has put new mappings over `range`, or somebody registers there: those who lose sight of what is mapped anew look
+    /// again. Called inside the shootdown path, too.
     fn renew(&self, range: Range) {
         let _ = range;
     }

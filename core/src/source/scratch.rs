@@ -316,7 +316,7 @@ impl Scratch {
             }
             Operation::Fork => {
                 private()?;
-                in_child(alone, || arm(false), || {})
+                in_child(alone, || arm(false), None)
             }
             Operation::IoUringMadvise => {
                 private()?;
@@ -326,13 +326,10 @@ impl Scratch {
                 let file = Self::file(page)?;
                 let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
                 let args = [file.0, mode as usize, 0, PAGE, 0, 0];
-                in_child(
-                    alone,
-                    || arm(true),
-                    || {
-                        let _ = foreign(libc::SYS_fallocate, "fallocate", args);
-                    },
-                )
+                let punch = || {
+                    let _ = foreign(libc::SYS_fallocate, "fallocate", args);
+                };
+                in_child(alone, || arm(true), Some(&punch))
             }
         };
         attempt.returned();
@@ -363,24 +360,44 @@ impl Scratch {
 const MADV_GUARD_INSTALL: i32 = 102;
 const SHM_REMAP: usize = 0o40000;
 
-/// Forks; the child does `work`, by system calls only, and is waited for.
-fn in_child(alone: bool, armed: impl FnOnce(), work: impl FnOnce()) -> Result<usize, NotTried> {
+/// Forks; the child does `work`, by system calls only, when the parent is `armed`, and is waited for. The fork itself is the
+/// operation where there is no work.
+fn in_child(alone: bool, armed: impl FnOnce(), work: Option<&dyn Fn()>) -> Result<usize, NotTried> {
     if !alone {
         return Err("a process with threads of others is not forked for a test".to_owned());
     }
-    armed();
+    let mut ends = [0; 2];
+    // SAFETY: two descriptors are given back.
+    if unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) } != 0 {
+        return Err(format!("pipe2: {}", std::io::Error::last_os_error()));
+    }
+    let [told, tell] = ends.map(|end| Fd(end as usize));
+    let mut armed = Some(armed);
+    let mut arm = || armed.take().map(|armed| armed());
+    if work.is_none() {
+        arm();
+    }
+    let mut byte = 0u8;
     // SAFETY: the child makes system calls only, and ends.
     let child = unsafe { libc::fork() };
     match child {
         0 => {
-            work();
+            if let Some(work) = work {
+                // SAFETY: one byte, which the parent writes when it is ready.
+                unsafe { libc::read(told.0 as i32, (&raw mut byte).cast(), 1) };
+                work();
+            }
             // SAFETY: ends the child, without anything that is the parent's.
             unsafe { libc::_exit(0) }
         }
         -1 => Err(format!("fork: {}", std::io::Error::last_os_error())),
         child => {
-            // SAFETY: the child just made; the status is not wanted.
-            unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+            arm();
+            // SAFETY: one byte to the child, which is then waited for; the status is not wanted.
+            unsafe {
+                libc::write(tell.0 as i32, (&raw const byte).cast(), 1);
+                libc::waitpid(child, std::ptr::null_mut(), 0);
+            }
             Ok(0)
         }
     }

@@ -17,6 +17,7 @@ mod report;
 mod run;
 mod shared;
 mod soak;
+mod sources;
 mod trace;
 mod worker;
 
@@ -40,6 +41,10 @@ fn main() -> ExitCode {
         Some(Command::Plants(options)) => plants(&options),
         Some(Command::Devices(options)) => hardware::devices(&options),
         Some(Command::Attach(options)) => hardware::attach(&options),
+        Some(Command::Sources(options)) => match sources::run(&options) {
+            Ok((sources, json)) => output(&sources, json, true),
+            Err(error) => fail(&error, 3),
+        },
         None => run(&cli.run),
     }
 }

@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::attach::AttachOptions;
 use crate::devices::DevicesOptions;
+use crate::sources::SourcesOptions;
 
 /// Shootdown of user-space accelerators' TLBs, run against model hardware.
 #[derive(Debug, Parser)]
@@ -32,6 +33,8 @@ pub(crate) enum Command {
     Devices(DevicesOptions),
     /// Attaches a real device through VFIO, checks it, and proves the shootdown on it.
     Attach(AttachOptions),
+    /// Lists what tells of changes that others make to memory on this machine: what each source sees, and what it costs.
+    Sources(SourcesOptions),
 }
 
 /// What `plants` does.

@@ -6,6 +6,9 @@
 //! when it is told). The event of a discard is made before the pages go, but to read it is to let them go: handlers
 //! run beside the discard, sometimes before it and sometimes after, so neither before nor end is declared.
 //!
+//! What somebody else maps into a hole, without `MAP_FIXED` over a mapping that is watched, is watched from the next registration
+//! there on.
+//!
 //! # Two threads
 //! The *reader* reads, queues, and does nothing else: it takes no lock of an application, allocates nothing, and never
 //! unmaps what is watched, as it would wait for itself for ever. The *server* makes the invalidations, and runs releases, which may unmap
@@ -220,7 +223,7 @@ impl Source for Uffd {
     }
 
     fn settle(&self) {
-        if let Some(shared) = self.shared() {
+        if let Some(shared) = self.shared().filter(|_| !planted!("r29")) {
             shared.settle();
         }
     }

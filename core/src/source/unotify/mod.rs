@@ -245,7 +245,11 @@ fn listen(program: &mut [filter::Insn]) -> Result<i32, SourceError> {
     let flags = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER
         | libc::SECCOMP_FILTER_FLAG_TSYNC
         | libc::SECCOMP_FILTER_FLAG_TSYNC_ESRCH
-        | libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV;
+        | if planted!("r35") {
+            0
+        } else {
+            libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
+        };
     let attempt = || {
         // SAFETY: the program is as long as it says, and lives on.
         let listener = unsafe {

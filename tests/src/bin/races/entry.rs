@@ -28,8 +28,6 @@ pub(crate) enum Check {
     Run,
     /// A real kernel, in a virtual machine, and the witness that reads the trace of its IOMMU.
     Vm,
-    /// Nothing is there to be guarded yet.
-    None { why: &'static str },
 }
 
 impl Check {
@@ -51,7 +49,6 @@ impl fmt::Display for Check {
             Self::Pair { without, .. } => write!(f, "driver over a fake IOMMU: {without}"),
             Self::Run => f.write_str("oracle, in a run of the main job"),
             Self::Vm => f.write_str("VM tier: the negative controls, in guest and witness"),
-            Self::None { .. } => f.write_str("nothing yet"),
         }
     }
 }
@@ -122,14 +119,5 @@ pub(crate) const fn job(race: &'static str, plant: &'static str, guard: &'static
         guard,
         plant,
         check: Check::Run,
-    }
-}
-
-pub(crate) const fn nothing(race: &'static str, guard: &'static str, why: &'static str) -> Entry {
-    Entry {
-        race,
-        guard,
-        plant: "-",
-        check: Check::None { why },
     }
 }

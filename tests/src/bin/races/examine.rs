@@ -89,11 +89,6 @@ impl Examiner {
             }
             Check::Run => self.oracle(entry),
             Check::Vm => self.vm(entry),
-            Check::None { why } => Ok(Finding {
-                verdict: Verdict::NotConcerned,
-                seconds: 0.0,
-                how: why.to_owned(),
-            }),
         }
     }
 

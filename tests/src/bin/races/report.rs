@@ -14,8 +14,6 @@ pub(crate) enum Verdict {
     NotCaught,
     /// This machine lacks what the check needs.
     Skipped,
-    /// No code of this project is concerned yet.
-    NotConcerned,
 }
 
 /// One guard.
@@ -47,7 +45,7 @@ impl Row {
             caught: match finding.verdict {
                 Verdict::Caught => Some(true),
                 Verdict::NotCaught => Some(false),
-                Verdict::Skipped | Verdict::NotConcerned => None,
+                Verdict::Skipped => None,
             },
             by: entry.check.to_string(),
             seconds: (finding.seconds * 1000.0).round() / 1000.0,
@@ -65,7 +63,6 @@ impl fmt::Display for Row {
             Verdict::Caught => "caught",
             Verdict::NotCaught => "NOT CAUGHT",
             Verdict::Skipped => "skipped",
-            Verdict::NotConcerned => "not concerned",
         };
         let (race, plant, seconds) = (self.race, self.plant, self.seconds);
         writeln!(
@@ -83,12 +80,11 @@ pub(crate) fn summary(rows: &[Row]) -> String {
     let mut races: Vec<_> = rows.iter().map(|row| row.race).collect();
     races.dedup();
     format!(
-        "{} guards against {} races: {} caught, {} NOT CAUGHT, {} skipped, {} not concerned",
+        "{} guards against {} races: {} caught, {} NOT CAUGHT, {} skipped",
         rows.len(),
         races.len(),
         count(Verdict::Caught),
         count(Verdict::NotCaught),
         count(Verdict::Skipped),
-        count(Verdict::NotConcerned),
     )
 }

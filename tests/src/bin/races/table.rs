@@ -1,6 +1,6 @@
 //! The table: the races of the catalogue, R1 to R36, with the guards against each.
 
-use crate::entry::{Check, Entry, job, model, nothing, pair, test};
+use crate::entry::{Check, Entry, job, model, pair, test};
 
 /// By number; several guards where a race needs several, or where one is a driver's.
 pub(crate) const TABLE: &[Entry] = &[
@@ -361,10 +361,12 @@ pub(crate) const TABLE: &[Entry] = &[
         "shootdown",
         "disjoint_unmaps_run_in_parallel",
     ),
-    nothing(
+    test(
         "R29",
-        "events of a source carry the generation of their range",
-        "no event source is there that tells of a change after it was made: the managed source and external invalidations come before it",
+        "r29",
+        "an insertion waits until what had happened before is told (source::uffd, settle)",
+        "source_uffd",
+        "late_news_are_not_told_to_whoever_comes_after",
     ),
     test(
         "R30",
@@ -410,10 +412,12 @@ pub(crate) const TABLE: &[Entry] = &[
         "wrong-range",
         "begin takes the range of the whole entry (drivers/gru, fault)",
     ),
-    nothing(
+    test(
         "R35",
-        "a supervised call is not restarted after it was made (WAIT_KILLABLE_RECV)",
-        "no source supervises system calls of the process",
+        "r35",
+        "whoever waits for a supervised call is killed or answered, not interrupted: WAIT_KILLABLE_RECV (source::unotify)",
+        "source_unotify",
+        "signals_neither_end_the_wait_nor_repeat_the_call",
     ),
     pair(
         "R36",

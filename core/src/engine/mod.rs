@@ -14,6 +14,7 @@
 
 mod device_op;
 mod error;
+mod escalate;
 mod external;
 
 use std::ops::ControlFlow;
@@ -22,10 +23,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 pub(crate) use self::device_op::DeviceOp;
 use self::device_op::{Ack, Deadline, sync};
 pub use self::error::InvalidateError;
+use self::escalate::{GONE, call, dead, reset_all};
 pub use self::external::ExternalInvalidation;
 use crate::active::{Claim, SLOTS};
 use crate::addr::{PageSizes, Range};
-use crate::context::{self, InCallback, OpenInvalidation};
+use crate::context::{self, OpenInvalidation};
 use crate::memory::MemoryError;
 use crate::notifier::{Cause, Gather, Op, OpCore, Outcome, WouldBlock};
 use crate::pool::Chain;
@@ -36,7 +38,7 @@ use crate::segment::SegmentInner;
 use crate::space::Space;
 use crate::stats::Counter;
 use crate::tlb::{Device, FlushCommand, FlushPlan, Health};
-use crate::watch::{Name, Stage, Watch};
+use crate::watch::{Stage, Watch};
 
 /// Whether handlers may wait for locks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -452,56 +454,6 @@ impl<'s> Invalidation<'s> {
             .record(Kind::Flushed, self.core.id, 0, 0);
     }
 
-    /// What missed its deadline: the whole device, then its reset, then quarantine.
-    fn escalate(&mut self) {
-        let Self {
-            space,
-            core,
-            devices,
-            trouble,
-            ..
-        } = self;
-        if devices.iter().all(|one| one.state == Ack::Done) {
-            return;
-        }
-        self.missed_deadline = true;
-        let mut deadline = Deadline::new(space.deadlines.full_flush);
-        let healthy = |one: &DeviceOp| one.device.health() == Health::Healthy;
-        devices.for_each(|one| {
-            if one.state == Ack::Missed && healthy(one) {
-                space.recorder.record(Kind::Deadline, core.id, 1, 0);
-                one.device.note_timeout();
-                one.missed = true;
-                one.set_whole();
-                one.issue();
-            }
-        });
-        sync(devices, &mut deadline);
-        devices.for_each(|one| match one.state {
-            Ack::Done if one.missed => one.device.note_recovered_by_flush(),
-            Ack::Missed if healthy(one) => {
-                space.recorder.record(Kind::Deadline, core.id, 2, 0);
-                if reset(space, core, (0, one.device.watched_as()), &one.device) {
-                    one.state = Ack::Done;
-                    if one.missed {
-                        one.device.note_recovered_by_reset();
-                    }
-                } else {
-                    space.recorder.record(Kind::Deadline, core.id, 3, 0);
-                    space.recorder.record(Kind::Quarantine, core.id, 0, 0);
-                    one.device.quarantine();
-                }
-            }
-            _ => {}
-        });
-        let missed = devices.iter().find(|one| one.state == Ack::Missed);
-        if let Some(missed) = missed
-            && !planted!("r20")
-        {
-            trouble.device(&missed.device, "it does not acknowledge");
-        }
-    }
-
     fn cut_off(&mut self) {
         let Self {
             space,
@@ -524,58 +476,6 @@ impl<'s> Invalidation<'s> {
                 None => hit.failed = trouble.panicked(used),
             }
         });
-    }
-
-    /// The contexts of the segments whose own addresses go. One that stays costs its device a reset; one that stays even then is in
-    /// quarantine, with its device.
-    fn unload(&mut self, segments: &[Arc<SegmentInner>]) {
-        let Self {
-            space,
-            core,
-            trouble,
-            ..
-        } = self;
-        for segment in segments.iter().filter(|one| !one.is_over()) {
-            let Some(part) = segment.range.intersect(core.range) else {
-                continue;
-            };
-            let (inner, op) = (&segment.registration().inner, Op::new(core, part));
-            let (device, who) = (&segment.device, (inner.id, segment.name));
-            let attempt = || {
-                watched(space, inner, core, (Stage::Unload, who), || {
-                    segment.context.unload(&op)
-                })
-            };
-            let unloaded = match attempt() {
-                Some(Err(failed)) => {
-                    space.recorder.record(Kind::Deadline, core.id, 4, 0);
-                    if device.health() == Health::Healthy && reset(space, core, who, device) {
-                        attempt()
-                    } else {
-                        Some(Err(failed))
-                    }
-                }
-                other => other,
-            };
-            match unloaded {
-                Some(Ok(())) => {
-                    segment.set_over();
-                    space.stats.add(Counter::Segments, 1);
-                    let start = segment.range.start().get();
-                    space.recorder.record(Kind::Unload, core.id, start, 0);
-                }
-                Some(Err(failed)) => {
-                    device.quarantine();
-                    space.recorder.record(Kind::Quarantine, core.id, 0, 0);
-                    trouble.device(device, failed.reason);
-                }
-                None => {
-                    device.quarantine();
-                    trouble.panicked = true;
-                    trouble.handler = segment.context_name;
-                }
-            }
-        }
     }
 
     fn error(&self) -> Option<InvalidateError> {
@@ -680,65 +580,4 @@ impl Drop for Invalidation<'_> {
         // Whoever drops it without a word may have changed the pages.
         self.end(Outcome::Changed);
     }
-}
-
-/// Why a device counts that no registration names any more.
-const GONE: &str = "it was in quarantine when the last registration that named it here ended";
-
-/// The first device of `inner` that is in quarantine.
-fn dead(inner: &Inner) -> Option<&Device> {
-    let mut devices = inner.targets.iter().map(|target| &target.device);
-    devices.find(|device| device.health() == Health::Quarantined)
-}
-
-/// Calls a handler; `None` if it panicked, in which case its devices are in quarantine.
-fn call<R>(
-    space: &Space,
-    inner: &Inner,
-    core: &OpCore,
-    stage: Stage,
-    handler: impl FnOnce() -> R,
-) -> Option<R> {
-    watched(space, inner, core, (stage, (inner.id, inner.name)), handler)
-}
-
-/// The same, where the watchdog knows what is called by another name.
-fn watched<R>(
-    space: &Space,
-    inner: &Inner,
-    core: &OpCore,
-    (stage, (id, name)): (Stage, (u64, Name)),
-    handler: impl FnOnce() -> R,
-) -> Option<R> {
-    let result = {
-        let _watched = space.watch.enter(core.post, stage, id, name);
-        let _callback = InCallback::handler(inner.key());
-        if planted!("r22") {
-            Ok(handler())
-        } else {
-            catch_unwind(AssertUnwindSafe(handler))
-        }
-    };
-    result.map_err(|_| space.note_panic(inner, core.id)).ok()
-}
-
-/// Work that does not drain ends with a reset of every device of its registration; false if it has none, or one is dead.
-fn reset_all(space: &Space, core: &OpCore, inner: &Inner) -> bool {
-    let mut all = !inner.targets.is_empty();
-    for target in &inner.targets {
-        let device = &target.device;
-        let healthy = device.health() == Health::Healthy;
-        if !healthy || !reset(space, core, (inner.id, inner.name), device) {
-            space.recorder.record(Kind::Quarantine, core.id, 0, 0);
-            device.quarantine();
-            all = false;
-        }
-    }
-    all
-}
-
-/// Resets a device, watched under the name of whose sake it is for.
-fn reset(space: &Space, core: &OpCore, (id, name): (u64, Name), device: &Device) -> bool {
-    let _watched = space.watch.enter(core.post, Stage::Reset, id, name);
-    device.reset(space.deadlines.reset).is_ok()
 }

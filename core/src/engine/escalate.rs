@@ -1,0 +1,182 @@
+//! What did not do as it was told: wider flush, reset, quarantine; and the calls that may be the reason, watched and contained.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use super::Invalidation;
+use super::device_op::{Ack, Deadline, DeviceOp, sync};
+use crate::context::InCallback;
+use crate::notifier::{Op, OpCore};
+use crate::primitive::Arc;
+use crate::recorder::Kind;
+use crate::registration::Inner;
+use crate::segment::SegmentInner;
+use crate::space::Space;
+use crate::stats::Counter;
+use crate::tlb::{Device, Health};
+use crate::watch::{Name, Stage};
+
+impl Invalidation<'_> {
+    /// What missed its deadline: the whole device, then its reset, then quarantine.
+    pub(super) fn escalate(&mut self) {
+        let Self {
+            space,
+            core,
+            devices,
+            trouble,
+            ..
+        } = self;
+        if devices.iter().all(|one| one.state == Ack::Done) {
+            return;
+        }
+        self.missed_deadline = true;
+        let mut deadline = Deadline::new(space.deadlines.full_flush);
+        let healthy = |one: &DeviceOp| one.device.health() == Health::Healthy;
+        devices.for_each(|one| {
+            if one.state == Ack::Missed && healthy(one) {
+                space.recorder.record(Kind::Deadline, core.id, 1, 0);
+                one.device.note_timeout();
+                one.missed = true;
+                one.set_whole();
+                one.issue();
+            }
+        });
+        sync(devices, &mut deadline);
+        devices.for_each(|one| match one.state {
+            Ack::Done if one.missed => one.device.note_recovered_by_flush(),
+            Ack::Missed if healthy(one) => {
+                space.recorder.record(Kind::Deadline, core.id, 2, 0);
+                if reset(space, core, (0, one.device.watched_as()), &one.device) {
+                    one.state = Ack::Done;
+                    if one.missed {
+                        one.device.note_recovered_by_reset();
+                    }
+                } else {
+                    space.recorder.record(Kind::Deadline, core.id, 3, 0);
+                    space.recorder.record(Kind::Quarantine, core.id, 0, 0);
+                    one.device.quarantine();
+                }
+            }
+            _ => {}
+        });
+        let missed = devices.iter().find(|one| one.state == Ack::Missed);
+        if let Some(missed) = missed
+            && !planted!("r20")
+        {
+            trouble.device(&missed.device, "it does not acknowledge");
+        }
+    }
+
+    /// The contexts of the segments whose own addresses go. One that stays costs its device a reset; one that stays even then is in
+    /// quarantine, with its device.
+    pub(super) fn unload(&mut self, segments: &[Arc<SegmentInner>]) {
+        let Self {
+            space,
+            core,
+            trouble,
+            ..
+        } = self;
+        for segment in segments.iter().filter(|one| !one.is_over()) {
+            let Some(part) = segment.range.intersect(core.range) else {
+                continue;
+            };
+            let (inner, op) = (&segment.registration().inner, Op::new(core, part));
+            let (device, who) = (&segment.device, (inner.id, segment.name));
+            let attempt = || {
+                watched(space, inner, core, (Stage::Unload, who), || {
+                    segment.context.unload(&op)
+                })
+            };
+            let unloaded = match attempt() {
+                Some(Err(failed)) => {
+                    space.recorder.record(Kind::Deadline, core.id, 4, 0);
+                    if device.health() == Health::Healthy && reset(space, core, who, device) {
+                        attempt()
+                    } else {
+                        Some(Err(failed))
+                    }
+                }
+                other => other,
+            };
+            match unloaded {
+                Some(Ok(())) => {
+                    segment.set_over();
+                    space.stats.add(Counter::Segments, 1);
+                    let start = segment.range.start().get();
+                    space.recorder.record(Kind::Unload, core.id, start, 0);
+                }
+                Some(Err(failed)) => {
+                    device.quarantine();
+                    space.recorder.record(Kind::Quarantine, core.id, 0, 0);
+                    trouble.device(device, failed.reason);
+                }
+                None => {
+                    device.quarantine();
+                    trouble.panicked = true;
+                    trouble.handler = segment.context_name;
+                }
+            }
+        }
+    }
+}
+
+/// Why a device counts that no registration names any more.
+pub(super) const GONE: &str =
+    "it was in quarantine when the last registration that named it here ended";
+
+/// The first device of `inner` that is in quarantine.
+pub(super) fn dead(inner: &Inner) -> Option<&Device> {
+    let mut devices = inner.targets.iter().map(|target| &target.device);
+    devices.find(|device| device.health() == Health::Quarantined)
+}
+
+/// Calls a handler; `None` if it panicked, in which case its devices are in quarantine.
+pub(super) fn call<R>(
+    space: &Space,
+    inner: &Inner,
+    core: &OpCore,
+    stage: Stage,
+    handler: impl FnOnce() -> R,
+) -> Option<R> {
+    watched(space, inner, core, (stage, (inner.id, inner.name)), handler)
+}
+
+/// The same, where the watchdog knows what is called by another name.
+fn watched<R>(
+    space: &Space,
+    inner: &Inner,
+    core: &OpCore,
+    (stage, (id, name)): (Stage, (u64, Name)),
+    handler: impl FnOnce() -> R,
+) -> Option<R> {
+    let result = {
+        let _watched = space.watch.enter(core.post, stage, id, name);
+        let _callback = InCallback::handler(inner.key());
+        if planted!("r22") {
+            Ok(handler())
+        } else {
+            catch_unwind(AssertUnwindSafe(handler))
+        }
+    };
+    result.map_err(|_| space.note_panic(inner, core.id)).ok()
+}
+
+/// Work that does not drain ends with a reset of every device of its registration; false if it has none, or one is dead.
+pub(super) fn reset_all(space: &Space, core: &OpCore, inner: &Inner) -> bool {
+    let mut all = !inner.targets.is_empty();
+    for target in &inner.targets {
+        let device = &target.device;
+        let healthy = device.health() == Health::Healthy;
+        if !healthy || !reset(space, core, (inner.id, inner.name), device) {
+            space.recorder.record(Kind::Quarantine, core.id, 0, 0);
+            device.quarantine();
+            all = false;
+        }
+    }
+    all
+}
+
+/// Resets a device, watched under the name of whose sake it is for.
+fn reset(space: &Space, core: &OpCore, (id, name): (u64, Name), device: &Device) -> bool {
+    let _watched = space.watch.enter(core.post, Stage::Reset, id, name);
+    device.reset(space.deadlines.reset).is_ok()
+}

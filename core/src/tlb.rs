@@ -111,7 +111,8 @@ pub trait DeviceTlb: Send + Sync + 'static {
     /// Queues one command.
     fn issue(&self, command: FlushCommand) -> Issue;
 
-    /// Rings the doorbell for all that is queued, by any thread.
+    /// Rings the doorbell for all that is queued, by any thread. Also rung, again and again, while `issue` says
+    /// [`Issue::Busy`]: with nothing queued it must cost the device nothing.
     fn dispatch(&self) -> Ticket;
 
     /// Whether everything of `ticket` is acknowledged. Takes no lock that a stuck device can hold up.

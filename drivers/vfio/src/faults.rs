@@ -66,7 +66,7 @@ impl FaultSource for KernelLog {
                 // Older records were overwritten meanwhile: the next read goes on behind them.
                 Err(error) if error.raw_os_error() == Some(libc::EPIPE) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Nothing more for now.
+                // EAGAIN, as a rule: the log has no more. Whatever else it says, a log that tells less proves nothing.
                 Err(_) => return faults,
             }
         }

@@ -12,7 +12,6 @@ use shootdown::{
 
 /// What is wrong with the driver. A driver of one's own has none of this.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[allow(dead_code)]
 pub(crate) enum Bug {
     None,
     ClaimsNothingCached,

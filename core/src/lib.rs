@@ -68,6 +68,9 @@ mod device;
 mod engine;
 mod events;
 mod fault;
+#[cfg(all(any(test, fuzzing), not(loom)))]
+#[cfg_attr(fuzzing, allow(missing_docs))]
+pub mod fuzz;
 mod ghosts;
 mod list;
 mod lock;
@@ -100,6 +103,9 @@ pub use lock::{NotifierGuard, NotifierLock};
 pub use managed::{Map, MapError};
 pub use memory::{Frame, Memory, MemoryError, Rights, Translation};
 pub use notifier::{Cause, CutOffFailed, Drain, Gather, Issued, Notifier, Op, Outcome, WouldBlock};
+/// For the guards of other crates.
+#[cfg(planted)]
+pub use planted::is as is_planted;
 pub use process::ProcessMemory;
 pub use recorder::{Kind, Record};
 pub use registration::{

@@ -25,8 +25,8 @@ mod operation;
 mod probe;
 mod scratch;
 mod service;
-mod uffd;
-mod unotify;
+pub(crate) mod uffd;
+pub(crate) mod unotify;
 
 use std::io;
 use std::sync::Arc;

@@ -33,6 +33,8 @@ mod control;
 mod doorbell;
 mod exec;
 mod fault;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod instruction;
 mod interrupts;
 pub mod layout;

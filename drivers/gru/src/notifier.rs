@@ -8,7 +8,7 @@
 use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use shootdown::{Drain, Notifier, NotifierLock, Op, SpacePin, WouldBlock};
+use shootdown::{Drain, Notifier, NotifierLock, Op, Operations, SpacePin, WouldBlock};
 
 use crate::chiplet::Chiplet;
 use crate::config::LateDropIns;
@@ -21,14 +21,20 @@ pub(crate) const TAGS: usize = 1024;
 pub(crate) struct Fabric {
     pub(crate) chiplets: Vec<Arc<Chiplet>>,
     late_drop_ins: LateDropIns,
+    foreign: Operations,
     free: Mutex<Vec<u64>>,
 }
 
 impl Fabric {
-    pub(crate) fn new(chiplets: Vec<Arc<Chiplet>>, late_drop_ins: LateDropIns) -> Self {
+    pub(crate) fn new(
+        chiplets: Vec<Arc<Chiplet>>,
+        late_drop_ins: LateDropIns,
+        foreign: Operations,
+    ) -> Self {
         Self {
             chiplets,
             late_drop_ins,
+            foreign,
             free: Mutex::new((0..TAGS as u64).rev().collect()),
         }
     }
@@ -89,6 +95,10 @@ impl Notifier for Handler {
             LateDropIns::IgnoredByHardware => fence(Ordering::SeqCst),
         }
         Ok(op.idle())
+    }
+
+    fn operations(&self) -> Operations {
+        self.0.fabric.foreign
     }
 
     fn release(&self) {

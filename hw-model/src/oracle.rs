@@ -20,11 +20,12 @@
 //! is allocated beforehand and does not grow; the count goes on when it is full.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
 use shootdown::{Addr, Frame, Range, Rights};
+use shootdown_primitive::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
+use shootdown_primitive::sync::{Mutex, MutexGuard, PoisonError};
+use shootdown_primitive::thread;
+use shootdown_primitive::time::{Duration, Instant};
 
 use crate::error::ModelError;
 pub use crate::shadow::Stamp;
@@ -317,7 +318,7 @@ impl Oracle {
                 Behind::Nothing | Behind::NoSpace => None,
             },
             space_exists: behind != Behind::NoSpace,
-            thread: std::thread::current().name().map(str::to_owned),
+            thread: thread::current().name().map(str::to_owned),
             at: self.start.elapsed(),
         });
     }

@@ -17,11 +17,12 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
+// Not the primitive ones: these are words of the devices' memory, and nothing is decided by them.
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 use shootdown::{Frame, MemoryError};
+use shootdown_primitive::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::buddy::{Buddy, Chain, FreeError};
 use crate::error::ModelError;

@@ -7,11 +7,11 @@
 //! whenever it ends an access and something drains.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
+use shootdown_primitive::sync::{Mutex, MutexGuard, PoisonError};
+use shootdown_primitive::time::{Duration, Instant};
 
 use super::config::ChipletConfig;
 use super::context::Context;

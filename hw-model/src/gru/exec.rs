@@ -9,13 +9,11 @@
 //! on there. Atomics, messages and other instructions of one step end under the same lock section that ends the step: they
 //! are either not begun or done, and never done twice.
 
-use std::sync::Arc;
-use std::sync::MutexGuard;
-use std::thread;
-use std::time::{Duration, Instant};
-
 use rand::Rng;
 use shootdown::{Addr, Frame};
+use shootdown_primitive::sync::{Arc, MutexGuard};
+use shootdown_primitive::thread;
+use shootdown_primitive::time::{Duration, Instant};
 
 use super::control::{Control, Core, InFlight};
 use super::fault::Miss;

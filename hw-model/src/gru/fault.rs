@@ -5,8 +5,6 @@
 //! the purge. The control block is restarted all the same, and misses again. A purge of other page sizes at other addresses
 //! of a large entry does *not* cancel its drop-in: to see that coming is up to software (race R34).
 
-use std::time::Instant;
-
 use super::config::Plant;
 use super::control::{Control, Core, Handle, Operation};
 use super::instruction::Illegal;
@@ -22,6 +20,7 @@ use super::layout::{
 use super::purge::draw;
 use super::tlb::{Purge, TlbEntry, TlbKey};
 use shootdown::Addr;
+use shootdown_primitive::time::Instant;
 
 /// How many purges a fault remembers; after more, whatever is dropped in is ignored.
 const REMEMBERED: usize = 16;

@@ -46,11 +46,11 @@ mod tlb;
 #[cfg(test)]
 mod tests;
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use shootdown::{DeviceError, Interrupts, Range, Registers};
+use shootdown_primitive::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use shootdown_primitive::thread::{self, JoinHandle};
 
 pub use config::{ChipletConfig, Eviction, FaultPlan, Latency, Plant};
 pub use stats::Counts;
@@ -212,7 +212,7 @@ impl Chiplet {
         }
     }
 
-    fn executor(&self) -> std::sync::MutexGuard<'_, Executor> {
+    fn executor(&self) -> MutexGuard<'_, Executor> {
         // Changed by one assignment.
         self.executor.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -9,9 +9,8 @@
 //! Faults are marked on arrival, since their drop-in may be written before the purge takes effect, and again at the end,
 //! since they may have come between; entries that were dropped in between are removed at the end.
 
-use std::time::Instant;
-
 use rand::Rng;
+use shootdown_primitive::time::Instant;
 
 use super::control::{Control, Core, Handle, Operation};
 use super::layout::{

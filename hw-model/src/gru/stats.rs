@@ -1,6 +1,6 @@
 //! What a chiplet counts.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use shootdown_primitive::sync::atomic::{AtomicU64, Ordering};
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {

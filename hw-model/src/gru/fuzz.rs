@@ -8,7 +8,7 @@ use shootdown::{Interrupts, Memory, PageSize, Range, Registers, Rights};
 use super::instruction::{Instruction, Kind, Transfer};
 use super::layout::{
     ACTIVE, CALL_OS, CBE, CCH, DSR_OFFSET, GSEG_STRIDE, HANDLE_STRIDE, IDLE, MANAGEMENT, RESET,
-    STATUS, TFH, TFM, TGH, cb, cch, page_code, tfh,
+    STATUS, TFH, TFM, TGH, cb, cbe, cch, page_code, tfh,
 };
 use super::{Chiplet, ChipletConfig};
 use crate::bus::Bus;
@@ -31,14 +31,19 @@ pub fn control_block(bytes: &[u8]) {
         u128::from(words[3] >> 32 & 0xffff),
         u128::from(words[3] >> 48),
     );
-    let decoded = Instruction::decode(&words, dsr_bytes);
-    let Ok(instruction) = decoded else {
-        let cause = decoded.err().unwrap_or(0);
-        assert!(
-            cause.is_power_of_two() && cause <= 1 << 6,
-            "cause {cause:#x}"
-        );
-        return;
+    let decoded = Instruction::decode(&words, dsr_bytes, false);
+    let instruction = match decoded {
+        Ok(instruction) => instruction,
+        Err(wrong) => {
+            let known =
+                cbe::INVALID_INSTRUCTION | cbe::UNMAPPED_MODE_FORBIDDEN | cbe::DATA_SEGMENT_LIMIT;
+            assert!(
+                wrong.cause.is_power_of_two() && wrong.cause & known != 0,
+                "{wrong:?}"
+            );
+            assert_eq!(wrong.detail != 0, wrong.cause == cbe::INVALID_INSTRUCTION);
+            return;
+        }
     };
     if instruction.kind == Kind::Nop {
         return;

@@ -32,11 +32,11 @@ pub(super) struct Pages(pub(super) BTreeMap<u64, Page>);
 /// How an instruction ends too early: causes, and where.
 pub(super) type Exception = (u64, u64);
 
-pub(super) const MISALIGNED: u64 = 1 << 2;
-pub(super) const DSR_BOUNDS: u64 = 1 << 3;
-pub(super) const TLB: u64 = 1 << 4;
-pub(super) const READ_ONLY: u64 = 1 << 5;
-pub(super) const ZERO_ELEMENTS: u64 = 1 << 6;
+/// No elements, not aligned, or a stride that leads out of all addresses.
+pub(super) const INVALID_INSTRUCTION: u64 = 1 << 1;
+pub(super) const DATA_SEGMENT_LIMIT: u64 = 1 << 5;
+/// Nothing is mapped, or not with the rights that are needed.
+pub(super) const TLB_FATAL: u64 = 1 << 6;
 
 /// An instruction in words of its own.
 #[derive(Clone, Copy, Debug)]
@@ -95,8 +95,7 @@ impl Machine<'_> {
         self.touched.insert(at / PAGE);
         match self.pages.0.get_mut(&(at / PAGE)) {
             Some(page) if page.read && (page.write || !write) => Ok(page),
-            Some(page) if page.read => Err((READ_ONLY, at)),
-            _ => Err((TLB, at)),
+            _ => Err((TLB_FATAL, at)),
         }
     }
 
@@ -141,14 +140,24 @@ impl Machine<'_> {
         let len = self.data.len() as u64;
         let outside = |at: Option<u64>, size: u64| at.is_some_and(|at| at + count * size > len);
         if count == 0 {
-            return Err((ZERO_ELEMENTS, base));
+            return Err((INVALID_INSTRUCTION, base));
         }
         let odd = aligned.iter().any(|at| !at.is_multiple_of(size));
         if odd || indices.is_some_and(|at| !at.is_multiple_of(8)) {
-            return Err((MISALIGNED, base));
+            return Err((INVALID_INSTRUCTION, base));
+        }
+        let stride = match instr.meaning {
+            Meaning::Load { stride, .. }
+            | Meaning::Store { stride, .. }
+            | Meaning::Set { stride, .. } => stride,
+            _ => 0,
+        };
+        let last = i128::from(base) + i128::from(count - 1) * i128::from(stride) * i128::from(size);
+        if u64::try_from(last).is_err() {
+            return Err((INVALID_INSTRUCTION, base));
         }
         if outside(data, size) || outside(indices, 8) {
-            return Err((DSR_BOUNDS, base));
+            return Err((DATA_SEGMENT_LIMIT, base));
         }
         Ok(())
     }

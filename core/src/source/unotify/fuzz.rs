@@ -25,7 +25,10 @@ fn split(line: &[u8]) -> Option<Mapping> {
     number(major).and(number(minor))?;
     let inode = fields.next()?;
     let decimal = !inode.is_empty() && inode.bytes().all(|byte| byte.is_ascii_digit());
-    (are && decimal).then_some(Mapping {
+    if !(are && decimal) {
+        return None;
+    }
+    Some(Mapping {
         start: number(start)?,
         end: number(end)?,
         offset,

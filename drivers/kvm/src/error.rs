@@ -14,6 +14,11 @@ pub enum KvmError {
         "/dev/kvm cannot be opened: {0}; a guest needs KVM, and the right to read and write that file"
     )]
     NoKvm(io::Error),
+    /// The tracepoint cannot be read.
+    #[error(
+        "the tracepoint kvm:kvm_unmap_hva_range cannot be read: {0}; that needs root, and a kernel with KVM's tracepoints (CONFIG_TRACEPOINTS)"
+    )]
+    NoTracepoint(io::Error),
     /// More than the page tables of a guest reach.
     #[error("{range} is not whole pages, or larger than the {limit:#x} bytes that a guest sees")]
     Range {

@@ -205,6 +205,7 @@ mod tests {
 
     #[test]
     fn a_guest_reads_what_is_mapped_now() {
+        let _alone = crate::alone();
         let mut memory = MmapOptions::new().len(0x4000).map_anon().unwrap();
         let range = Range::new(memory.as_ptr() as u64, 0x4000).unwrap();
         let mut guest = match Guest::new(range) {

@@ -8,6 +8,7 @@
 
 use std::ffi::CString;
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
 use kvm_ioctls::{Kvm, VmFd};
@@ -86,11 +87,13 @@ impl Stream {
         Ok(Self { _vm: vm, rings })
     }
 
-    /// Waits until there is something to read, or for `time`.
-    pub fn wait(&self, time: Duration) {
-        let mut fds: Vec<libc::pollfd> = (self.rings.iter())
-            .map(|ring| libc::pollfd {
-                fd: ring.raw(),
+    /// Waits until there is something to read, here or from the other descriptor, or for `time`.
+    pub fn wait(&self, time: Duration, other: Option<&OwnedFd>) {
+        let rings = self.rings.iter().map(Ring::raw);
+        let mut fds: Vec<libc::pollfd> = rings
+            .chain(other.map(AsRawFd::as_raw_fd))
+            .map(|fd| libc::pollfd {
+                fd,
                 events: libc::POLLIN,
                 revents: 0,
             })
@@ -182,7 +185,7 @@ mod tests {
         discard(&other, 0);
         discard(&memory, 2);
         let after = crate::clock::now();
-        stream.wait(Duration::from_secs(1));
+        stream.wait(Duration::from_secs(1), None);
         let mut news = Vec::new();
         stream.drain(|one| news.push(one));
         let [News::Unmapped(one)] = news[..] else {

@@ -11,8 +11,9 @@
 //! left out of the new generation altogether, even if their contexts go meanwhile. An ASID of an older generation is not taken
 //! up again by a space without a loaded context.
 
+use shootdown_primitive::sync::atomic::{AtomicU64, Ordering};
+
 use std::ops::RangeInclusive;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 /// From one ASID to the next.
 const STEP: u32 = 8;

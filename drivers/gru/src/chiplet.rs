@@ -13,14 +13,13 @@
 //! does not come back is *dead*: the epoch stays odd, so that nothing is loaded, and nothing counts as acknowledged, until a
 //! later reset succeeds.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
-
 use shootdown::{
     Completion, DeviceTlb, FlushCommand, Issue, Limits, PageSizes, Registers, ResetError, Scope,
     Ticket,
 };
+use shootdown_primitive::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use shootdown_primitive::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use shootdown_primitive::time::{Duration, Instant};
 
 use crate::asid::{Asids, Words};
 use crate::config::{Config, Plant};

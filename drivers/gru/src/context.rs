@@ -16,11 +16,12 @@
 //! A context that the hardware does not give back within the deadline is *leaked*: it keeps its bit, so that it is still flushed,
 //! its units and its tag, and its segment stays in quarantine, until the chiplet has been reset.
 
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, RwLockReadGuard};
-use std::time::Instant;
-
 use shootdown::{Cause, Device, DeviceContext, Op, Share, UnloadFailed};
+use shootdown_primitive::sync::atomic::Ordering;
+use shootdown_primitive::sync::{
+    Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard,
+};
+use shootdown_primitive::time::Instant;
 
 use crate::chiplet::{Chiplet, Slot, State};
 use crate::config::Plant;
@@ -65,7 +66,7 @@ impl Drop for Inside<'_> {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // All of them protect single values.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -11,14 +11,14 @@
 //! the gate is entered, as who ends a context may hold it and waits for the gate, and let go before the driver lock is taken,
 //! so that no change of the map waits for a handle.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
-use std::time::{Duration, Instant};
-
 use shootdown::{
     Addr, AddressSpace, Fault, FaultError, Interrupts, MapReadGuard, PageSize, Range, Rights,
     Translation,
 };
+use shootdown_primitive::sync::Arc;
+use shootdown_primitive::sync::atomic::{AtomicBool, Ordering, fence};
+use shootdown_primitive::thread;
+use shootdown_primitive::time::{Duration, Instant};
 
 use crate::chiplet::Chiplet;
 use crate::config::Plant;
@@ -47,7 +47,7 @@ pub(crate) fn serve(chiplet: &Chiplet, interrupts: &dyn Interrupts, stop: &Atomi
             };
             // A storm is looked at now and then: it must not take the processor from others.
             if for_nothing > FOR_NOTHING {
-                std::thread::sleep(NAP);
+                thread::sleep(NAP);
             }
         } else {
             // Contexts that are loaded from now on do not rely on this thread.

@@ -1,12 +1,12 @@
 //! The driver: chiplets, their service threads, and the spaces that have segments.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::thread::{self, JoinHandle};
 
 use hdrhistogram::Histogram;
 use shootdown::{AddressSpace, Device, Range, Share, Target};
+use shootdown_primitive::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use shootdown_primitive::sync::{Arc, Mutex, PoisonError, Weak};
+use shootdown_primitive::thread::{self, JoinHandle};
 
 use crate::chiplet::{Chiplet, ChipletTlb};
 use crate::config::{ChipletPorts, Config};

@@ -2,9 +2,9 @@
 //!
 //! A dead chiplet is a typed error after the deadline, never a hang and never a panic (R20).
 
-use std::time::{Duration, Instant};
-
 use shootdown::Registers;
+use shootdown_primitive::time::{Duration, Instant};
+use shootdown_primitive::{hint, thread};
 
 use crate::error::GruError;
 use crate::layout::{start, status};
@@ -18,9 +18,9 @@ pub(crate) struct Backoff {
 impl Backoff {
     pub(crate) fn wait(&mut self) {
         match self.round {
-            0..=32 => std::hint::spin_loop(),
-            33..=64 => std::thread::yield_now(),
-            _ => std::thread::sleep(Duration::from_micros(50)),
+            0..=32 => hint::spin_loop(),
+            33..=64 => thread::yield_now(),
+            _ => thread::sleep(Duration::from_micros(50)),
         }
         self.round = self.round.saturating_add(1);
     }

@@ -5,10 +5,9 @@
 //! that can be cached is flushed. `release` retires the ASIDs: by then the segments are over, by unmap or by the exit of the
 //! space.
 
-use std::sync::atomic::{Ordering, fence};
-use std::sync::{Arc, Mutex, PoisonError};
-
 use shootdown::{Drain, Notifier, NotifierLock, Op, Operations, SpacePin, WouldBlock};
+use shootdown_primitive::sync::atomic::{Ordering, fence};
+use shootdown_primitive::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::chiplet::Chiplet;
 use crate::config::LateDropIns;
@@ -39,7 +38,7 @@ impl Fabric {
         }
     }
 
-    fn tags(&self) -> std::sync::MutexGuard<'_, Vec<u64>> {
+    fn tags(&self) -> MutexGuard<'_, Vec<u64>> {
         // Changed by push and pop only.
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }

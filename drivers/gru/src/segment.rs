@@ -4,10 +4,9 @@
 //! can be called from any thread. A segment ends as a whole, with its mapping: by unmap, by whoever unmaps a part of its
 //! addresses, when its space exits, or when it is dropped.
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
-
 use shootdown::{Addr, AddressSpace, MapWriteGuard, Range, Unregistered};
+use shootdown_primitive::sync::Arc;
+use shootdown_primitive::time::{Duration, Instant};
 
 use crate::context::Context;
 use crate::error::{Ended, GruError};

@@ -1,10 +1,10 @@
 //! Counters. Each is counted where the thing happens; all are relaxed, as nothing is concluded from their order.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
+use shootdown_primitive::sync::atomic::{AtomicU64, Ordering};
+use shootdown_primitive::sync::{Mutex, MutexGuard, PoisonError};
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {

@@ -1,1 +1,2 @@
-//! Cross-crate tests of shootdown live in `tests/`; the table of planted bugs is the program `races`.
+//! Cross-crate tests of shootdown live in `tests/`; the table of planted bugs is the program `races`, and `cost`
+//! compares sources with their bare mechanisms.

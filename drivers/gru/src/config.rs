@@ -4,7 +4,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
-use shootdown::{Interrupts, Registers};
+use shootdown::{Interrupts, Operations, Registers};
 
 use crate::layout::{CBS_PER_UNIT, DATA_PER_UNIT};
 
@@ -136,6 +136,8 @@ pub struct Config {
     pub steal: Steal,
     /// How late drop-ins are kept out of the TLB.
     pub late_drop_ins: LateDropIns,
+    /// What others may do to memory of the spaces: a space whose sources do not tell of one of these in time gets no segment.
+    pub foreign: Operations,
     /// What is wrong with the driver.
     pub plants: Plant,
 }
@@ -156,6 +158,7 @@ impl Default for Config {
             },
             steal: Steal::default(),
             late_drop_ins: LateDropIns::default(),
+            foreign: Operations::CALLS,
             plants: Plant::empty(),
         }
     }

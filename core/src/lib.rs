@@ -114,8 +114,8 @@ pub use registration::{
 pub use segment::{DeviceContext, Segment, UnloadFailed};
 pub use share::Share;
 pub use source::{
-    ExternalChange, Needs, Operation, Operations, Seen, Sees, SelfTest, Shortfall, Sink, Source,
-    SourceError, Tried, Uffd, Unotify, Watched, own_call,
+    ExternalChange, Needs, Observed, Observer, Operation, Operations, Seen, Sees, SelfTest,
+    Shortfall, Sink, Source, SourceError, Tried, Uffd, Unotify, Watched, own_call,
 };
 pub use space::{AddressSpace, Deadlines, ExitError, MapReadGuard, MapWriteGuard, SpacePin};
 pub use stats::Stats;

@@ -202,11 +202,13 @@ impl Pair {
         let (liar, honest) = (liar(0), liar(1));
         let ports = |name: &str, of: &Arc<Liar>| ChipletPorts {
             name: name.to_owned(),
+            blade: 0,
             registers: of.clone(),
             interrupts: of.clone(),
         };
         let config = Config {
             handle_deadline: Duration::from_millis(4),
+            load_deadline: Duration::from_millis(20),
             fault_deadline: Duration::from_millis(4),
             ..Config::default()
         };

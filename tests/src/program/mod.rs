@@ -15,6 +15,7 @@ use shootdown::{
 };
 use shootdown_gru::{
     Atomic, ChipletPorts, Config, Element, Gru, GruError, Instruction, LateDropIns, Plant, Segment,
+    SegmentOptions, Steal,
 };
 use shootdown_hw_model::gru::{Chiplet, ChipletConfig, FaultPlan, Model};
 use shootdown_hw_model::{Bus, ModelMemory};
@@ -96,13 +97,23 @@ impl Stack {
         let model = Model::new(&bus, 2, hardware);
         let ports = model.chiplets().iter().map(|chiplet| ChipletPorts {
             name: format!("gru{}", chiplet.config().device),
+            blade: chiplet.config().device,
             registers: chiplet.clone(),
             interrupts: Arc::new(Impatient(chiplet.clone())),
         });
         let config = Config {
             // Few, so that they wrap.
             asids: 8..=40,
-            data_bytes: DATA as usize,
+            segment: SegmentOptions {
+                // All of a chiplet's: whoever has none steals it.
+                control_blocks: *bytes.choose(&[8, 128])?,
+                data_bytes: DATA as usize,
+                ..Config::default().segment
+            },
+            steal: Steal {
+                window: Duration::ZERO,
+                retry: Duration::from_micros(50),
+            },
             late_drop_ins: match bytes.arbitrary()? {
                 true => LateDropIns::Excluded,
                 false => LateDropIns::IgnoredByHardware,
@@ -331,11 +342,15 @@ impl Space {
             }
             (
                 Err(GruError::Exception {
-                    causes, address, ..
+                    causes,
+                    detail,
+                    address,
+                    ..
                 }),
                 Err(expected),
             ) => {
-                assert_eq!((causes, address.get()), expected, "{instr:x?}");
+                let found = (causes.bits().into(), detail, address.get());
+                assert_eq!(found, expected, "{instr:x?}");
             }
             (found, expected) => panic!("{instr:x?}: {found:?} instead of {expected:x?}"),
         }

@@ -29,14 +29,18 @@ impl Page {
 #[derive(Default)]
 pub(super) struct Pages(pub(super) BTreeMap<u64, Page>);
 
-/// How an instruction ends too early: causes, and where.
-pub(super) type Exception = (u64, u64);
+/// How an instruction ends too early: causes, what is said beside them, and where.
+pub(super) type Exception = (u64, u64, u64);
 
-/// No elements, not aligned, or a stride that leads out of all addresses.
-pub(super) const INVALID_INSTRUCTION: u64 = 1 << 1;
-pub(super) const DATA_SEGMENT_LIMIT: u64 = 1 << 5;
-/// Nothing is mapped, or not with the rights that are needed.
-pub(super) const TLB_FATAL: u64 = 1 << 6;
+const INVALID_INSTRUCTION: u64 = 1 << 1;
+const NO_ELEMENTS: u64 = 3;
+const NOT_ALIGNED: u64 = 4;
+/// The stride leads out of all addresses.
+const WRONG_STRIDE: u64 = 5;
+const DATA_SEGMENT_LIMIT: u64 = 1 << 5;
+const TLB_FATAL: u64 = 1 << 6;
+const NOT_MAPPED: u64 = 1;
+const NOT_FOR_STORES: u64 = 2;
 
 /// An instruction in words of its own.
 #[derive(Clone, Copy, Debug)]
@@ -95,7 +99,8 @@ impl Machine<'_> {
         self.touched.insert(at / PAGE);
         match self.pages.0.get_mut(&(at / PAGE)) {
             Some(page) if page.read && (page.write || !write) => Ok(page),
-            _ => Err((TLB_FATAL, at)),
+            Some(page) if page.read => Err((TLB_FATAL, NOT_FOR_STORES, at)),
+            _ => Err((TLB_FATAL, NOT_MAPPED, at)),
         }
     }
 
@@ -140,11 +145,11 @@ impl Machine<'_> {
         let len = self.data.len() as u64;
         let outside = |at: Option<u64>, size: u64| at.is_some_and(|at| at + count * size > len);
         if count == 0 {
-            return Err((INVALID_INSTRUCTION, base));
+            return Err((INVALID_INSTRUCTION, NO_ELEMENTS, base));
         }
         let odd = aligned.iter().any(|at| !at.is_multiple_of(size));
         if odd || indices.is_some_and(|at| !at.is_multiple_of(8)) {
-            return Err((INVALID_INSTRUCTION, base));
+            return Err((INVALID_INSTRUCTION, NOT_ALIGNED, base));
         }
         let stride = match instr.meaning {
             Meaning::Load { stride, .. }
@@ -154,10 +159,10 @@ impl Machine<'_> {
         };
         let last = i128::from(base) + i128::from(count - 1) * i128::from(stride) * i128::from(size);
         if u64::try_from(last).is_err() {
-            return Err((INVALID_INSTRUCTION, base));
+            return Err((INVALID_INSTRUCTION, WRONG_STRIDE, base));
         }
         if outside(data, size) || outside(indices, 8) {
-            return Err((DATA_SEGMENT_LIMIT, base));
+            return Err((DATA_SEGMENT_LIMIT, 0, base));
         }
         Ok(())
     }

@@ -35,6 +35,8 @@ enum Lie {
     PurgesFail,
     /// A reset is done before it was asked for. The chiplet has not been reset.
     Reset,
+    /// Every purge fails, and the reset that follows is one of that kind.
+    PurgesFailAndReset,
     /// There is no chiplet.
     Gone,
     /// Handles of contexts and faults, and the fault map, hold noise.
@@ -42,7 +44,7 @@ enum Lie {
 }
 
 impl Lie {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::None,
         Self::FaultMap,
         Self::Misses,
@@ -50,6 +52,7 @@ impl Lie {
         Self::NeverIdle,
         Self::PurgesFail,
         Self::Reset,
+        Self::PurgesFailAndReset,
         Self::Gone,
         Self::Noise,
     ];
@@ -111,8 +114,8 @@ impl Registers for Liar {
             (Lie::Misses, TFH, _) => self.noise(),
             (Lie::Locked, CCH, 0) => CAUSE.put(STATUS.put(0, EXCEPTION), cch::CAUSE_LOCKED.into()),
             (Lie::NeverIdle, CCH | TFH, 0) => STATUS.put(truth, ACTIVE),
-            (Lie::PurgesFail, TGH, 0) => STATUS.put(truth, EXCEPTION),
-            (Lie::Reset, RESET, _) => 0,
+            (Lie::PurgesFail | Lie::PurgesFailAndReset, TGH, 0) => STATUS.put(truth, EXCEPTION),
+            (Lie::Reset | Lie::PurgesFailAndReset, RESET, _) => 0,
             (Lie::Noise, CCH | TFH | TFM, _) => self.noise(),
             _ => truth,
         })
@@ -124,7 +127,7 @@ impl Registers for Liar {
         }
         match self.lie() {
             Lie::Gone => Err(DeviceError::Gone { reason: "a test" }),
-            Lie::Reset if offset == MANAGEMENT + RESET => Ok(()),
+            Lie::Reset | Lie::PurgesFailAndReset if offset == MANAGEMENT + RESET => Ok(()),
             _ => self.chiplet.write(offset, value),
         }
     }
@@ -256,7 +259,8 @@ fn no_lie_of_a_chiplet_hangs_leaks_or_reaches_anything() {
             Err(error) => panic!("{lie:?}: {error}"),
         }
         match in_time("an unmap", lie, || pair.space.unmap(buffer)) {
-            Ok(()) => {}
+            // Nothing was flushed, and nothing reset.
+            Ok(()) => assert_ne!(lie, Lie::PurgesFailAndReset),
             Err(MapError::Invalidate(InvalidateError::Quarantined { device, .. })) => {
                 assert_eq!(device.name(), "liar", "{lie:?}");
             }

@@ -11,7 +11,8 @@ use shootdown::{
 };
 use shootdown_gru::{ChipletPorts, Config, Element, Gru, GruError, Instruction, Segment};
 use shootdown_hw_model::gru::layout::{
-    ACTIVE, CAUSE, CCH, EXCEPTION, IDLE, MANAGEMENT, RESET, SLOTS, STATUS, TFH, TFM, TGH, cch, tfh,
+    ACTIVE, CAUSE, CCH, EXCEPTION, IDLE, MANAGEMENT, OPCODE, RESET, SLOTS, STATUS, TFH, TFM, TGH,
+    cch, tfh,
 };
 use shootdown_hw_model::gru::{Chiplet, ChipletConfig, Model};
 use shootdown_hw_model::{Bus, ModelMemory};
@@ -37,6 +38,8 @@ enum Lie {
     Reset,
     /// Every purge fails, and the reset that follows is one of that kind.
     PurgesFailAndReset,
+    /// A context is given back, and is not.
+    Kept,
     /// There is no chiplet.
     Gone,
     /// Handles of contexts and faults, and the fault map, hold noise.
@@ -44,7 +47,7 @@ enum Lie {
 }
 
 impl Lie {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::None,
         Self::FaultMap,
         Self::Misses,
@@ -53,6 +56,7 @@ impl Lie {
         Self::PurgesFail,
         Self::Reset,
         Self::PurgesFailAndReset,
+        Self::Kept,
         Self::Gone,
         Self::Noise,
     ];
@@ -127,6 +131,9 @@ impl Registers for Liar {
         }
         match self.lie() {
             Lie::Gone => Err(DeviceError::Gone { reason: "a test" }),
+            Lie::Kept if kind(offset) == Some((CCH, 0)) && OPCODE.get(value) == cch::DEALLOCATE => {
+                Ok(())
+            }
             Lie::Reset | Lie::PurgesFailAndReset if offset == MANAGEMENT + RESET => Ok(()),
             _ => self.chiplet.write(offset, value),
         }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use shootdown::{AddressSpace, Deadlines, ExitError, Memory, Operations, SourceError, Watched};
-use shootdown_gru::{ChipletPorts, Config, Gru, GruStats};
+use shootdown_gru::{ChipletPorts, Config, Gru, GruStats, MissMode, SegmentOptions};
 use shootdown_hw_model::gru::{ChipletConfig, FaultPlan, Latency, Model};
 use shootdown_hw_model::{Bus, ModelError, ModelMemory};
 use thiserror::Error;
@@ -124,8 +124,11 @@ fn driver(plant: Option<Plant>, foreign: Operations) -> Config {
     let mut config = Config {
         // One more than there are contexts, so that they wrap often and are enough.
         asids: 8..=8 * 17,
-        control_blocks: BLOCKS,
-        data_bytes: CHUNK as usize * 8,
+        segment: SegmentOptions {
+            control_blocks: BLOCKS,
+            data_bytes: CHUNK as usize * 8,
+            misses: MissMode::default(),
+        },
         // For the flush when they wrap, too, which is waited for with a chiplet's lock held.
         handle_deadline: Duration::from_millis(300),
         foreign,
@@ -192,6 +195,7 @@ pub(crate) fn run(
         .enumerate()
         .map(|(nth, chiplet)| ChipletPorts {
             name: format!("gru{nth}"),
+            blade: nth as u32 / 2,
             registers: chiplet.clone(),
             interrupts: chiplet.clone(),
         });

@@ -38,6 +38,7 @@ mod instruction;
 mod interrupts;
 pub mod layout;
 mod message;
+mod plan;
 mod purge;
 mod segment;
 mod stats;

@@ -167,6 +167,7 @@ impl Pair {
         });
         let ports = |name: &str, registers, interrupts| ChipletPorts {
             name: name.to_owned(),
+            blade: 0,
             registers,
             interrupts,
         };
@@ -342,7 +343,10 @@ fn a_chiplet_that_installs_its_own_translations_is_found_by_the_oracle() {
         let _ = segment.submit(0, &set);
         for (word, value) in [
             (tfh::FILL_VADDR, secret.start().get()),
-            (tfh::FILL, tfh::DIRTY.put(u64::from(segment.asid()), 1)),
+            (
+                tfh::FILL,
+                tfh::DIRTY.put(u64::from(segment.asid().unwrap()), 1),
+            ),
             (tfh::PFN, frame),
             (0, 1 | (tfh::WRITE_RESTART << 8) | (ACTIVE << 16)),
         ] {

@@ -206,16 +206,7 @@ impl Auditor {
         let book = Arc::new(Book::new());
         space.observe(book.clone())?;
         let stop = Arc::new(AtomicBool::new(false));
-        let clerk = Clerk {
-            stream,
-            book: book.clone(),
-            range,
-            begun: clock::now(),
-            audit: Audit {
-                first: Vec::with_capacity(KEPT),
-                ..Audit::default()
-            },
-        };
+        let clerk = Clerk::new(stream, book.clone(), range);
         let ended = stop.clone();
         let thread = std::thread::Builder::new().name("shootdown-audit".to_owned());
         let thread = thread.spawn(move || clerk.run(&ended));
@@ -256,6 +247,19 @@ struct Clerk {
 }
 
 impl Clerk {
+    fn new(stream: Stream, book: Arc<Book>, range: Range) -> Self {
+        Self {
+            stream,
+            book,
+            range,
+            begun: clock::now(),
+            audit: Audit {
+                first: Vec::with_capacity(KEPT),
+                ..Audit::default()
+            },
+        }
+    }
+
     fn run(mut self, stop: &AtomicBool) -> Audit {
         loop {
             let last = stop.load(Ordering::Acquire);
@@ -366,6 +370,20 @@ mod tests {
         assert_eq!(uncovered(&book, range(1, 1), ended), None);
         book.forget(after);
         assert!(book.changes().is_empty());
+    }
+
+    #[test]
+    fn an_audit_that_has_lost_records_says_so() {
+        let _alone = crate::alone();
+        let (memory, range) = crate::stream::tests::page();
+        let Some(stream) = crate::stream::tests::open(range, 1) else {
+            return;
+        };
+        let clerk = Clerk::new(stream, Arc::new(Book::new()), range);
+        (0..1000).for_each(|_| crate::stream::tests::discard(&memory, 1));
+        let audit = clerk.run(&AtomicBool::new(true));
+        assert!(audit.missed > 0 && audit.lost > 0, "{audit:?}");
+        assert_eq!(audit.missed + audit.lost, 1000);
     }
 
     #[test]

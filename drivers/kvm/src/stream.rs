@@ -142,18 +142,18 @@ fn parse(list: &str) -> Option<Vec<usize>> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use memmap2::{MmapMut, MmapOptions};
 
     use super::*;
 
-    fn page() -> (MmapMut, Range) {
+    pub(crate) fn page() -> (MmapMut, Range) {
         let memory = MmapOptions::new().len(0x4000).map_anon().unwrap();
         let range = Range::new(memory.as_ptr() as u64, 0x4000).unwrap();
         (memory, range)
     }
 
-    fn open(range: Range, pages: usize) -> Option<Stream> {
+    pub(crate) fn open(range: Range, pages: usize) -> Option<Stream> {
         match Stream::with_pages(&[range], pages) {
             Err(error @ (KvmError::NoKvm(_) | KvmError::NoTracepoint(_))) => {
                 eprintln!("SKIPPED: {error}");
@@ -163,7 +163,7 @@ mod tests {
         }
     }
 
-    fn discard(memory: &MmapMut, page: usize) {
+    pub(crate) fn discard(memory: &MmapMut, page: usize) {
         // SAFETY: a page of the test's own, which nobody refers to.
         let said = unsafe {
             let at = memory.as_ptr().add(page * 0x1000).cast_mut();

@@ -109,7 +109,7 @@ pub use segment::{DeviceContext, Segment, UnloadFailed};
 pub use share::Share;
 pub use source::{
     ExternalChange, Needs, Operation, Operations, Seen, Sees, SelfTest, Shortfall, Sink, Source,
-    SourceError, Tried, Uffd, Unotify, Watched,
+    SourceError, Tried, Uffd, Unotify, Watched, own_call,
 };
 pub use space::{AddressSpace, Deadlines, ExitError, MapReadGuard, MapWriteGuard, SpacePin};
 pub use stats::Stats;

@@ -27,6 +27,7 @@
 //! They inherit none of the pages (`MADV_DONTFORK`): the parent's devices and notifiers could not follow them there.
 
 mod arena;
+mod kernel;
 mod page_table;
 #[cfg(test)]
 mod tests;
@@ -40,6 +41,7 @@ use shootdown::{
 };
 
 use self::arena::Arena;
+use self::kernel::Kernel;
 use self::page_table::{Backing, Entry, PageTable, Run, runs};
 pub use self::vma::VmaBudget;
 use crate::bus::Bus;
@@ -61,6 +63,8 @@ pub struct ModelMemory {
     table: PageTable,
     budget: Arc<VmaBudget>,
     id: u64,
+    /// Asked in every walk, where others change the memory too.
+    kernel: Option<Kernel>,
 }
 
 impl ModelMemory {
@@ -82,8 +86,38 @@ impl ModelMemory {
         arena_bytes: u64,
         budget: Arc<VmaBudget>,
     ) -> Result<Arc<Self>, ModelError> {
+        Self::with(bus, Arena::reserve, arena_bytes, budget, None)
+    }
+
+    /// A memory that others change too, by system calls of their own. What [`Memory`]'s methods are told meanwhile is what the
+    /// model knows: whoever makes a foreign call tells the memory when it has returned, by the same change, called on the
+    /// memory itself: [`Memory::unmap`] after a `munmap` or a `mmap` over it, and so on. From then on the oracle counts the
+    /// old pages as gone. A walk finds the page gone at once, as it also asks the kernel.
+    ///
+    /// The arena lies where the kernel places nothing by itself, so that a hole in it stays one until the memory is told.
+    ///
+    /// # Errors
+    /// As [`ModelMemory::new`]; [`ModelError::System`] on a kernel that cannot be asked what is mapped: PROCMAP_QUERY, Linux
+    /// 6.11.
+    pub fn open_to_others(bus: &Bus, arena_bytes: u64) -> Result<Arc<Self>, ModelError> {
+        let kernel = Kernel::new(bus.physical().fd()).map_err(|error| ModelError::System {
+            call: "PROCMAP_QUERY (Linux 6.11)",
+            bytes: arena_bytes,
+            errno: error.kind(),
+        })?;
+        let budget = VmaBudget::process();
+        Self::with(bus, Arena::reserve_aside, arena_bytes, budget, Some(kernel))
+    }
+
+    fn with(
+        bus: &Bus,
+        reserve: impl FnOnce(u64) -> Result<Arena, ModelError>,
+        arena_bytes: u64,
+        budget: Arc<VmaBudget>,
+        kernel: Option<Kernel>,
+    ) -> Result<Arc<Self>, ModelError> {
         let reservation = budget.reserve(OWN_MAPPINGS)?;
-        let arena = Arena::reserve(arena_bytes)?;
+        let arena = reserve(arena_bytes)?;
         let table = PageTable::new(arena.range()).map_err(|error| ModelError::System {
             call: "mmap",
             bytes: arena_bytes,
@@ -97,6 +131,7 @@ impl ModelMemory {
             table,
             budget,
             id,
+            kernel,
         }))
     }
 
@@ -387,7 +422,11 @@ impl Memory for ModelMemory {
     }
 
     fn translate(&self, addr: Addr) -> Option<Translation> {
-        self.table.translate(addr)
+        let mut found = self.table.translate(addr)?;
+        if let Some(kernel) = &self.kernel {
+            found.rights &= kernel.rights(&found)?;
+        }
+        Some(found)
     }
 }
 

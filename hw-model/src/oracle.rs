@@ -78,6 +78,8 @@ pub enum FindingKind {
     Rights,
     /// There is no such frame. Nothing was accessed.
     NoFrame,
+    /// Nobody has the frame that an unmapped access names. Nothing was accessed.
+    FreeFrame,
 }
 
 /// A wrong access. Its `Display` is a sentence.
@@ -122,6 +124,7 @@ impl fmt::Display for Finding {
             }
             FindingKind::Rights => "without the right to do so",
             FindingKind::NoFrame => "which does not exist",
+            FindingKind::FreeFrame => "which is free",
         })?;
         match self.mapped {
             _ if !self.space_exists => f.write_str(": the space is gone")?,
@@ -274,6 +277,15 @@ impl Oracle {
         self.count();
         let behind = self.shadow(access.space).at(access.space, access.addr);
         self.record(access, FindingKind::NoFrame, behind);
+    }
+
+    /// Counts an access through no translation, and records it if its frame is not `owned`, which it returns.
+    pub(crate) fn watch_unmapped(&self, access: &Access, owned: bool) -> bool {
+        self.count();
+        if !owned {
+            self.record(access, FindingKind::FreeFrame, Behind::NoSpace);
+        }
+        owned
     }
 
     fn count(&self) {

@@ -130,6 +130,11 @@ impl Physical {
         frame.0 < self.frames
     }
 
+    /// Whether somebody has the frame.
+    pub(crate) fn is_used(&self, frame: Frame) -> bool {
+        self.buddy().is_used(frame.0)
+    }
+
     /// Copies the frame's bytes from `offset` on. They lie within the frame.
     pub(crate) fn read(&self, frame: Frame, offset: usize, into: &mut [u8]) {
         let from = &self.frame(frame)[offset..offset + into.len()];

@@ -36,6 +36,7 @@ use thiserror::Error;
 pub use self::coverage::Shortfall;
 pub(crate) use self::coverage::Sources;
 use self::coverage::{SOURCES, Table};
+pub use self::gate::own_call;
 pub use self::operation::{Needs, Operation, Operations, Sees};
 pub use self::probe::{Seen, Tried};
 pub use self::uffd::Uffd;

@@ -29,7 +29,7 @@ type Args = [usize; 6];
 
 fn must(nr: libc::c_long, call: &str, args: Args) -> Result<usize, NotTried> {
     // SAFETY: every address lies in the scratch area or in this frame.
-    unsafe { gate::call(nr, args) }
+    unsafe { gate::own_call(nr, args) }
         .map_err(|errno| format!("{call}: {}", std::io::Error::from_raw_os_error(errno)))
 }
 

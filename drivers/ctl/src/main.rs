@@ -8,6 +8,7 @@ mod campaign;
 mod churn;
 mod devices;
 mod faults;
+mod foreign;
 mod hardware;
 mod options;
 mod plant;

@@ -4,7 +4,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
-use shootdown::{Interrupts, Registers};
+use shootdown::{Interrupts, Operations, Registers};
 
 bitflags::bitflags! {
     /// Bugs that can be switched on, to prove that a test would find them.
@@ -79,6 +79,8 @@ pub struct Config {
     pub data_bytes: usize,
     /// How late drop-ins are kept out of the TLB.
     pub late_drop_ins: LateDropIns,
+    /// What others may do to memory of the spaces: a space whose sources do not tell of one of these in time gets no segment.
+    pub foreign: Operations,
     /// What is wrong with the driver.
     pub plants: Plant,
 }
@@ -93,6 +95,7 @@ impl Default for Config {
             control_blocks: 8,
             data_bytes: 2048,
             late_drop_ins: LateDropIns::default(),
+            foreign: Operations::CALLS,
             plants: Plant::empty(),
         }
     }

@@ -71,7 +71,7 @@ impl Gru {
             chiplets.push(chiplet);
         }
         Arc::new(Self {
-            fabric: Arc::new(Fabric::new(chiplets, config.late_drop_ins)),
+            fabric: Arc::new(Fabric::new(chiplets, config.late_drop_ins, config.foreign)),
             devices,
             key: KEY.fetch_add(1, Ordering::Relaxed),
             bindings: Mutex::new(HashMap::new()),

@@ -114,6 +114,8 @@ pub(super) enum Operation {
 pub(super) struct InFlight {
     /// The context it is for.
     pub(super) context: usize,
+    /// The control block.
+    pub(super) slot: usize,
     /// The entries it goes through: one, or those of both sides of a copy.
     pub(super) pages: [Option<TlbKey>; 2],
 }
@@ -320,7 +322,7 @@ impl Core {
                 .pages
                 .into_iter()
                 .flatten()
-                .any(|key| purge.covers(key))
+                .any(|key| purge.concerns(in_flight.context) && purge.covers(key))
         };
         match operation {
             Operation::Context(index) => in_flight.context == index,

@@ -9,6 +9,7 @@
 //! on there. Atomics, messages and other instructions of one step end under the same lock section that ends the step: they
 //! are either not begun or done, and never done twice.
 
+use rand::Rng;
 use shootdown::{Addr, Frame};
 use shootdown_primitive::sync::{Arc, MutexGuard};
 use shootdown_primitive::thread;
@@ -16,13 +17,14 @@ use shootdown_primitive::time::{Duration, Instant};
 
 use super::control::{Control, Core, InFlight};
 use super::fault::Miss;
-use super::instruction::{Atomic, Instruction, Kind, Transfer};
+use super::instruction::{Atomic, Illegal, Instruction, Kind, Transfer};
 use super::layout::{ACTIVE, DSR_UNIT, IDLE, STATUS, cb, cbe};
-use super::tlb::TlbEntry;
-use crate::oracle::Access;
+use super::purge::draw;
+use super::tlb::{TlbEntry, TlbKey};
+use crate::oracle::{Access, Stamp};
 
 /// The largest access.
-const PAGE: u64 = 4096;
+pub(super) const PAGE: u64 = 4096;
 /// Elements of one step when they do not lie one after the other.
 const SCATTER: u64 = 64;
 /// Steps of one control block before the next has its turn.
@@ -31,18 +33,26 @@ const TURN: usize = 16;
 const POLL: Duration = Duration::from_micros(50);
 
 /// A step in flight: what the access needs to know of the context and the TLB.
-struct Step {
-    instruction: Instruction,
+pub(super) struct Step {
+    pub(super) instruction: Instruction,
     context: usize,
     space: u64,
-    dsr_map: u32,
+    pub(super) dsr_map: u32,
     /// The first element, and how many.
     first: u64,
     count: u64,
     /// The entry of the first address.
-    entry: TlbEntry,
+    pub(super) entry: TlbEntry,
     /// That of a copy's destination.
     destination: Option<TlbEntry>,
+    /// Injected: what becomes of a message that is not delivered.
+    pub(super) nack: Option<u64>,
+}
+
+/// Why a step is not to be had.
+enum Stop {
+    Miss(Miss),
+    Illegal(Illegal, u64),
 }
 
 /// What came of planning.
@@ -55,13 +65,15 @@ enum Plan {
 }
 
 /// What came of a step.
-struct Outcome {
+pub(super) struct Outcome {
     /// Elements done; none when a poll has to look again.
-    elements: u64,
-    bytes: u64,
+    pub(super) elements: u64,
+    pub(super) bytes: u64,
     /// What an atomic found.
-    old: Option<u64>,
-    substatus: u64,
+    pub(super) old: Option<u64>,
+    pub(super) substatus: u64,
+    /// It ends with an exception all the same.
+    pub(super) illegal: Option<Illegal>,
 }
 
 /// What came of a turn.
@@ -136,12 +148,13 @@ impl Core {
             return Plan::Refused;
         };
         let dsr_map = control.contexts[context].dsr_map();
+        let unmapped = control.contexts[context].unmapped;
         let words = self.segment.words(slot);
         let dsr_bytes = u64::from(dsr_map.count_ones()) * DSR_UNIT;
-        let instruction = match Instruction::decode(&words, dsr_bytes) {
+        let instruction = match Instruction::decode(&words, dsr_bytes, unmapped) {
             Ok(instruction) => instruction,
-            Err(cause) => {
-                self.fail_block(control, slot, cause, words[cb::BASE0]);
+            Err(why) => {
+                self.fail_block(control, slot, why, words[cb::BASE0]);
                 return Plan::Over;
             }
         };
@@ -152,19 +165,45 @@ impl Core {
             return Plan::Over;
         }
         match self.translate_step(control, context, &instruction, first) {
-            Ok(step) => {
-                let pages = [
-                    Some(step.entry.key),
-                    step.destination.map(|entry| entry.key),
-                ];
-                control.in_flight = Some(InFlight { context, pages });
+            Ok(mut step) => {
+                if draw(control, self.config.faults.error) {
+                    self.inject_error(control, slot, words[cb::BASE0]);
+                    return Plan::Over;
+                }
+                if instruction.kind == Kind::Message && draw(control, self.config.faults.nack) {
+                    self.counters.nacks.hit();
+                    let results = [cb::LB_OVERFLOW, cb::AMO_NACKED, cb::PUT_NACKED];
+                    step.nack = Some(results[control.rng.random_range(0..results.len())]);
+                }
+                let mapped = |entry: TlbEntry| (!instruction.unmapped).then_some(entry.key);
+                let pages = [mapped(step.entry), step.destination.and_then(mapped)];
+                control.in_flight = Some(InFlight {
+                    context,
+                    slot,
+                    pages,
+                });
                 Plan::Step(step)
             }
-            Err(miss) => {
+            Err(Stop::Miss(miss)) => {
                 self.miss(control, slot, context, miss);
                 Plan::Over
             }
+            Err(Stop::Illegal(why, vaddr)) => {
+                self.fail_block(control, slot, why, vaddr);
+                Plan::Over
+            }
         }
+    }
+
+    /// The instruction ends with an error that is worth another try.
+    fn inject_error(&self, control: &mut Control, slot: usize, vaddr: u64) {
+        self.counters.errors.hit();
+        let nth = control.rng.random_range(0..cbe::RETRYABLE.len());
+        let why = Illegal {
+            cause: cbe::RETRYABLE[nth],
+            detail: 0,
+        };
+        self.fail_block(control, slot, why, vaddr);
     }
 
     /// The step that begins with element `first`, if the TLB has its pages.
@@ -174,19 +213,27 @@ impl Core {
         context: usize,
         instruction: &Instruction,
         first: u64,
-    ) -> Result<Step, Miss> {
+    ) -> Result<Step, Stop> {
         let dsr_map = control.contexts[context].dsr_map();
         let address = |element| self.address(instruction, dsr_map, element);
         let size = instruction.size;
         let at = address(first);
-        let entry = translate(control, context, at, instruction.writes())?;
+        let find = |vaddr, write, nth: usize| {
+            let entry = self.translate(control, context, instruction, vaddr, write)?;
+            if entry.kind != instruction.kinds[nth] {
+                let cause = cbe::ADDRESS_KIND_MISMATCH;
+                return Err(Stop::Illegal(Illegal { cause, detail: 0 }, vaddr));
+            }
+            Ok(entry)
+        };
+        let entry = find(at, instruction.writes(), 0)?;
         let left = instruction.count.saturating_sub(first);
         let mut destination = None;
         let count = match instruction.kind {
             Kind::Nop | Kind::Atomic(_) | Kind::Message => 1,
             Kind::Copy => {
                 let to = instruction.destination(first);
-                destination = Some(translate(control, context, to, true)?);
+                destination = Some(find(to, true, 1)?);
                 (PAGE - (at % PAGE).max(to % PAGE)) / size
             }
             Kind::Vector { .. } if instruction.is_contiguous() => (PAGE - at % PAGE) / size,
@@ -207,7 +254,46 @@ impl Core {
             count: count.min(left.max(1)),
             entry,
             destination,
+            nack: None,
         })
+    }
+
+    /// The TLB's entry for an access of the context, or the miss. An unmapped address needs none.
+    fn translate(
+        &self,
+        control: &Control,
+        context: usize,
+        instruction: &Instruction,
+        vaddr: u64,
+        write: bool,
+    ) -> Result<TlbEntry, Stop> {
+        if instruction.unmapped {
+            let frame = vaddr / PAGE;
+            if frame >= self.bus.physical().total() {
+                let cause = cbe::ADDRESS_DECODE;
+                return Err(Stop::Illegal(Illegal { cause, detail: 0 }, vaddr));
+            }
+            return Ok(TlbEntry {
+                key: TlbKey::of(0, 0, vaddr),
+                frame,
+                writable: true,
+                kind: cb::RAM,
+                stamp: Stamp::default(),
+            });
+        }
+        let region = control.contexts[context].region(vaddr);
+        let miss = |modify| {
+            Stop::Miss(Miss {
+                asid: region.asid,
+                vaddr,
+                modify,
+            })
+        };
+        match control.tlb.lookup(region.asid, region.sizes, vaddr) {
+            None => Err(miss(false)),
+            Some(entry) if write && !entry.writable => Err(miss(true)),
+            Some(entry) => Ok(*entry),
+        }
     }
 
     /// The address of an element of an instruction of the context with `dsr_map`.
@@ -246,6 +332,10 @@ impl Core {
         control.in_flight = None;
         self.counters.bytes.add(outcome.bytes);
         if outcome.elements == 0 {
+            return true;
+        }
+        if let Some(why) = outcome.illegal {
+            self.fail_block(control, slot, why, step.instruction.base0);
             return true;
         }
         let next = step.first + outcome.elements;
@@ -305,12 +395,35 @@ impl Core {
 
     fn read(&self, step: &Step, entry: &TlbEntry, vaddr: u64, into: &mut [u8]) {
         let access = self.access(step, entry, vaddr, into.len(), false);
+        if step.instruction.unmapped {
+            self.counters.unmapped.hit();
+            return self.bus.read_unmapped(&access, into);
+        }
         self.bus.read(&access, into);
     }
 
-    fn write(&self, step: &Step, entry: &TlbEntry, vaddr: u64, from: &[u8]) {
+    pub(super) fn write(&self, step: &Step, entry: &TlbEntry, vaddr: u64, from: &[u8]) {
         let access = self.access(step, entry, vaddr, from.len(), true);
+        if step.instruction.unmapped {
+            self.counters.unmapped.hit();
+            return self.bus.write_unmapped(&access, from);
+        }
         self.bus.write(&access, from);
+    }
+
+    /// What was at the first address, whose `len` bytes become what `op` makes of them.
+    pub(super) fn update(
+        &self,
+        step: &Step,
+        len: usize,
+        op: &mut dyn FnMut(u64) -> Option<u64>,
+    ) -> u64 {
+        let access = self.access(step, &step.entry, step.instruction.base0, len, true);
+        if step.instruction.unmapped {
+            self.counters.unmapped.hit();
+            return self.bus.atomic_unmapped(&access, op);
+        }
+        self.bus.atomic(&access, op)
     }
 
     fn copy(&self, step: &Step, buffer: &mut [u8; PAGE as usize]) -> Outcome {
@@ -381,9 +494,7 @@ impl Core {
         }
         let operands = instruction.operands(u64::from_le_bytes(mask));
         let old = if atomic.writes() {
-            let access = self.access(step, &step.entry, instruction.base0, size, true);
-            self.bus
-                .atomic(&access, &mut |old| atomic.apply(old, operands))
+            self.update(step, size, &mut |old| atomic.apply(old, operands))
         } else {
             let mut value = [0; 8];
             self.read(step, &step.entry, instruction.base0, &mut value[..size]);
@@ -394,49 +505,8 @@ impl Core {
             bytes: instruction.size,
             old: Some(old),
             substatus: 0,
+            illegal: None,
         }
-    }
-
-    /// Claims lines of the queue by its head word, {head: 32, limit: 32} in lines, and stores the message there.
-    fn message(&self, step: &Step, buffer: &mut [u8; PAGE as usize]) -> Outcome {
-        let instruction = &step.instruction;
-        let lines = instruction.count;
-        let full = |word: u64| word as u32 == (word >> 32) as u32;
-        let access = self.access(step, &step.entry, instruction.base0, 8, true);
-        let old = self.bus.atomic(&access, &mut |word| {
-            let head = (word as u32).wrapping_add(lines as u32);
-            (!full(word)).then_some((word & !0xffff_ffff) | u64::from(head))
-        });
-        let mut outcome = Outcome {
-            elements: 1,
-            bytes: 8,
-            old: Some(old),
-            substatus: 0,
-        };
-        let bytes = lines * instruction.size;
-        let first = instruction
-            .base0
-            .wrapping_add(u64::from(old as u32) * instruction.size);
-        let page = step.entry.key.range();
-        if full(old) {
-            outcome.substatus = cb::QUEUE_LIMIT;
-            return outcome;
-        }
-        if !page.holds(Addr::new(first)) || !page.holds(Addr::new(first.wrapping_add(bytes - 1))) {
-            outcome.substatus = cb::PAGE_OVERFLOW;
-            return outcome;
-        }
-        let mut done = 0;
-        while done < bytes {
-            let vaddr = first + done;
-            let part = &mut buffer[..(bytes - done).min(PAGE - vaddr % PAGE) as usize];
-            self.segment
-                .load(step.dsr_map, instruction.tri0 + done, part);
-            self.write(step, &step.entry, vaddr, part);
-            done += part.len() as u64;
-        }
-        outcome.bytes += bytes;
-        outcome
     }
 }
 
@@ -447,22 +517,8 @@ impl Outcome {
             bytes,
             old: None,
             substatus: 0,
+            illegal: None,
         }
-    }
-}
-
-/// The TLB's entry for an access of the context, or the miss.
-fn translate(control: &Control, context: usize, vaddr: u64, write: bool) -> Result<TlbEntry, Miss> {
-    let region = control.contexts[context].region(vaddr);
-    let miss = |modify| Miss {
-        asid: region.asid,
-        vaddr,
-        modify,
-    };
-    match control.tlb.lookup(region.asid, region.sizes, vaddr) {
-        None => Err(miss(false)),
-        Some(entry) if write && !entry.writable => Err(miss(true)),
-        Some(entry) => Ok(*entry),
     }
 }
 

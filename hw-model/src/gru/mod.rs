@@ -32,10 +32,12 @@ mod context;
 mod control;
 mod doorbell;
 mod exec;
+mod extended;
 mod fault;
 mod instruction;
 mod interrupts;
 pub mod layout;
+mod message;
 mod purge;
 mod segment;
 mod stats;
@@ -256,8 +258,7 @@ impl Registers for Chiplet {
                 Register::FaultMap { index, word } => core.settled().fault_maps[index].read(word),
                 Register::Purge { index, word } => core.read_tgh(&core.settled(), index, word),
                 Register::Extended { slot, word } => {
-                    let _control = core.settled();
-                    core.segment.extended(slot, word)
+                    core.read_extended(&core.settled(), slot, word)
                 }
                 Register::Fault { slot, word } => core.read_fault(&core.settled(), slot, word),
                 Register::Context { index, word } => {

@@ -231,7 +231,6 @@ impl Segment {
         let new = cb::SUBSTATUS.put(new, substatus);
         // Release: pairs with the acquire in `read_cb`; results and data come before the status.
         self.cbs[slot].0[0].store(new, Ordering::Release);
-        self.set_extended(slot, cbe::STATE, status);
     }
 
     /// A word of an extended control block; 0 where there is none.

@@ -201,7 +201,7 @@ impl Call {
             args[1] = self.vectors.as_ptr() as usize;
         }
         // SAFETY: what a thread of this process asked for, with its arguments: as sound, or not, as its own call would be.
-        unsafe { gate::call(self.nr, args) }
+        unsafe { gate::own_call(self.nr, args) }
     }
 
     /// What the handlers are told. "Unchanged" where that is certain: some calls fail half-way.
@@ -247,7 +247,7 @@ fn advised(advice: usize) -> Cause {
 
 fn current_break() -> usize {
     // SAFETY: asks, and changes nothing.
-    unsafe { gate::call(libc::SYS_brk, [0; 6]) }.unwrap_or(0)
+    unsafe { gate::own_call(libc::SYS_brk, [0; 6]) }.unwrap_or(0)
 }
 
 /// The length of a shared segment, by its identifier.

@@ -109,6 +109,23 @@ impl ModelMemory {
         Self::with(bus, Arena::reserve_aside, arena_bytes, budget, Some(kernel))
     }
 
+    /// A memory of its own with the same addresses, as a process has that was forked off: a device reaches either at an address by the
+    /// PASID, or ASID, that it is given. Nothing of it is mapped; what a fork leaves in it is the caller's to copy. This process has
+    /// it elsewhere, see [`ModelMemory::view`].
+    ///
+    /// # Errors
+    /// As [`ModelMemory::new`].
+    pub fn twin(&self) -> Result<Arc<Self>, ModelError> {
+        let bytes = self.arena().len() as u64;
+        let reserve = |_| Arena::reserve_twin(&self.arena);
+        Self::with(&self.bus, reserve, bytes, Arc::clone(&self.budget), None)
+    }
+
+    /// Where this process has what is at `addr` for devices: there, but in a [twin](ModelMemory::twin).
+    pub fn view(&self, addr: Addr) -> Addr {
+        self.arena.view(addr)
+    }
+
     fn with(
         bus: &Bus,
         reserve: impl FnOnce(u64) -> Result<Arena, ModelError>,

@@ -31,18 +31,21 @@ mod kernel;
 mod page_table;
 #[cfg(test)]
 mod tests;
+mod touch;
 mod vma;
 
 use std::io::ErrorKind;
 use std::sync::Arc;
 
 use shootdown::{
-    Addr, Frame, Memory, MemoryError, PageSize, PageSizes, Range, Rights, Translation,
+    Addr, Exclusion, Frame, Memory, MemoryError, PageSize, PageSizes, Range, Rights, Touched,
+    Translation,
 };
 
 use self::arena::Arena;
 use self::kernel::Kernel;
 use self::page_table::{Backing, Entry, PageTable, Run, runs};
+use self::touch::Sight;
 pub use self::vma::VmaBudget;
 use crate::bus::Bus;
 use crate::error::ModelError;
@@ -65,6 +68,7 @@ pub struct ModelMemory {
     id: u64,
     /// Asked in every walk, where others change the memory too.
     kernel: Option<Kernel>,
+    touches: Sight,
 }
 
 impl ModelMemory {
@@ -149,6 +153,7 @@ impl ModelMemory {
             budget,
             id,
             kernel,
+            touches: Sight::default(),
         }))
     }
 
@@ -444,6 +449,20 @@ impl Memory for ModelMemory {
             found.rights &= kernel.rights(&found)?;
         }
         Some(found)
+    }
+
+    fn exclude(&self, range: Range, touched: Touched) -> Result<Box<dyn Exclusion>, MemoryError> {
+        let call = "UFFDIO_REGISTER";
+        self.check(call, range, PageSize::FourKiB)?;
+        if self.table.backed(range).count() as u64 != range.pages(PageSize::FourKiB) {
+            let errno = ErrorKind::NotFound;
+            return Err(MemoryError::System { call, range, errno });
+        }
+        let touches = self.touches.get(&self.budget, range)?;
+        let view = Range::new(self.view(range.start()), range.len() as u64);
+        let view = view.expect("as long as another, where this process has it");
+        let taken = touches.watch((range, view), touched, || self.arena.forget(range))?;
+        Ok(Box::new(taken))
     }
 }
 

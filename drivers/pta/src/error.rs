@@ -2,7 +2,7 @@
 
 use shootdown_primitive::time::Duration;
 
-use shootdown::{Addr, DeviceError, InsertError, MapError, ResetError};
+use shootdown::{Addr, DeviceError, ExcludeError, InsertError, MapError, ResetError};
 use thiserror::Error;
 
 /// Why something was not done.
@@ -31,6 +31,9 @@ pub enum PtaError {
     /// The portal cannot be mapped, or not be unmapped.
     #[error(transparent)]
     Map(#[from] MapError),
+    /// The CPU is not kept away.
+    #[error(transparent)]
+    Exclude(#[from] ExcludeError),
     /// All PASIDs are in use, or the device did not acknowledge the flush that those of the past need.
     #[error(
         "no PASID is free: {limit} address spaces use the device, or it does not acknowledge the flush before one is used again"

@@ -8,7 +8,7 @@ use shootdown_primitive::sync::{Arc, Mutex};
 use shootdown_primitive::time::{Duration, Instant};
 
 use shootdown::{
-    Addr, AddressSpace, Device, DeviceContext, MapWriteGuard, Op, Range, Segment, Share,
+    Addr, AddressSpace, Device, DeviceContext, Excluded, MapWriteGuard, Op, Range, Segment, Share,
     UnloadFailed, Unregistered,
 };
 
@@ -302,6 +302,23 @@ impl Queue {
     pub fn run(&self, slot: usize, command: &Command, time: Duration) -> Result<u64, PtaError> {
         self.submit(slot, command)?;
         self.wait(slot, time)
+    }
+
+    /// Keeps the CPU away from `range`, whole pages, until it touches one of them, and faults them in for writing: what the device does
+    /// there as long as [`Excluded::is_held`] says so, it does alone. In slot `slot`, in `time` at most.
+    ///
+    /// # Errors
+    /// [`PtaError::Exclude`] where nobody sees touches of the memory, among others; as [`Queue::run`].
+    pub fn exclusive(
+        &self,
+        slot: usize,
+        range: Range,
+        time: Duration,
+    ) -> Result<Excluded, PtaError> {
+        let space = self.work.space.pin.upgrade().ok_or(PtaError::QueueEnded)?;
+        let excluded = space.exclude(range, time)?;
+        self.run(slot, &Command::Touch { range, write: true }, time)?;
+        Ok(excluded)
     }
 
     /// Unmaps it: the queue is stopped, its addresses are free again, its share of the registration is put. Waits for the hardware,

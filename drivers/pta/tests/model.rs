@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 
 use shootdown::{
-    Addr, AddressSpace, Deadlines, DeviceError, Health, Map, PageSize, Range, Registers,
+    Addr, AddressSpace, Deadlines, DeviceError, ExcludeError, Health, Map, MemoryError, PageSize,
+    ProcessMemory, Range, Registers,
 };
 use shootdown_hw_model::pta::{FaultPlan, PtaConfig};
 use shootdown_hw_model::{Bus, ModelMemory, pta as model};
@@ -390,4 +391,18 @@ fn pages_of_every_size_are_used_as_the_device_has_them() {
         space.unmap(range).unwrap();
     }
     rig.clean();
+}
+
+#[test]
+fn exclusive_access_to_memory_whose_touches_nobody_sees_is_refused_by_name() {
+    let rig = healthy();
+    let memory = Arc::new(ProcessMemory::reserve(1 << 20).unwrap());
+    let space = AddressSpace::managed(memory, Deadlines::default());
+    let queue = rig.pta.queue(&space).unwrap();
+    let page = space.map(Map::anonymous(PAGE)).unwrap();
+    let refused = queue.exclusive(0, page, LONG).unwrap_err();
+    assert!(matches!(
+        refused,
+        PtaError::Exclude(ExcludeError::Memory(MemoryError::TouchNotSeen { .. }))
+    ));
 }

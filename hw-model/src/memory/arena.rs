@@ -144,6 +144,12 @@ impl Arena {
         self.call("madvise", libc::SYS_madvise, range, [advice, 0, 0, 0])
     }
 
+    /// Takes the frames that are mapped at `range` out of the page tables of this process. The next access finds them again.
+    pub(super) fn forget(&self, range: Range) -> Result<(), MemoryError> {
+        let advice = libc::MADV_DONTNEED as usize;
+        self.call("madvise", libc::SYS_madvise, range, [advice, 0, 0, 0])
+    }
+
     /// Makes `range` inaccessible and without memory.
     pub(super) fn cut(&self, range: Range) -> Result<(), MemoryError> {
         self.mmap(range, libc::PROT_NONE, RESERVED | libc::MAP_FIXED, -1, 0)

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use shootdown::{Addr, AddressSpace, Map, Range};
+use shootdown::{Addr, AddressSpace, ExcludeError, Excluded, Map, Range};
 use shootdown_gru::{Atomic, ChipletPorts, Element, Gru, GruError, Instruction};
 use shootdown_hw_model::{Bus, gru, pta};
 use shootdown_pta::{Command, Pta, PtaError, Queue};
@@ -46,6 +46,11 @@ pub(crate) trait User: Sync {
 
     /// Adds to the word at `at`, atomically: what was there.
     fn add(&self, at: Addr, value: u64) -> Result<u64, Fault>;
+
+    /// Keeps the CPU away from `range` of `space`, which is its space, by the driver where that has a call for it.
+    fn exclusive(&self, space: &AddressSpace, range: Range) -> Result<Excluded, ExcludeError> {
+        space.exclude(range, LONG)
+    }
 }
 
 /// A chiplet.
@@ -216,5 +221,13 @@ impl User for OnQueue {
 
     fn add(&self, at: Addr, value: u64) -> Result<u64, Fault> {
         self.run(Command::AtomicAdd { at, value })
+    }
+
+    fn exclusive(&self, _: &AddressSpace, range: Range) -> Result<Excluded, ExcludeError> {
+        match self.queue.exclusive(0, range, LONG) {
+            Ok(excluded) => Ok(excluded),
+            Err(PtaError::Exclude(error)) => Err(error),
+            Err(error) => panic!("{error}"),
+        }
     }
 }

@@ -41,7 +41,9 @@ suite! {
         spaces_cloned_as_fork_does_keep_private_pages_apart;
     kernel:
         shared_memory_is_seen_by_another_process_and_the_device
-        a_file_is_read_and_written;
+        a_file_is_read_and_written
+        exclusive_access_ends_with_a_touch_of_the_cpu
+        exclusive_access_ends_with_any_change_of_the_pages;
 }
 
 #[test]

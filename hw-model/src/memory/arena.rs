@@ -13,7 +13,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use shootdown::{MemoryError, PageSize, Range, Rights, own_call};
+use shootdown::{Addr, MemoryError, PageSize, Range, Rights, own_call};
 
 use crate::error::ModelError;
 use crate::physical::FRAME_BYTES;
@@ -63,6 +63,8 @@ fn failed(call: &'static str, bytes: u64, error: &io::Error) -> ModelError {
 /// A reserved range, unmapped when dropped.
 pub(super) struct Arena {
     range: Range,
+    /// How much further on, modulo 2^64, this process has it than devices do.
+    shift: u64,
 }
 
 impl Arena {
@@ -105,7 +107,21 @@ impl Arena {
         let limit = LIMIT;
         let range = Range::new(start, bytes);
         let range = range.map_err(|_| ModelError::Arena { bytes, limit })?;
-        Ok(Self { range })
+        Ok(Self { range, shift: 0 })
+    }
+
+    /// As [`Arena::reserve`], for devices at the addresses of `other`.
+    pub(super) fn reserve_twin(other: &Self) -> Result<Self, ModelError> {
+        let mut own = Self::reserve(other.range.len() as u64)?;
+        let (here, there) = (own.range.start().get(), other.range.start().get());
+        own.shift = here.wrapping_sub(there);
+        own.range = other.range;
+        Ok(own)
+    }
+
+    /// Where this process has what devices have at `addr`.
+    pub(super) fn view(&self, addr: Addr) -> Addr {
+        Addr::new(addr.get().wrapping_add(self.shift))
     }
 
     /// The reserved range.
@@ -129,6 +145,12 @@ impl Arena {
     /// Keeps the frames that are mapped at `range` out of child processes.
     pub(super) fn keep_from_children(&self, range: Range) -> Result<(), MemoryError> {
         let advice = libc::MADV_DONTFORK as usize;
+        self.call("madvise", libc::SYS_madvise, range, [advice, 0, 0, 0])
+    }
+
+    /// Takes the frames that are mapped at `range` out of the page tables of this process. The next access finds them again.
+    pub(super) fn forget(&self, range: Range) -> Result<(), MemoryError> {
+        let advice = libc::MADV_DONTNEED as usize;
         self.call("madvise", libc::SYS_madvise, range, [advice, 0, 0, 0])
     }
 
@@ -188,7 +210,10 @@ impl Arena {
             "{range} is not made of pages of the arena {}",
             self.range
         );
-        (range.start().get() as usize, range.len() as usize)
+        (
+            self.view(range.start()).get() as usize,
+            range.len() as usize,
+        )
     }
 }
 

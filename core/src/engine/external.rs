@@ -15,7 +15,7 @@ pub struct ExternalInvalidation<'s> {
 impl std::fmt::Debug for ExternalInvalidation<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_tuple("ExternalInvalidation")
-            .field(&self.invalidation.core)
+            .field(&self.invalidation.desk.as_ref().map(|desk| desk.core))
             .finish()
     }
 }
@@ -26,8 +26,7 @@ impl ExternalInvalidation<'_> {
     /// # Errors
     /// [`InvalidateError::HandlerPanicked`](crate::InvalidateError::HandlerPanicked) if an `end` did; everybody else has been told.
     pub fn end(mut self, outcome: Outcome) -> Result<(), InvalidateError> {
-        self.invalidation.end(outcome);
-        self.invalidation.panic_at_end()
+        self.invalidation.end(outcome).panic_at_end()
     }
 }
 

@@ -252,8 +252,7 @@ impl ExternalChange<'_> {
     /// # Errors
     /// [`InvalidateError::HandlerPanicked`] if an `end` did; everybody else has been told.
     pub fn end(mut self, outcome: Outcome) -> Result<(), InvalidateError> {
-        self.invalidation.end(outcome);
-        self.invalidation.panic_at_end()
+        self.invalidation.end(outcome).panic_at_end()
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::Arc as StdArc;
 use super::{Deadlines, ExitError, MapLock};
 use crate::addr::{PageSizes, Range};
 use crate::context::{self, InCallback};
-use crate::engine::{self, DeviceOp, Hit, InvalidateError};
+use crate::engine::{self, Desks, DeviceOp, Hit, InvalidateError};
 use crate::events::Events;
 use crate::ghosts::Ghosts;
 use crate::list::{Link, List, PutOff};
@@ -45,6 +45,7 @@ pub(crate) struct Space {
     pub(crate) deadlines: Deadlines,
     pub(crate) registry: Registry<Inner>,
     pub(crate) events: Events,
+    pub(crate) desks: Desks,
     pub(crate) hits: Pool<Hit>,
     pub(crate) device_ops: Pool<DeviceOp>,
     pub(crate) stats: Counters,
@@ -105,6 +106,7 @@ impl Space {
             deadlines,
             registry: Registry::new(),
             events: Events::new(),
+            desks: Desks::new(),
             hits: Pool::new(HITS),
             device_ops: Pool::new(DEVICES),
             stats: Counters::new(),

@@ -76,6 +76,7 @@ mod memory;
 #[cfg(all(test, loom))]
 mod model;
 mod notifier;
+mod plan;
 mod pool;
 mod primitive;
 mod process;

@@ -30,6 +30,7 @@ use crate::addr::{PageSizes, Range};
 use crate::context::{self, OpenInvalidation};
 use crate::memory::MemoryError;
 use crate::notifier::{Cause, Gather, Op, OpCore, Outcome, WouldBlock};
+use crate::plan::{FlushPlan, Pieces};
 use crate::pool::Chain;
 use crate::primitive::{Arc, Backoff};
 use crate::recorder::Kind;
@@ -37,7 +38,7 @@ use crate::registration::{Inner, Logged, Use};
 use crate::segment::SegmentInner;
 use crate::space::Space;
 use crate::stats::Counter;
-use crate::tlb::{Device, FlushCommand, FlushPlan, Health};
+use crate::tlb::{Device, FlushCommand, Health};
 use crate::watch::{Stage, Watch};
 
 /// Whether handlers may wait for locks.
@@ -129,11 +130,18 @@ pub(crate) struct Invalidation<'s> {
 #[derive(Clone, Copy)]
 pub(crate) struct What<'a> {
     pub(crate) range: Range,
-    /// The page sizes of the mappings in the range; all where that is not known.
-    pub(crate) sizes: PageSizes,
+    /// What is mapped in the range.
+    pub(crate) pieces: Pieces<'a>,
     pub(crate) cause: Cause,
     /// Segments whose own addresses go: their contexts are unloaded.
     pub(crate) segments: &'a [Arc<SegmentInner>],
+}
+
+/// The sizes of all pages in `range`.
+fn sizes_of(range: Range, pieces: Pieces<'_>) -> PageSizes {
+    let mut all = PageSizes::empty();
+    pieces(range, &mut |_, sizes| all |= sizes);
+    all
 }
 
 /// Runs all phases, with `change` as the fifth.
@@ -179,10 +187,11 @@ impl<'s> Invalidation<'s> {
             hits: Chain::new(&space.hits),
         })?;
         if !this.hits.is_empty() || !what.segments.is_empty() {
+            this.core.sizes = sizes_of(what.range, what.pieces);
             this.quiesce();
             if !this.trouble.would_block {
                 this.drain();
-                this.flush();
+                this.flush(what.pieces);
                 this.cut_off();
                 this.unload(what.segments);
             }
@@ -210,12 +219,7 @@ impl<'s> Invalidation<'s> {
     }
 
     fn start(space: &'s Arc<Space>, what: What<'_>, mode: Mode) -> Result<Self, InvalidateError> {
-        let What {
-            range,
-            sizes,
-            cause,
-            ..
-        } = what;
+        let What { range, cause, .. } = what;
         let limit = space.deadlines.room;
         let mut deadline = Deadline::new(limit);
         let mut backoff = Backoff::new();
@@ -227,7 +231,7 @@ impl<'s> Invalidation<'s> {
                         id: claim.id(),
                         range,
                         cause,
-                        sizes,
+                        sizes: PageSizes::empty(),
                         may_block: mode == Mode::Blocking,
                         drain: space.deadlines.drain,
                         post: Watch::post(claim.slot()),
@@ -399,7 +403,7 @@ impl<'s> Invalidation<'s> {
         space.recorder.record(Kind::Quiesced, core.id, 0, 0);
     }
 
-    fn flush(&mut self) {
+    fn flush(&mut self, pieces: Pieces<'_>) {
         let Self {
             space,
             core,
@@ -420,10 +424,10 @@ impl<'s> Invalidation<'s> {
             };
             let Some(range) = asked else { return };
             for target in &used.targets {
-                let plan = FlushPlan::new(range, core.sizes, target.device.limits());
+                let plan = FlushPlan::new(range, pieces, &target.device);
                 devices.for_each(|one| {
                     if one.device.same(&target.device) {
-                        for scope in plan.scopes() {
+                        for &scope in plan.scopes() {
                             one.add(FlushCommand {
                                 tag: target.tag,
                                 scope,

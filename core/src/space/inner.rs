@@ -7,7 +7,7 @@ use std::sync::Arc as StdArc;
 
 use super::{Deadlines, ExitError, MapLock};
 use crate::active::{Active, SLOTS};
-use crate::addr::{PageSizes, Range};
+use crate::addr::Range;
 use crate::context::{self, InCallback};
 use crate::engine::{self, DeviceOp, Hit, InvalidateError};
 use crate::events::Events;
@@ -16,6 +16,7 @@ use crate::list::{Link, List, PutOff};
 use crate::managed::Table;
 use crate::memory::Memory;
 use crate::notifier::{Cause, Notifier};
+use crate::plan;
 use crate::pool::{CHUNK, Pool};
 use crate::primitive::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crate::primitive::{Arc, Mutex};
@@ -336,7 +337,7 @@ impl Space {
     ) -> bool {
         let what = engine::What {
             range,
-            sizes: PageSizes::all(),
+            pieces: &plan::unknown,
             cause: Cause::Exit,
             segments,
         };

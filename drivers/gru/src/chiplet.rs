@@ -288,10 +288,16 @@ impl DeviceTlb for ChipletTlb {
     fn limits(&self) -> Limits {
         Limits {
             entry_sizes: PageSizes::all(),
-            pages_per_command: tgh::PAGES,
+            // One page more makes a purge complete, which is what a full flush is.
+            pages_per_command: tgh::PAGES - 1,
             commands_per_batch: 8,
             full_flush_cost: 4,
         }
+    }
+
+    /// Entries are what [`fault`](crate::fault) installs: the page that the translation names.
+    fn splits_pages(&self) -> bool {
+        false
     }
 
     fn issue(&self, command: FlushCommand) -> Issue {

@@ -1,5 +1,6 @@
 //! The driver over the model of its hardware, judged by the model's oracle.
 
+mod flush;
 mod hostile;
 mod instructions;
 mod misses;

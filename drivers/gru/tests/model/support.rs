@@ -20,7 +20,16 @@ pub(crate) struct Rig {
 
 impl Rig {
     pub(crate) fn new(chiplets: u32, hardware: ChipletConfig, config: Config) -> Self {
-        let bus = Bus::new(16 << 10).unwrap();
+        Self::with_frames(16 << 10, chiplets, hardware, config)
+    }
+
+    pub(crate) fn with_frames(
+        frames: u64,
+        chiplets: u32,
+        hardware: ChipletConfig,
+        config: Config,
+    ) -> Self {
+        let bus = Bus::new(frames).unwrap();
         let model = Model::new(&bus, chiplets, hardware);
         let ports = model.chiplets().iter().map(|chiplet| ChipletPorts {
             name: format!("gru{}", chiplet.config().device),
@@ -34,6 +43,11 @@ impl Rig {
 
     pub(crate) fn space(&self) -> AddressSpace {
         self.space_with(Deadlines::default())
+    }
+
+    pub(crate) fn space_of(&self, bytes: u64) -> AddressSpace {
+        let memory = ModelMemory::new(&self.bus, bytes).unwrap();
+        AddressSpace::managed(memory, Deadlines::default())
     }
 
     pub(crate) fn space_with(&self, deadlines: Deadlines) -> AddressSpace {

@@ -3,6 +3,7 @@
 mod flush;
 mod hostile;
 mod instructions;
+mod kernel;
 mod misses;
 mod oversubscribed;
 mod segments;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shootdown::{Addr, AddressSpace, Deadlines};
-use shootdown_gru::{ChipletPorts, Config, Gru};
+use shootdown_gru::{ChipletPorts, Config, Gru, Kernel};
 use shootdown_hw_model::gru::{ChipletConfig, Model};
 use shootdown_hw_model::{Bus, ModelMemory};
 
@@ -39,6 +39,11 @@ impl Rig {
         });
         let gru = Gru::attach(ports.collect(), config);
         Self { bus, model, gru }
+    }
+
+    /// The driver's own services, over memory of their own.
+    pub(crate) fn kernel(&self) -> Kernel {
+        Kernel::new(&self.gru, ModelMemory::new(&self.bus, 4 << 20).unwrap())
     }
 
     pub(crate) fn space(&self) -> AddressSpace {

@@ -31,18 +31,21 @@ mod kernel;
 mod page_table;
 #[cfg(test)]
 mod tests;
+mod touch;
 mod vma;
 
 use std::io::ErrorKind;
 use std::sync::Arc;
 
 use shootdown::{
-    Addr, Frame, Memory, MemoryError, PageSize, PageSizes, Range, Rights, Translation,
+    Addr, Exclusion, Frame, Memory, MemoryError, PageSize, PageSizes, Range, Rights, Touched,
+    Translation,
 };
 
 use self::arena::Arena;
 use self::kernel::Kernel;
 use self::page_table::{Backing, Entry, PageTable, Run, runs};
+use self::touch::Sight;
 pub use self::vma::VmaBudget;
 use crate::bus::Bus;
 use crate::error::ModelError;
@@ -65,6 +68,7 @@ pub struct ModelMemory {
     id: u64,
     /// Asked in every walk, where others change the memory too.
     kernel: Option<Kernel>,
+    touches: Sight,
 }
 
 impl ModelMemory {
@@ -109,6 +113,23 @@ impl ModelMemory {
         Self::with(bus, Arena::reserve_aside, arena_bytes, budget, Some(kernel))
     }
 
+    /// A memory of its own with the same addresses, as a process has that was forked off: a device reaches either at an address by the
+    /// PASID, or ASID, that it is given. Nothing of it is mapped; what a fork leaves in it is the caller's to copy. This process has
+    /// it elsewhere, see [`ModelMemory::view`].
+    ///
+    /// # Errors
+    /// As [`ModelMemory::new`].
+    pub fn twin(&self) -> Result<Arc<Self>, ModelError> {
+        let bytes = self.arena().len() as u64;
+        let reserve = |_| Arena::reserve_twin(&self.arena);
+        Self::with(&self.bus, reserve, bytes, Arc::clone(&self.budget), None)
+    }
+
+    /// Where this process has what is at `addr` for devices: there, but in a [twin](ModelMemory::twin).
+    pub fn view(&self, addr: Addr) -> Addr {
+        self.arena.view(addr)
+    }
+
     fn with(
         bus: &Bus,
         reserve: impl FnOnce(u64) -> Result<Arena, ModelError>,
@@ -132,6 +153,7 @@ impl ModelMemory {
             budget,
             id,
             kernel,
+            touches: Sight::default(),
         }))
     }
 
@@ -427,6 +449,20 @@ impl Memory for ModelMemory {
             found.rights &= kernel.rights(&found)?;
         }
         Some(found)
+    }
+
+    fn exclude(&self, range: Range, touched: Touched) -> Result<Box<dyn Exclusion>, MemoryError> {
+        let call = "UFFDIO_REGISTER";
+        self.check(call, range, PageSize::FourKiB)?;
+        if self.table.backed(range).count() as u64 != range.pages(PageSize::FourKiB) {
+            let errno = ErrorKind::NotFound;
+            return Err(MemoryError::System { call, range, errno });
+        }
+        let touches = self.touches.get(&self.budget, range)?;
+        let view = Range::new(self.view(range.start()), range.len() as u64);
+        let view = view.expect("as long as another, where this process has it");
+        let taken = touches.watch((range, view), touched, || self.arena.forget(range))?;
+        Ok(Box::new(taken))
     }
 }
 

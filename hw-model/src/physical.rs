@@ -91,8 +91,9 @@ impl Physical {
         self.buddy().free()
     }
 
-    /// The memfd, to map frames from: frame `n` begins at byte `n * 4096`.
-    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+    /// The memfd, to map frames from, or to read and write as a file: frame `n` begins at byte `n * 4096`. Whoever writes to frames
+    /// that are not theirs destroys somebody's data, as a device does.
+    pub fn fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
 

@@ -36,6 +36,7 @@ use crate::primitive::{Arc, Backoff};
 use crate::recorder::Kind;
 use crate::registration::{Inner, Logged, Use};
 use crate::segment::SegmentInner;
+use crate::source::Change;
 use crate::space::Space;
 use crate::stats::Counter;
 use crate::tlb::{Device, FlushCommand, Health};
@@ -121,6 +122,8 @@ pub(crate) struct Invalidation<'s> {
     trouble: Trouble,
     missed_deadline: bool,
     ended: bool,
+    /// From the end of the phases on.
+    change: Option<Change>,
     // Dropped last but one: callbacks of `end` are inside it. Then what was put off runs.
     _open: OpenInvalidation,
     _leave: crate::lock::Leave,
@@ -197,7 +200,10 @@ impl<'s> Invalidation<'s> {
             }
         }
         match this.error() {
-            None => Ok(this),
+            None => {
+                this.change = Some(space.sources.change(this.core.range));
+                Ok(this)
+            }
             Some(error) => {
                 this.end(match error {
                     InvalidateError::WouldBlock { .. } => Outcome::Unchanged,
@@ -242,6 +248,7 @@ impl<'s> Invalidation<'s> {
                     trouble: Trouble::default(),
                     missed_deadline: false,
                     ended: false,
+                    change: None,
                     _open: OpenInvalidation::enter(),
                     _leave: crate::lock::Leave,
                 };
@@ -514,6 +521,7 @@ impl<'s> Invalidation<'s> {
         if std::mem::replace(&mut self.ended, true) {
             return;
         }
+        self.change = None;
         let quarantined = outcome == Outcome::Quarantined;
         if !quarantined {
             // Before the uses are given back: while they last, a registration holds each device, and no count here is the last.

@@ -14,6 +14,7 @@ use shootdown_hw_model::gru::{ChipletConfig, FaultPlan, Latency, Model};
 use shootdown_hw_model::{Bus, ModelError, ModelMemory};
 use thiserror::Error;
 
+use crate::audit::{Audit, AuditError};
 use crate::faults::{Fault, Faults};
 use crate::foreign::{Foreign, SourceName};
 use crate::options::Options;
@@ -40,6 +41,8 @@ pub(crate) enum RunError {
     },
     #[error(transparent)]
     Source(#[from] SourceError),
+    #[error(transparent)]
+    Audit(#[from] AuditError),
     #[error(
         "--source none finds stale accesses whatever else is wrong: {with} says nothing beside it; name a source that tells in time"
     )]
@@ -54,7 +57,7 @@ impl RunError {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::TooManySegments { .. } | Self::NoTrace { .. } | Self::NothingToLearn { .. } => 2,
-            Self::Model(_) | Self::Source(_) | Self::Trace { .. } => 3,
+            Self::Model(_) | Self::Source(_) | Self::Audit(_) | Self::Trace { .. } => 3,
         }
     }
 }
@@ -202,11 +205,14 @@ pub(crate) fn run(
     };
     let arena = memory.arena();
     let space = AddressSpace::managed(memory.clone(), deadlines());
+    let start = || Audit::start(&space, arena);
+    let audit = options.audit.then(start).transpose()?;
+    let observer = audit.as_ref().map(Audit::observer);
     let (foreign, watches) = match options.source {
         None => (None, None),
         Some(source) => {
             let before = Count::now();
-            let (foreign, watched) = Foreign::start(source, &space, memory.clone())?;
+            let (foreign, watched) = Foreign::start(source, &space, memory.clone(), observer)?;
             sampler.keeps(before, Count::now());
             (Some(foreign), watched)
         }
@@ -355,6 +361,10 @@ pub(crate) fn run(
         }
         _ => Ok(()),
     };
+    if let Some(audit) = audit.map(Audit::finish) {
+        report.findings.extend(audit.findings());
+        report.audit = Some(audit);
+    }
     if let Some(Err((_, refused))) = watches.map(Watched::stop) {
         report
             .findings

@@ -26,7 +26,7 @@ use crate::config::{Config, Plant};
 use crate::context::{Context, Loaded};
 use crate::error::GruError;
 use crate::handle::Backoff;
-use crate::layout::{CONTEXTS, RESET, page_code, tgh};
+use crate::layout::{CONTEXTS, RESET, cch, configuration, page_code, tgh};
 use crate::load;
 use crate::purge::{Purge, Purges, Unended};
 use crate::stats::{Counters, Latencies};
@@ -276,6 +276,13 @@ impl Chiplet {
                 return None;
             }
             backoff.wait();
+        }
+        // What has been reset runs no context: one that says otherwise goes on with what it has in its TLB.
+        for index in 0..CONTEXTS {
+            let dw0 = self.registers.read(configuration(index)).ok()?;
+            if cch::state(dw0) != cch::INACTIVE {
+                return None;
+            }
         }
         Some(())
     }

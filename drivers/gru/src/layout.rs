@@ -113,6 +113,12 @@ pub(crate) mod cch {
     pub(crate) const ALLOCATE: u64 = 2;
     pub(crate) const DEALLOCATE: u64 = 4;
     pub(crate) const INTERRUPT_SYNC: u64 = 5;
+    /// State: it owns nothing, and does not run.
+    pub(crate) const INACTIVE: u64 = 0;
+    pub(crate) const fn state(dw0: u64) -> u64 {
+        (dw0 >> 24) & 3
+    }
+
     /// Cause: an unresolved fault locks the context.
     pub(crate) const LOCKED: u64 = 5;
     /// TLB misses go to the fault map.

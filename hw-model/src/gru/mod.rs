@@ -34,6 +34,8 @@ mod doorbell;
 mod exec;
 mod extended;
 mod fault;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod instruction;
 mod interrupts;
 pub mod layout;

@@ -9,10 +9,11 @@
 //! below it, and no notifier of the parent's would tell it. In the child the addresses are unmapped. A `fork` that falls
 //! between [`Arena::map`] and [`Arena::keep_from_children`] may inherit that one mapping; its parent is not harmed.
 
+use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use shootdown::{MemoryError, PageSize, Range, Rights, own_call};
+use shootdown::{Addr, MemoryError, PageSize, Range, Rights, own_call};
 
 use crate::error::ModelError;
 use crate::physical::FRAME_BYTES;
@@ -22,8 +23,8 @@ const LIMIT: u64 = 1 << 46;
 
 const ALIGN: u64 = PageSize::TwoMiB.bytes();
 
-/// Linux places mappings from the top of the address space down, or from a third of it up, and programs at two thirds: 16 TiB
-/// is far from all of them.
+/// Linux places mappings from the top of the address space down, or from a third of it up (42 TiB), and programs at two thirds:
+/// 16 to 32 TiB is far from all of them. Where in there is chance, so that two processes have different addresses.
 const ASIDE: u64 = 1 << 44;
 const ASIDE_TRIES: u64 = 16;
 
@@ -62,6 +63,8 @@ fn failed(call: &'static str, bytes: u64, error: &io::Error) -> ModelError {
 /// A reserved range, unmapped when dropped.
 pub(super) struct Arena {
     range: Range,
+    /// How much further on, modulo 2^64, this process has it than devices do.
+    shift: u64,
 }
 
 impl Arena {
@@ -88,7 +91,10 @@ impl Arena {
     pub(super) fn reserve_aside(bytes: u64) -> Result<Self, ModelError> {
         let bytes = size(bytes)?;
         let mut error = io::Error::from(io::ErrorKind::AddrInUse);
-        for start in (0..ASIDE_TRIES).map(|nth| ASIDE + nth * bytes) {
+        // Keyed by chance.
+        let chance = RandomState::new();
+        for nth in 0..ASIDE_TRIES {
+            let start = ASIDE + chance.hash_one(nth) % ASIDE / ALIGN * ALIGN;
             match nothing(start, bytes, libc::MAP_FIXED_NOREPLACE) {
                 Ok(at) => return Self::at(at, bytes),
                 Err(failed) => error = failed,
@@ -101,7 +107,21 @@ impl Arena {
         let limit = LIMIT;
         let range = Range::new(start, bytes);
         let range = range.map_err(|_| ModelError::Arena { bytes, limit })?;
-        Ok(Self { range })
+        Ok(Self { range, shift: 0 })
+    }
+
+    /// As [`Arena::reserve`], for devices at the addresses of `other`.
+    pub(super) fn reserve_twin(other: &Self) -> Result<Self, ModelError> {
+        let mut own = Self::reserve(other.range.len() as u64)?;
+        let (here, there) = (own.range.start().get(), other.range.start().get());
+        own.shift = here.wrapping_sub(there);
+        own.range = other.range;
+        Ok(own)
+    }
+
+    /// Where this process has what devices have at `addr`.
+    pub(super) fn view(&self, addr: Addr) -> Addr {
+        Addr::new(addr.get().wrapping_add(self.shift))
     }
 
     /// The reserved range.
@@ -125,6 +145,12 @@ impl Arena {
     /// Keeps the frames that are mapped at `range` out of child processes.
     pub(super) fn keep_from_children(&self, range: Range) -> Result<(), MemoryError> {
         let advice = libc::MADV_DONTFORK as usize;
+        self.call("madvise", libc::SYS_madvise, range, [advice, 0, 0, 0])
+    }
+
+    /// Takes the frames that are mapped at `range` out of the page tables of this process. The next access finds them again.
+    pub(super) fn forget(&self, range: Range) -> Result<(), MemoryError> {
+        let advice = libc::MADV_DONTNEED as usize;
         self.call("madvise", libc::SYS_madvise, range, [advice, 0, 0, 0])
     }
 
@@ -184,7 +210,10 @@ impl Arena {
             "{range} is not made of pages of the arena {}",
             self.range
         );
-        (range.start().get() as usize, range.len() as usize)
+        (
+            self.view(range.start()).get() as usize,
+            range.len() as usize,
+        )
     }
 }
 

@@ -4,11 +4,14 @@
 //! ASID: its instructions name memory itself, so they never miss. Their memory is that of a space which is the driver's own, so
 //! that no frame behind it changes. Threads share the context's control blocks, each with a part of its data.
 
+use std::marker::PhantomData;
+
 use shootdown_primitive::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use shootdown_primitive::time::{Duration, Instant};
 
-use shootdown::{Addr, AddressSpace, Deadlines, Memory};
+use shootdown::{Addr, AddressSpace, Deadlines, Device, Memory};
 
+use crate::chiplet::Chiplet;
 use crate::config::{MissMode, SegmentOptions};
 use crate::context::Context;
 use crate::error::{Ended, GruError};
@@ -25,28 +28,40 @@ pub(crate) const DATA: usize = 256;
 /// For an instruction, and for a control block.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// One blade's kernel context, and its control blocks that nobody uses.
-struct Blade {
-    number: u32,
+/// A kernel context, and its control blocks that nobody uses.
+struct Pool {
     context: Arc<Context>,
     free: Mutex<Vec<usize>>,
     returned: Condvar,
 }
 
-impl Blade {
+impl Pool {
+    fn new(chiplet: &Arc<Chiplet>, device: &Device) -> Arc<Self> {
+        let options = SegmentOptions {
+            control_blocks: BLOCKS,
+            data_bytes: BLOCKS * DATA,
+            misses: MissMode::UserPolling,
+        };
+        Arc::new(Self {
+            context: Context::new(chiplet, device, None, options),
+            free: Mutex::new((0..BLOCKS).collect()),
+            returned: Condvar::new(),
+        })
+    }
+
     fn free(&self) -> MutexGuard<'_, Vec<usize>> {
         // Changed by push and pop only.
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn take(&self, count: usize) -> Result<Vec<usize>, GruError> {
+    fn take(&self, blade: u32, count: usize) -> Result<Vec<usize>, GruError> {
         let begun = Instant::now();
         let mut free = self.free();
         while free.len() < count {
             let waited = begun.elapsed();
             let Some(left) = PATIENCE.checked_sub(waited).filter(|_| count <= BLOCKS) else {
                 return Err(GruError::NoFreeBlocks {
-                    blade: self.number,
+                    blade,
                     count,
                     waited,
                 });
@@ -56,6 +71,25 @@ impl Blade {
         }
         let from = free.len() - count;
         Ok(free.split_off(from))
+    }
+
+    fn end(&self) {
+        if let Err(error) = self.context.discard(Ended::Unmapped) {
+            tracing::warn!(%error, "a kernel context stays");
+        }
+    }
+}
+
+/// One blade's kernel context. Where a reset has cost it its state, the next who wants it makes another.
+struct Blade {
+    number: u32,
+    pool: Mutex<Arc<Pool>>,
+}
+
+impl Blade {
+    fn pool(&self) -> MutexGuard<'_, Arc<Pool>> {
+        // Changed by one assignment.
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -77,16 +111,9 @@ impl std::fmt::Debug for Kernel {
 impl Kernel {
     /// The services of `gru`, over memory that nobody else uses or changes.
     pub fn new<M: Memory>(gru: &Arc<Gru>, memory: Arc<M>) -> Self {
-        let options = SegmentOptions {
-            control_blocks: BLOCKS,
-            data_bytes: BLOCKS * DATA,
-            misses: MissMode::UserPolling,
-        };
         let blades = gru.blades().map(|(number, (chiplet, device))| Blade {
             number,
-            context: Context::new(chiplet, device, None, options),
-            free: Mutex::new((0..BLOCKS).collect()),
-            returned: Condvar::new(),
+            pool: Mutex::new(Pool::new(chiplet, device)),
         });
         Self {
             gru: Arc::clone(gru),
@@ -134,10 +161,27 @@ impl Kernel {
         let blades = self.blades.len();
         let own = self.blades.iter().find(|own| own.number == blade);
         let own = own.ok_or(GruError::NoBlade { blade, blades })?;
+        let pool = Arc::clone(&*self.renew(own));
         Ok(Pending {
-            blocks: own.take(count)?,
-            blade: own,
+            blocks: pool.take(blade, count)?,
+            pool,
+            _kernel: PhantomData,
         })
+    }
+
+    fn renew<'b>(&self, blade: &'b Blade) -> MutexGuard<'b, Arc<Pool>> {
+        let mut pool = blade.pool();
+        if pool.context.is_lost() {
+            pool.end();
+            let own = self
+                .gru
+                .blades()
+                .find(|(number, _)| *number == blade.number);
+            if let Some((_, (chiplet, device))) = own {
+                *pool = Pool::new(chiplet, device);
+            }
+        }
+        pool
     }
 
     /// A queue for messages of any blade's processors to whoever receives: `lines` cache lines, its header of four included.
@@ -199,9 +243,7 @@ impl Kernel {
 impl Drop for Kernel {
     fn drop(&mut self) {
         for blade in &self.blades {
-            if let Err(error) = blade.context.discard(Ended::Unmapped) {
-                tracing::warn!(blade = blade.number, %error, "a kernel context stays");
-            }
+            blade.pool().end();
         }
     }
 }
@@ -262,14 +304,14 @@ impl Drop for Words<'_> {
 
 /// Control blocks of a kernel context that are one thread's own. Dropping it gives them back, once what is at work has ended.
 pub struct Pending<'k> {
-    blade: &'k Blade,
+    pool: Arc<Pool>,
     blocks: Vec<usize>,
+    _kernel: PhantomData<&'k Kernel>,
 }
 
 impl std::fmt::Debug for Pending<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Pending")
-            .field("blade", &self.blade.number)
             .field("blocks", &self.blocks)
             .finish()
     }
@@ -295,7 +337,7 @@ impl Pending<'_> {
     /// As [`Segment::submit`](crate::Segment::submit).
     pub fn submit(&self, nth: usize, instruction: &Instruction) -> Result<(), GruError> {
         let instruction = instruction.unmapped().interrupting();
-        self.blade.context.submit(self.block(nth)?, &instruction)
+        self.pool.context.submit(self.block(nth)?, &instruction)
     }
 
     /// How many instructions have not ended.
@@ -305,7 +347,7 @@ impl Pending<'_> {
     pub fn count(&self) -> Result<usize, GruError> {
         let mut count = 0;
         for block in &self.blocks {
-            let found = self.blade.context.poll(*block)?;
+            let found = self.pool.context.poll(*block)?;
             count += usize::from(matches!(found, Status::Active | Status::CallOs));
         }
         Ok(count)
@@ -316,7 +358,7 @@ impl Pending<'_> {
     /// # Errors
     /// As [`Segment::wait_asleep`](crate::Segment::wait_asleep).
     pub fn wait(&self, nth: usize) -> Result<u64, GruError> {
-        self.blade.context.wait_asleep(self.block(nth)?, PATIENCE)
+        self.pool.context.wait_asleep(self.block(nth)?, PATIENCE)
     }
 
     /// [`Pending::submit`], then waits for it by polling.
@@ -325,13 +367,13 @@ impl Pending<'_> {
     /// As those.
     pub fn run(&self, nth: usize, instruction: &Instruction) -> Result<u64, GruError> {
         let block = self.block(nth)?;
-        self.blade.context.submit(block, &instruction.unmapped())?;
-        self.blade.context.wait(block, PATIENCE)
+        self.pool.context.submit(block, &instruction.unmapped())?;
+        self.pool.context.wait(block, PATIENCE)
     }
 
     /// What became of the `nth` block's message.
     pub(crate) fn delivery(&self, nth: usize) -> Result<crate::Delivery, GruError> {
-        self.blade.context.delivery(self.block(nth)?)
+        self.pool.context.delivery(self.block(nth)?)
     }
 
     /// Reads the data of the `nth` block.
@@ -341,7 +383,7 @@ impl Pending<'_> {
     pub fn read_data(&self, nth: usize, into: &mut [u64]) -> Result<(), GruError> {
         self.block(nth)?;
         let offset = self.data(nth).into();
-        self.blade.context.read_data(offset, into)
+        self.pool.context.read_data(offset, into)
     }
 
     /// Writes the data of the `nth` block.
@@ -351,7 +393,7 @@ impl Pending<'_> {
     pub fn write_data(&self, nth: usize, from: &[u64]) -> Result<(), GruError> {
         self.block(nth)?;
         let offset = self.data(nth).into();
-        self.blade.context.write_data(offset, from)
+        self.pool.context.write_data(offset, from)
     }
 }
 
@@ -360,10 +402,10 @@ impl Drop for Pending<'_> {
         let mut left = std::mem::take(&mut self.blocks);
         // One that is stuck is nobody's any more.
         left.retain(|block| {
-            let ended = self.blade.context.wait(*block, PATIENCE);
+            let ended = self.pool.context.wait(*block, PATIENCE);
             !matches!(ended, Err(GruError::Timeout { .. }))
         });
-        self.blade.free().extend(left);
-        self.blade.returned.notify_all();
+        self.pool.free().extend(left);
+        self.pool.returned.notify_all();
     }
 }

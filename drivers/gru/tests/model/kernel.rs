@@ -281,6 +281,39 @@ fn control_blocks_of_a_kernel_context_are_shared_and_waited_for() {
     rig.clean();
 }
 
+#[test]
+fn a_kernel_context_that_a_reset_has_cost_its_state_is_made_anew() {
+    let hardware = ChipletConfig {
+        faults: FaultPlan {
+            stuck: 1.0,
+            ..FaultPlan::default()
+        },
+        ..ChipletConfig::default()
+    };
+    let rig = Rig::new(1, hardware, Config::default());
+    let kernel = rig.kernel();
+    let before = kernel.reserve(0, 1).unwrap();
+    before.run(0, &Instruction::nop()).unwrap();
+    let space = rig.space();
+    reset(&rig, &space);
+    let error = before.run(0, &Instruction::nop()).unwrap_err();
+    assert!(matches!(error, GruError::ContextLost { .. }), "{error}");
+    drop(before);
+    assert_eq!(kernel.self_test().unwrap(), 4);
+    drop(kernel);
+    rig.clean();
+}
+
+/// Has the framework reset the chiplet, as a purge is not acknowledged.
+fn reset(rig: &Rig, space: &shootdown::AddressSpace) {
+    let segment = rig.gru.segment(space).unwrap();
+    let buffer = space.map(Map::anonymous(4096)).unwrap();
+    let set = Instruction::vset(buffer.start(), 1, Element::Double, 1);
+    segment.run(0, &set, LONG).unwrap();
+    space.discard(buffer).unwrap();
+    assert_eq!(rig.gru.stats().resets, 1);
+}
+
 /// All 24 bits of ASIDs, from near their end on.
 #[test]
 fn asids_wrap_with_a_flush_and_a_new_generation() {

@@ -25,7 +25,7 @@ use crate::asid::{Asids, Words};
 use crate::config::{Config, Plant};
 use crate::context::{Context, Loaded};
 use crate::error::GruError;
-use crate::handle::Backoff;
+use crate::handle::{Backoff, Timing};
 use crate::layout::{CONTEXTS, RESET, cch, configuration, page_code, tgh};
 use crate::load;
 use crate::purge::{Purge, Purges, Unended};
@@ -171,6 +171,11 @@ impl Chiplet {
             let cb = one.loaded.control_block(slot)?;
             Some((Arc::clone(&one.context), cb))
         })
+    }
+
+    /// What purges have cost.
+    pub(crate) fn purge_timing(&self) -> &Timing {
+        &self.purges.timing
     }
 
     /// What became of purges that did not end by themselves.

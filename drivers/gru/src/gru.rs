@@ -207,7 +207,9 @@ impl Gru {
 
     /// What each operation of the driver's handles has cost.
     pub fn operations(&self) -> Vec<OperationStats> {
-        self.counters.operations.read()
+        let chiplets = self.fabric.chiplets.iter();
+        let purges = chiplets.map(|chiplet| chiplet.purge_timing());
+        self.counters.operations.read(purges)
     }
 
     /// What has been counted.

@@ -33,6 +33,7 @@ mod shared;
 mod stats;
 mod status;
 mod stop;
+mod window;
 
 pub use config::{ChipletPorts, Config, LateDropIns, MissMode, Plant, SegmentOptions, Steal};
 pub use error::{Causes, Ended, GruError};

@@ -38,6 +38,28 @@ fn the_four_self_tests_pass_on_every_blade() {
     rig.clean();
 }
 
+#[test]
+fn chiplets_are_found_in_the_one_window_of_a_machine() {
+    let bus = Bus::new(4096).unwrap();
+    let model = Model::new(&bus, 6, ChipletConfig::default());
+    let machine: Arc<dyn Registers> = Arc::new(model.clone());
+    assert_eq!(machine.len(), 6 * (128 << 20));
+    assert!(machine.read(machine.len()).is_err());
+    let ports = (0..6).map(|nth| {
+        let interrupts = model.chiplets()[nth as usize].clone();
+        ChipletPorts::of_machine(&machine, nth, interrupts)
+    });
+    let gru = Gru::attach(ports.collect(), Config::default());
+    let kernel = Kernel::new(&gru, ModelMemory::new(&bus, 4 << 20).unwrap());
+    assert_eq!(kernel.blades().collect::<Vec<_>>(), [0, 1, 2]);
+    assert_eq!(kernel.self_test().unwrap(), 12);
+    let used = |nth: usize| model.chiplets()[nth].counts().instructions > 0;
+    assert_eq!(
+        [0, 1, 2, 3, 4, 5].map(used),
+        [true, false, true, false, true, false]
+    );
+}
+
 /// A chiplet whose data segment has a bit that is always set.
 struct StuckBit(Arc<dyn Registers>);
 

@@ -1,9 +1,10 @@
 //! Invalidations that somebody outside drives.
 
 use super::{InvalidateError, Invalidation, Mode, What};
-use crate::addr::{PageSizes, Range};
+use crate::addr::Range;
 use crate::context;
 use crate::notifier::{Cause, Outcome};
+use crate::plan;
 
 /// An invalidation that somebody outside drives: the pages change between [`begin`](crate::AddressSpace::begin_invalidation)
 /// and [`ExternalInvalidation::end`]. Bound to its thread; on it everything counts as inside a callback meanwhile.
@@ -69,7 +70,7 @@ impl crate::AddressSpace {
         }
         let what = What {
             range,
-            sizes: PageSizes::all(),
+            pieces: &plan::unknown,
             cause,
             segments: &[],
         };

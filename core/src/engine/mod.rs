@@ -34,6 +34,7 @@ use crate::context::{self, OpenInvalidation};
 use crate::memory::MemoryError;
 use crate::notes::Note;
 use crate::notifier::{Cause, Gather, Op, OpCore, Outcome, WouldBlock};
+use crate::plan::{FlushPlan, Pieces};
 use crate::pool::Chain;
 use crate::primitive::{Arc, Backoff};
 use crate::recorder::Kind;
@@ -42,7 +43,7 @@ use crate::segment::SegmentInner;
 use crate::source::Change;
 use crate::space::Space;
 use crate::stats::Counter;
-use crate::tlb::{Device, FlushCommand, FlushPlan, Health};
+use crate::tlb::{Device, FlushCommand, Health};
 use crate::watch::{Name, Stage, Watch};
 
 /// Whether handlers may wait for locks.
@@ -185,11 +186,18 @@ pub(crate) struct Invalidation<'s> {
 #[derive(Clone, Copy)]
 pub(crate) struct What<'a> {
     pub(crate) range: Range,
-    /// The page sizes of the mappings in the range; all where that is not known.
-    pub(crate) sizes: PageSizes,
+    /// What is mapped in the range.
+    pub(crate) pieces: Pieces<'a>,
     pub(crate) cause: Cause,
     /// Segments whose own addresses go: their contexts are unloaded.
     pub(crate) segments: &'a [Arc<SegmentInner>],
+}
+
+/// The sizes of all pages in `range`.
+fn sizes_of(range: Range, pieces: Pieces<'_>) -> PageSizes {
+    let mut all = PageSizes::empty();
+    pieces(range, &mut |_, sizes| all |= sizes);
+    all
 }
 
 /// Runs all phases, with `change` as the fifth.
@@ -244,10 +252,11 @@ impl<'s> Invalidation<'s> {
             }
         };
         if !desk.hits.is_empty() || !what.segments.is_empty() {
+            desk.core.sizes = sizes_of(what.range, what.pieces);
             desk.quiesce();
             if !desk.trouble.would_block {
                 desk.drain();
-                desk.flush();
+                desk.flush(what.pieces);
                 desk.cut_off();
                 desk.unload(what.segments);
             }
@@ -290,7 +299,7 @@ fn start<'s>(
                 id: claim.id(),
                 range,
                 cause: what.cause,
-                sizes: what.sizes,
+                sizes: PageSizes::empty(),
                 may_block: mode == Mode::Blocking,
                 drain: space.deadlines.drain,
                 post: Watch::post(claim.slot()),
@@ -463,7 +472,7 @@ impl<'s> Desk<'s> {
         space.recorder.record(Kind::Quiesced, core.id, 0, 0);
     }
 
-    fn flush(&mut self) {
+    fn flush(&mut self, pieces: Pieces<'_>) {
         let space = self.space;
         let Work {
             core,
@@ -484,10 +493,10 @@ impl<'s> Desk<'s> {
             };
             let Some(range) = asked else { return };
             for target in used.targets() {
-                let plan = FlushPlan::new(range, core.sizes, target.device.limits());
+                let plan = FlushPlan::new(range, pieces, &target.device);
                 devices.for_each(|one| {
                     if one.device.same(&target.device) {
-                        for scope in plan.scopes() {
+                        for &scope in plan.scopes() {
                             one.add(FlushCommand {
                                 tag: target.tag,
                                 scope,

@@ -62,6 +62,13 @@ struct Entry {
     source: Arc<dyn Source>,
 }
 
+/// A range that an operation of the space itself changes, and on which thread.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct OwnRange {
+    range: Range,
+    thread: u32,
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -72,7 +79,7 @@ pub(crate) struct Sources {
     /// Raised and lowered under the lock, so that the many spaces without a source pay one load.
     count: AtomicUsize,
     /// What the space's own operations are about to change: a source is told of it too, and has nothing to tell.
-    own: Mutex<[Option<Range>; SLOTS]>,
+    own: Mutex<[Option<OwnRange>; SLOTS]>,
 }
 
 impl Sources {
@@ -191,10 +198,12 @@ impl Sources {
                 ranges: [None; 2],
             };
         }
+        // SAFETY: no arguments.
+        let thread = unsafe { libc::syscall(libc::SYS_gettid) } as u32;
         let mut own = lock(&self.own);
         for range in ranges.into_iter().flatten() {
             if let Some(free) = own.iter_mut().find(|one| one.is_none()) {
-                *free = Some(range);
+                *free = Some(OwnRange { range, thread });
             }
         }
         Own {
@@ -203,14 +212,15 @@ impl Sources {
         }
     }
 
-    /// Whether exactly this is being changed by an operation of the space itself, which has shot it down.
-    pub(crate) fn is_own(&self, range: Range) -> bool {
-        lock(&self.own).iter().flatten().any(|one| *one == range)
+    /// Whether exactly this is being changed, on this thread, by an operation of the space itself, which has shot it down.
+    pub(crate) fn is_own(&self, range: Range, thread: u32) -> bool {
+        let asked = OwnRange { range, thread };
+        lock(&self.own).iter().flatten().any(|one| *one == asked)
     }
 
     /// What the space's own operations are changing.
     pub(crate) fn owned(&self) -> [Option<Range>; SLOTS] {
-        *lock(&self.own)
+        lock(&self.own).map(|one| one.map(|one| one.range))
     }
 }
 
@@ -241,7 +251,10 @@ impl Drop for Own<'_> {
         }
         let mut own = lock(&self.sources.own);
         for range in self.ranges.into_iter().flatten() {
-            if let Some(one) = own.iter_mut().find(|one| **one == Some(range)) {
+            if let Some(one) = own
+                .iter_mut()
+                .find(|one| one.is_some_and(|one| one.range == range))
+            {
                 *one = None;
             }
         }

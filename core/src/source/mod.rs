@@ -38,6 +38,7 @@ pub(crate) use self::coverage::Sources;
 use self::coverage::{SOURCES, Table};
 pub use self::operation::{Needs, Operation, Operations, Sees};
 pub use self::probe::{Seen, Tried};
+use self::service::Stop;
 pub use self::uffd::Uffd;
 pub use self::unotify::Unotify;
 use crate::addr::{PageSize, PageSizes, Range};
@@ -225,9 +226,10 @@ impl Sink {
         self.pin.space().sources.owned()
     }
 
-    /// Whether exactly this range is being changed by an operation of the space itself, which has shot it down.
-    pub fn is_own(&self, range: Range) -> bool {
-        self.pin.space().sources.is_own(range)
+    /// Whether exactly this range is being changed, by this thread (its number in the kernel), by an operation of the space itself,
+    /// which has shot it down. Another thread's change of the same range is not its own: it may come when that operation has ended.
+    pub fn is_own(&self, range: Range, thread: u32) -> bool {
+        self.pin.space().sources.is_own(range, thread)
     }
 }
 
@@ -254,32 +256,35 @@ impl ExternalChange<'_> {
     }
 }
 
-/// A source that watches a space. Dropping it stops it.
+/// A source that watches a space. Dropping it stops it; where that could wait for itself, as in a callback, a thread of this crate
+/// does, and dropping neither waits nor frees.
 pub struct Watched {
-    source: Arc<dyn Source>,
-    sink: Arc<Sink>,
-    tried: Vec<Tried>,
-    stopped: bool,
+    /// Until it is stopped.
+    running: Option<Box<Stop>>,
 }
 
 impl std::fmt::Debug for Watched {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Watched")
-            .field("source", &self.source.name())
-            .field("range", &self.sink.range)
+            .field("source", &self.running().source.name())
+            .field("range", &self.range())
             .finish_non_exhaustive()
     }
 }
 
 impl Watched {
+    fn running(&self) -> &Stop {
+        self.running.as_ref().expect("it is stopped by its end")
+    }
+
     /// What is watched.
     pub fn range(&self) -> Range {
-        self.sink.range
+        self.running().sink.range
     }
 
     /// What the self-test came to, operation by operation.
     pub fn self_test(&self) -> &[Tried] {
-        &self.tried
+        &self.running().tried
     }
 
     /// Stops it: what has been begun for the space is over on return, and later changes are not told. Registrations stay.
@@ -287,39 +292,31 @@ impl Watched {
     /// # Errors
     /// [`Refused`] inside a callback, and with a `NotifierLock` held; the source goes on then, and is stopped by
     /// the value that was given back.
-    pub fn stop(mut self) -> Result<(), (Self, Refused)> {
+    pub fn stop(self) -> Result<(), (Self, Refused)> {
         if let Err(refused) = context::wait_refusal("stop") {
             return Err((self, refused));
         }
-        self.stop_now();
+        drop(self);
         Ok(())
     }
+}
 
-    fn stop_now(&mut self) {
-        if std::mem::replace(&mut self.stopped, true) {
-            return;
-        }
-        self.sink.pin.space().sources.remove(self.key());
-        self.source.stop(&self.sink);
-    }
-
-    fn key(&self) -> usize {
-        Arc::as_ptr(&self.sink) as usize
-    }
+fn key(sink: &Arc<Sink>) -> usize {
+    Arc::as_ptr(sink) as usize
 }
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        if self.stopped {
+        let Some(running) = self.running.take() else {
             return;
-        }
+        };
+        let sink = &running.sink;
+        sink.pin.space().sources.remove(key(sink));
         if context::wait_refusal("stop").is_ok() {
-            self.stop_now();
+            running.source.stop(sink);
         } else {
             // It could wait for itself: the service thread stops it.
-            self.stopped = true;
-            self.sink.pin.space().sources.remove(self.key());
-            service::stop_later(self.source.clone(), self.sink.clone());
+            service::stop_later(running);
         }
     }
 }
@@ -358,14 +355,17 @@ impl AddressSpace {
             let tried = tried.iter().find(|one| one.operation == operation);
             tried.map_or(Sees::empty(), |one| one.counts())
         });
-        let watched = Watched {
-            source,
-            sink,
-            tried,
-            stopped: false,
-        };
         let sources = &self.space.sources;
-        if !sources.add(watched.key(), range, table, watched.source.clone()) {
+        let entry = (key(&sink), source.clone());
+        let watched = Watched {
+            running: Some(Box::new(Stop {
+                source,
+                sink,
+                tried,
+                next: None,
+            })),
+        };
+        if !sources.add(entry.0, range, table, entry.1) {
             return Err(SourceError::NoRoom { limit: SOURCES });
         }
         Ok(watched)

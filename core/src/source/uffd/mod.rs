@@ -11,8 +11,9 @@
 //!
 //! # Two threads
 //! The *reader* reads, queues, and does nothing else: it takes no lock of an application, allocates nothing, and never
-//! unmaps what is watched, as it would wait for itself for ever. The *server* makes the invalidations, and runs releases, which may unmap
-//! what they like. The queue has a fixed size; what does not fit means that everything is flushed (R19).
+//! unmaps what is watched, as it would wait for itself for ever. The *server* makes the invalidations; releases, which may unmap what
+//! they like and take any lock, run on the service thread. The queue has a fixed size; what does not fit means that everything is
+//! flushed (R19).
 //!
 //! # News of an earlier mapping (R29)
 //! While an event is unread its range can be mapped and registered again. So an insertion waits ([`Source::settle`]) until what had
@@ -30,8 +31,10 @@ use std::thread::{JoinHandle, ThreadId};
 
 use self::sys::{Descriptor, Event};
 use super::operation::{Operation, Sees};
+use super::service::{self, Service};
 use super::{Sink, Source, SourceError};
 use crate::addr::Range;
+use crate::context::OpenInvalidation;
 use crate::notifier::Cause;
 use crate::primitive::Backoff;
 
@@ -94,6 +97,7 @@ struct Shared {
     queue: Mutex<Queue>,
     changed: Condvar,
     server: Mutex<Option<ThreadId>>,
+    service: Service,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -165,6 +169,7 @@ impl Source for Uffd {
             }),
             changed: Condvar::new(),
             server: Mutex::new(None),
+            service: service::start()?,
         });
         let spawn = |name: &str, run: fn(&Shared)| {
             let shared = shared.clone();
@@ -352,15 +357,20 @@ impl Shared {
                 continue;
             }
             drop(queue);
-            if lost {
-                self.tell(None, Cause::External);
+            {
+                // What the handlers put off is not waited for by those who wait until this is told.
+                let _open = OpenInvalidation::enter();
+                if lost {
+                    self.tell(None, Cause::External);
+                }
+                if let Some(event) = event {
+                    self.act(event);
+                }
             }
-            if let Some(event) = event {
-                self.act(event);
-            }
-            queue = lock(&self.queue);
-            queue.done += u64::from(event.is_some());
+            lock(&self.queue).done += u64::from(event.is_some());
             self.changed.notify_all();
+            service::hand_over(self.service);
+            queue = lock(&self.queue);
         }
     }
 

@@ -2,10 +2,12 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::addr::Range;
 use crate::source::scratch::PAGE;
-use crate::source::{SourceError, Uffd};
+use crate::source::{SourceError, Uffd, gate};
 
 #[repr(C)]
 struct Api {
@@ -87,18 +89,25 @@ pub(super) struct Descriptor {
     sentinel: usize,
     /// It is told of forks.
     pub(super) forks: bool,
+    /// The event of a fork comes with a descriptor: this one is given up for it where no more can be had.
+    spare: Mutex<Option<OwnedFd>>,
 }
 
-fn ioctl<T>(fd: &OwnedFd, request: libc::Ioctl, argument: &mut T) -> io::Result<()> {
-    // SAFETY: each request of this module is given the structure that it is defined with; none changes memory but that, and
-    // registrations.
-    match unsafe { libc::ioctl(fd.as_raw_fd(), request, std::ptr::from_mut(argument)) } {
-        -1 => Err(io::Error::last_os_error()),
-        _ => Ok(()),
+pub(in crate::source) fn ioctl<T>(
+    fd: &OwnedFd,
+    request: libc::Ioctl,
+    argument: &mut T,
+) -> io::Result<()> {
+    let argument = std::ptr::from_mut(argument) as usize;
+    let args = [fd.as_raw_fd() as usize, request as usize, argument, 0, 0, 0];
+    // SAFETY: each request is given the structure that it is defined with, and pages that are its caller's.
+    match unsafe { gate::call(libc::SYS_ioctl, args) } {
+        Ok(_) => Ok(()),
+        Err(errno) => Err(io::Error::from_raw_os_error(errno)),
     }
 }
 
-fn open() -> io::Result<OwnedFd> {
+pub(in crate::source) fn open() -> io::Result<OwnedFd> {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
     if let Ok(device) = std::fs::File::open("/dev/userfaultfd") {
         // SAFETY: the request takes flags and gives a descriptor.
@@ -149,11 +158,16 @@ impl Descriptor {
         if page == libc::MAP_FAILED {
             return Err(SourceError::last("mmap of the sentinel"));
         }
+        let spare = fd
+            .try_clone()
+            .map_err(|error| SourceError::System { call: "dup", error });
         let this = Self {
             fd,
             sentinel: page as usize,
             forks,
+            spare: Mutex::new(None),
         };
+        *this.spare.lock().unwrap_or_else(PoisonError::into_inner) = Some(spare?);
         // SAFETY: mapped just now. It stays out of children, as its descriptor does.
         unsafe { libc::madvise(page, PAGE, libc::MADV_DONTFORK) };
         let sentinel = Range::new(this.sentinel as u64, PAGE as u64).expect("a page");
@@ -197,15 +211,38 @@ impl Descriptor {
         !matches!(said, Err(error) if error.raw_os_error() == Some(libc::EAGAIN))
     }
 
+    fn read_message(&self) -> io::Result<Message> {
+        let mut message = Message::default();
+        let (at, len) = (&raw mut message, size_of::<Message>());
+        // SAFETY: the message is as long as said.
+        match unsafe { libc::read(self.raw(), at.cast(), len) } {
+            -1 => Err(io::Error::last_os_error()),
+            read if read == len as isize => Ok(message),
+            _ => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+
     /// The next event, if there is one: whoever caused it goes on.
     pub(super) fn read(&self) -> Option<Event> {
-        let mut message = Message::default();
-        // SAFETY: the message is as long as said.
-        let read =
-            unsafe { libc::read(self.raw(), (&raw mut message).cast(), size_of::<Message>()) };
-        if read != size_of::<Message>() as isize {
-            return None;
+        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        let none_left =
+            |error: &io::Error| matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE));
+        let mut message = self.read_message();
+        if message.as_ref().is_err_and(none_left) {
+            if spare.take().is_none() {
+                // Somebody has taken it: until he gives one back, the fork waits.
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            message = self.read_message();
         }
+        let event = message.ok().and_then(Self::event);
+        if spare.is_none() {
+            *spare = self.fd.try_clone().ok();
+        }
+        event
+    }
+
+    fn event(message: Message) -> Option<Event> {
         let [a, b, c] = message.arguments;
         let range = |start: u64, len: u64| Range::new(start, len).ok();
         match message.event {

@@ -9,8 +9,15 @@
 //! The filter is installed for all threads at once (TSYNC), the supervisors among them, and inherited by those that come later. What exempts
 //! the supervisors' calls is not the thread, which a filter cannot see, but the place that they come from: the [`gate`]. The
 //! supervisors wait for calls before the filter exists: the start of a thread allocates, on both sides, while somebody who holds the
-//! allocator's lock may be waiting for it. There are two: disjoint calls are served in parallel, and a handler that makes a call which its own
-//! supervisor would have to serve is told EDEADLK by the other one.
+//! allocator's lock may be waiting for it. There are three. Two run handlers at a time, so disjoint calls are served in parallel; the
+//! third receives what comes meanwhile, and tells a handler that makes a call which a supervisor would have to serve EDEADLK.
+//!
+//! # Whose call it is
+//! A supervisor makes the call that its caller meant. A thread may have descriptors, a directory, a user of its own (`unshare`, raw
+//! system calls), and a child between vfork and exec has descriptors of its own. Descriptors are borrowed (`pidfd_getfd`). Where the kernel
+//! forbids that, forbids the comparison (`kcmp`), or directory or rights differ, the caller makes the call himself when the
+//! invalidation has ended: before, but no barrier. The self-test sees where that is so for all. A caller that is killed meanwhile
+//! is not represented: his call is not made.
 //!
 //! # What stays
 //! A filter is permanent, and a process has one listener. So the supervisors live as long as the process; a source that is stopped
@@ -25,23 +32,26 @@
 //! Linux 5.19). Before that it may be interrupted: nothing has happened yet, and it is made anew.
 
 mod call;
+mod caller;
 mod filter;
+mod listener;
 mod maps;
 mod supervisor;
 
 use std::io;
 use std::sync::atomic::{AtomicI32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, OnceLock, PoisonError};
 
 use self::filter::{RANGES, Watch};
+use self::maps::Maps;
 use self::supervisor::{Supervisor, supervise};
 use super::operation::{Operation, Operations, Sees};
 use super::service;
 use super::{Sink, Source, SourceError, gate};
 use crate::addr::Range;
 
-/// Supervisors of a process.
-const SUPERVISORS: usize = 2;
+/// Supervisors of a process: all but one run handlers at a time.
+const SUPERVISORS: usize = 3;
 
 /// Seccomp user notification. Opt-in: read the module's notes on what stays. Any number of values stand for the one listener that
 /// a process has.
@@ -151,24 +161,36 @@ fn install(sinks: &[Arc<Sink>]) -> Result<&'static Supervisor, SourceError> {
         if ranges.len() > limit {
             return Err(SourceError::NoRoom { limit });
         }
-        maps::open().map_err(|error| SourceError::System {
-            call: "the opening of /proc/self/maps",
-            error,
-        })?;
+        let open = || {
+            Maps::open().map_err(|error| SourceError::System {
+                call: "the opening of /proc/self/maps",
+                error,
+            })
+        };
+        let heap = heap(&open()?);
         let service = service::start()?;
         SUPERVISOR.get_or_init(|| Supervisor::new(service));
         *lock(&LISTENER.0) = Listener { fd: None, ready: 0 };
         for nth in 0..SUPERVISORS {
-            let thread = std::thread::Builder::new().name("shootdown-supervisor".to_owned());
-            thread.spawn(move || supervise(nth)).map_err(|error| {
-                announce(NONE_COMES);
-                SourceError::System {
+            let started = open().and_then(|maps| {
+                let thread = std::thread::Builder::new().name("shootdown-supervisor".to_owned());
+                let started = thread.spawn(move || supervise(nth, &maps));
+                started.map_err(|error| SourceError::System {
                     call: "the start of a supervisor",
                     error,
-                }
-            })?;
+                })
+            });
+            if let Err(error) = started {
+                announce(NONE_COMES);
+                return Err(error);
+            }
         }
-        let heap = heap();
+        // Before there is anything to close: a child of whatever moment closes it.
+        static FORKS: Once = Once::new();
+        // SAFETY: the function is safe to call in a child.
+        FORKS.call_once(|| unsafe {
+            libc::pthread_atfork(None, None, Some(close_in_child));
+        });
         let watch = Watch {
             gate,
             ranges: &ranges,
@@ -199,8 +221,6 @@ fn install(sinks: &[Arc<Sink>]) -> Result<&'static Supervisor, SourceError> {
                 return Err(error);
             }
         }
-        // SAFETY: the function is safe to call in a child.
-        unsafe { libc::pthread_atfork(None, None, Some(close_in_child)) };
     }
     Ok(SUPERVISOR
         .get()
@@ -222,11 +242,11 @@ fn announce(listener: i32) {
 }
 
 /// From the start of the heap to the next mapping: as far as it can grow.
-fn heap() -> Range {
+fn heap(maps: &Maps) -> Range {
     // SAFETY: asks only.
     let end = unsafe { gate::call(libc::SYS_brk, [0; 6]) }.unwrap_or(0) as u64;
     let (mut first, mut next) = (end, u64::MAX);
-    maps::each(|mapping| {
+    maps.each(|mapping| {
         if mapping.start < end && mapping.end >= end {
             first = mapping.start;
         } else if mapping.start >= end {

@@ -1,7 +1,8 @@
 //! Real anonymous memory of this process, in an arena that is reserved beforehand.
 //!
-//! The only unsafe system calls of this crate. Every range that is given to them lies inside the arena, which belongs to this
-//! value alone: it was mapped without access, and nobody else was told of it.
+//! Every range that is given to its system calls lies inside the arena, which belongs to this value alone: it was mapped without
+//! access, and nobody else was told of it. The calls go through the [`gate`]: what they change has been shot down, so no source
+//! needs to stop them.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,6 +11,7 @@ use memmap2::{MmapMut, MmapOptions};
 
 use crate::addr::{Addr, PageSize, PageSizes, Range};
 use crate::memory::{Memory, MemoryError, Rights, Translation};
+use crate::source::gate;
 
 /// Anonymous private 4 KiB pages of this process. It shows no page table: devices that walk one use the
 /// hardware model's memory, devices behind an IOMMU need none.
@@ -41,11 +43,31 @@ impl ProcessMemory {
         Ok(this)
     }
 
-    fn bytes(range: Range) -> (*mut libc::c_void, usize) {
-        (
-            range.start().get() as *mut libc::c_void,
+    /// A system call on `range`: its first two arguments.
+    ///
+    /// # Safety
+    /// All that the call changes lies in the arena, which belongs to this value; Rust references into it are the users' own
+    /// business, who got raw addresses only.
+    unsafe fn call(
+        (nr, name): (libc::c_long, &'static str),
+        range: Range,
+        [c, d, e, f]: [usize; 4],
+    ) -> Result<(), MemoryError> {
+        let args = [
+            range.start().get() as usize,
             range.len() as usize,
-        )
+            c,
+            d,
+            e,
+            f,
+        ];
+        // SAFETY: the caller's promise.
+        let result = unsafe { gate::call(nr, args) };
+        result.map(drop).map_err(|errno| MemoryError::System {
+            call: name,
+            range,
+            errno: io::Error::from_raw_os_error(errno).kind(),
+        })
     }
 
     fn protection(rights: Rights) -> libc::c_int {
@@ -64,27 +86,16 @@ impl ProcessMemory {
 
     /// Fresh anonymous pages over `range`.
     fn over(&self, range: Range, protection: libc::c_int) -> Result<(), MemoryError> {
-        let (start, len) = Self::bytes(range);
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
-        // SAFETY: the range lies in the arena, which belongs to this value; Rust references into it are the users' own
-        // business, who got raw addresses only.
-        let at = unsafe { libc::mmap(start, len, protection, flags, -1, 0) };
-        if at == libc::MAP_FAILED {
-            return Err(failed("mmap", range));
-        }
+        let args = [protection as usize, flags as usize, usize::MAX, 0];
+        // SAFETY: the range lies in the arena.
+        unsafe { Self::call((libc::SYS_mmap, "mmap"), range, args) }?;
         if !planted!("r30") {
+            let args = [libc::MADV_DONTFORK as usize, 0, 0, 0];
             // SAFETY: as above. Best effort: the flag of the reservation is lost with its pages.
-            unsafe { libc::madvise(start, len, libc::MADV_DONTFORK) };
+            let _ = unsafe { Self::call((libc::SYS_madvise, "madvise"), range, args) };
         }
         Ok(())
-    }
-}
-
-fn failed(call: &'static str, range: Range) -> MemoryError {
-    MemoryError::System {
-        call,
-        range,
-        errno: io::Error::last_os_error().kind(),
     }
 }
 
@@ -113,33 +124,24 @@ impl Memory for ProcessMemory {
     }
 
     fn discard(&self, range: Range) -> Result<(), MemoryError> {
-        let (start, len) = Self::bytes(range);
+        let args = [libc::MADV_DONTNEED as usize, 0, 0, 0];
         // SAFETY: the range lies in the arena; private anonymous pages read as zero afterwards.
-        match unsafe { libc::madvise(start, len, libc::MADV_DONTNEED) } {
-            0 => Ok(()),
-            _ => Err(failed("madvise", range)),
-        }
+        unsafe { Self::call((libc::SYS_madvise, "madvise"), range, args) }
     }
 
     fn protect(&self, range: Range, rights: Rights) -> Result<(), MemoryError> {
-        let (start, len) = Self::bytes(range);
+        let args = [Self::protection(rights) as usize, 0, 0, 0];
         // SAFETY: the range lies in the arena.
-        match unsafe { libc::mprotect(start, len, Self::protection(rights)) } {
-            0 => Ok(()),
-            _ => Err(failed("mprotect", range)),
-        }
+        unsafe { Self::call((libc::SYS_mprotect, "mprotect"), range, args) }
     }
 
     fn remap(&self, from: Range, to: Range) -> Result<(), MemoryError> {
-        let (start, len) = Self::bytes(from);
-        let (target, _) = Self::bytes(to);
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+        let target = to.start().get() as usize;
+        let args = [to.len() as usize, flags as usize, target, 0];
         // SAFETY: both lie in the arena, the target has nothing mapped. DONTUNMAP keeps the old addresses reserved, so that no
         // other mmap of the process can take them.
-        let at = unsafe { libc::mremap(start, len, len, flags, target) };
-        if at == libc::MAP_FAILED {
-            return Err(failed("mremap", from));
-        }
+        unsafe { Self::call((libc::SYS_mremap, "mremap"), from, args) }?;
         // The pages have moved: that the hole reads as zero instead of faulting is no reason to call it a failure.
         let _ = self.over(from, libc::PROT_NONE);
         Ok(())

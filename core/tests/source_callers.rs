@@ -384,13 +384,28 @@ fn a_process_without_descriptors_is_refused_or_served_and_never_hangs() {
         unsafe { libc::close(taken.pop().expect("some are enough")) };
     };
     assert!(refused > 0);
-    let handler = Arc::new(Handler::default());
+    // Of what takes a descriptor to look at its caller the self-test has seen that it is no barrier here.
+    struct Unmaps(AtomicU64);
+    impl Notifier for Unmaps {
+        fn operations(&self) -> Operations {
+            Operations::MUNMAP
+        }
+        fn end(&self, _: &Op<'_>, _: Outcome) {
+            self.0.fetch_add(1, SeqCst);
+        }
+    }
+    let handler = Arc::new(Unmaps(AtomicU64::new(0)));
     let _registration = space.register(buffer, handler.clone(), &[]).unwrap();
     let (done, over) = mpsc::channel();
     thread::spawn(move || done.send(munmap(page(buffer, 1))));
     let result = over.recv_timeout(Duration::from_secs(10));
     assert_eq!(result, Ok(Ok(0)), "refused {refused} times");
-    assert_eq!(handler.starts(), 1);
+    assert_eq!(handler.0.load(SeqCst), 1);
+    let refused = space.register(buffer, Arc::new(Handler::default()), &[]);
+    let Err(InsertError::Uncovered(shortfall)) = refused else {
+        panic!("{refused:?}");
+    };
+    assert_eq!(shortfall.would_do, None, "what watches it would not do");
     drop(watched);
 }
 
@@ -527,4 +542,47 @@ fn what_the_kernel_rounds_is_told_as_it_rounds() {
     let args = [start(page(rig.buffer, 4)) + 8, PAGE as usize, 0, 1, 0, 0];
     assert_eq!(raw(libc::SYS_remap_file_pages, args), Ok(0));
     assert_eq!(rig.handler.starts(), before + 1);
+}
+
+/// How often the supervisors have gone to sleep: once for each call at least.
+fn naps() -> u64 {
+    let threads = std::fs::read_dir("/proc/self/task").unwrap();
+    let texts =
+        threads.map(|thread| std::fs::read_to_string(thread.unwrap().path().join("status")));
+    let texts = texts.map(Result::unwrap);
+    let supervisors = texts.filter(|text| text.starts_with("Name:\tshootdown-super"));
+    let naps = supervisors.map(|text| {
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+        line.unwrap().trim().parse::<u64>().unwrap()
+    });
+    naps.sum()
+}
+
+#[test]
+fn the_space_s_own_operations_go_round_the_supervisors() {
+    if !in_child("the_space_s_own_operations_go_round_the_supervisors") {
+        return;
+    }
+    let rig = rig();
+    let (space, part) = (&rig.space, page(rig.buffer, 3));
+    assert_eq!(munmap(page(rig.buffer, 1)), Ok(0));
+    thread::sleep(Duration::from_millis(20));
+    let before = naps();
+    for _ in 0..10 {
+        space.discard(part).unwrap();
+        space.protect(part, Rights::READ).unwrap();
+        let to = space.map(Map::anonymous(PAGE)).unwrap();
+        space.unmap(to).unwrap();
+        space.remap(part, to.start()).unwrap();
+        space.remap(to, part.start()).unwrap();
+    }
+    thread::sleep(Duration::from_millis(20));
+    assert_eq!(naps() - before, 0, "nobody was woken");
+    let starts = rig.handler.starts();
+    assert_eq!(munmap(page(rig.buffer, 2)), Ok(0));
+    thread::sleep(Duration::from_millis(20));
+    assert!(naps() > before, "a foreign one is served");
+    assert_eq!(rig.handler.starts(), starts + 1);
 }

@@ -108,6 +108,51 @@ fn a_driver_that_needs_a_barrier_is_refused() {
     };
     assert_eq!(shortfall.operation, Operation::Munmap);
     assert_eq!(shortfall.would_do, Some("unotify"));
+    assert_eq!(
+        shortfall.to_string(),
+        format!(
+            "{} is not watched well enough: of munmap the driver needs before+barrier, and what watches the space gives \
+             \"late+end\"; the source unotify would do, or `needs` that ask for less",
+            rig.buffer
+        )
+    );
+}
+
+#[test]
+fn a_driver_that_needs_less_is_not_refused() {
+    struct Late(Needs, Operations);
+    impl Notifier for Late {
+        fn needs(&self) -> Needs {
+            self.0
+        }
+        fn operations(&self) -> Operations {
+            self.1
+        }
+    }
+    let _one = ONE.lock();
+    let rig = rig();
+    let register = |needs, operations| {
+        let driver = Arc::new(Late(needs, operations));
+        rig.space.register(rig.buffer, driver, &[]).map(drop)
+    };
+    let moves = Operations::MUNMAP | Operations::MAP_FIXED | Operations::MREMAP_MOVE;
+    assert_eq!(register(Needs::END, moves), Ok(()));
+    assert_eq!(
+        register(Needs::empty(), moves | Operations::DONTNEED),
+        Ok(())
+    );
+    let refused = register(Needs::END, moves | Operations::DONTNEED).unwrap_err();
+    assert!(
+        refused
+            .to_string()
+            .contains("of madvise DONTNEED the driver needs"),
+        "{refused}"
+    );
+    let unseen = register(Needs::empty(), Operations::MPROTECT).unwrap_err();
+    assert!(
+        unseen.to_string().contains("the source unotify would do"),
+        "{unseen}"
+    );
 }
 
 #[test]

@@ -38,8 +38,8 @@ impl Table {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("{range} is not watched well enough: of {operation} the driver needs {needs}, and what watches the space gives \"{sees}\"; {}",
     match would_do {
-        Some(source) => format!("the source {source} would do"),
-        None => "no source of this crate would do: leave the operation out of its `operations`, or declare that it tolerates faults".to_owned(),
+        Some(source) => format!("the source {source} would do, or `needs` that ask for less"),
+        None => "no other source of this crate would do: leave the operation out of `operations`, let `needs` ask for less, or declare there that it tolerates faults".to_owned(),
     })]
 pub struct Shortfall {
     /// What was to be registered.
@@ -50,7 +50,8 @@ pub struct Shortfall {
     pub needs: Needs,
     /// What the sources of the space give, together.
     pub sees: Sees,
-    /// The source of this crate that meets all the needs.
+    /// The source of this crate that meets all the needs; none that watches the range already, and gives less on this machine than it
+    /// declares.
     pub would_do: Option<&'static str>,
 }
 
@@ -156,11 +157,13 @@ impl Sources {
             return Ok(());
         };
         let sees = sees(operation);
-        drop(entries);
-        let would_do = BUILT_IN.iter().find(|(_, declares)| {
-            operations
-                .each()
-                .all(|operation| !needs.lacks(declares(operation)))
+        let watches = |name: &str| {
+            let mut covering = entries.iter().flatten();
+            covering.any(|one| one.range.contains(range) && one.source.name() == name)
+        };
+        let would_do = BUILT_IN.iter().find(|(name, declares)| {
+            let mut operations = operations.each();
+            !watches(name) && operations.all(|operation| !needs.lacks(declares(operation)))
         });
         Err(Shortfall {
             range,

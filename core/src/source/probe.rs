@@ -116,8 +116,13 @@ impl Notifier for Witness {
 
     fn end(&self, op: &Op<'_>, outcome: Outcome) {
         if self.concerns(op.range()) {
-            if outcome == Outcome::Changed && !(self.visible.load(SeqCst) && self.is_old()) {
-                self.saw(Sees::END);
+            if outcome == Outcome::Changed {
+                if self.visible.load(SeqCst) && self.is_old() {
+                    // The page is yet to go, and the device may have it again by then: nobody has waited.
+                    self.seen.fetch_and(!Sees::BARRIER.bits(), SeqCst);
+                } else {
+                    self.saw(Sees::END);
+                }
             }
             self.ended.store(true, SeqCst);
         }

@@ -47,7 +47,15 @@ const MATRIX: &[(&str, &str, &str)] = &[
     ("fallocate PUNCH_HOLE", NOT, BARRIER),
     ("ftruncate", NOT, BARRIER),
     ("truncate", NOT, BARRIER),
+    ("mbind MOVE", NOT, BARRIER),
+    ("move_pages", NOT, BARRIER),
+    ("migrate_pages", NOT, BARRIER),
+    ("userfaultfd MOVE", NOT, BARRIER),
+    ("userfaultfd WRITEPROTECT", NOT, BARRIER),
+    ("open O_TRUNC", NOT, NOT),
     ("io_uring MADVISE", BESIDE, NOT),
+    ("io_uring FALLOCATE", NOT, NOT),
+    ("io_uring FTRUNCATE", NOT, NOT),
     ("another process's punch", NOT, NOT),
 ];
 const LATE: &str = "late+end";

@@ -21,7 +21,7 @@
 //! reading of its event, which is asked of a page of the source's own; the reader's turn is odd from before a read until what
 //! it read is queued; and the queue counts what the server has done.
 
-mod sys;
+pub(super) mod sys;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};

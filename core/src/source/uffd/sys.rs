@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::addr::Range;
-use crate::source::scratch::PAGE;
+use crate::source::scratch::{NotTried, PAGE};
 use crate::source::{SourceError, Uffd, gate};
 
 #[repr(C)]
@@ -45,8 +45,11 @@ const NEW: libc::Ioctl = libc::_IO(0xaa, 0x00);
 const UFFDIO_API: libc::Ioctl = libc::_IOWR::<Api>(0xaa, 0x3f);
 const UFFDIO_REGISTER: libc::Ioctl = libc::_IOWR::<Register>(0xaa, 0x00);
 const UFFDIO_UNREGISTER: libc::Ioctl = libc::_IOR::<[u64; 2]>(0xaa, 0x01);
-const UFFDIO_WRITEPROTECT: libc::Ioctl = libc::_IOWR::<WriteProtect>(0xaa, 0x06);
-const MODE_WP: u64 = 2;
+pub(in crate::source) const UFFDIO_WRITEPROTECT: usize =
+    libc::_IOWR::<WriteProtect>(0xaa, 0x06) as usize;
+pub(in crate::source) const UFFDIO_MOVE: usize = libc::_IOWR::<[u64; 5]>(0xaa, 0x05) as usize;
+pub(in crate::source) const MODE_MISSING: u64 = 1;
+pub(in crate::source) const MODE_WP: u64 = 2;
 const USER_MODE_ONLY: libc::c_int = 1;
 
 const EVENT_FORK: u64 = 1 << 1;
@@ -56,6 +59,8 @@ const EVENT_UNMAP: u64 = 1 << 6;
 const PAGEFAULT_FLAG_WP: u64 = 1;
 const WP_UNPOPULATED: u64 = 1 << 13;
 const WP_ASYNC: u64 = 1 << 15;
+/// Linux 6.8.
+const FEATURE_MOVE: u64 = 1 << 16;
 const FEATURES: u64 =
     EVENT_REMAP | EVENT_REMOVE | EVENT_UNMAP | PAGEFAULT_FLAG_WP | WP_UNPOPULATED | WP_ASYNC;
 
@@ -93,11 +98,7 @@ pub(super) struct Descriptor {
     spare: Mutex<Option<OwnedFd>>,
 }
 
-pub(in crate::source) fn ioctl<T>(
-    fd: &OwnedFd,
-    request: libc::Ioctl,
-    argument: &mut T,
-) -> io::Result<()> {
+fn ioctl<T>(fd: &OwnedFd, request: libc::Ioctl, argument: &mut T) -> io::Result<()> {
     let argument = std::ptr::from_mut(argument) as usize;
     let args = [fd.as_raw_fd() as usize, request as usize, argument, 0, 0, 0];
     // SAFETY: each request is given the structure that it is defined with, and pages that are its caller's.
@@ -107,7 +108,7 @@ pub(in crate::source) fn ioctl<T>(
     }
 }
 
-pub(in crate::source) fn open() -> io::Result<OwnedFd> {
+fn open() -> io::Result<OwnedFd> {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
     if let Ok(device) = std::fs::File::open("/dev/userfaultfd") {
         // SAFETY: the request takes flags and gives a descriptor.
@@ -128,6 +129,37 @@ pub(in crate::source) fn open() -> io::Result<OwnedFd> {
         error = io::Error::last_os_error();
     }
     Err(error)
+}
+
+/// A userfaultfd that has nothing to do with any source, over `len` bytes at `at`, which `prepare` maps.
+pub(in crate::source) fn monitor<T>(
+    mode: u64,
+    at: usize,
+    len: usize,
+    prepare: impl FnOnce() -> Result<T, NotTried>,
+) -> Result<OwnedFd, NotTried> {
+    let said = |call: &'static str| move |error| format!("{call}: {error}");
+    let fd = open().map_err(said("userfaultfd"))?;
+    let features = if mode == MODE_MISSING {
+        FEATURE_MOVE
+    } else {
+        PAGEFAULT_FLAG_WP
+    };
+    let mut api = Api {
+        api: API,
+        features,
+        ioctls: 0,
+    };
+    ioctl(&fd, UFFDIO_API, &mut api).map_err(said("UFFDIO_API"))?;
+    prepare()?;
+    let mut register = Register {
+        start: at as u64,
+        len: len as u64,
+        mode,
+        ioctls: 0,
+    };
+    ioctl(&fd, UFFDIO_REGISTER, &mut register).map_err(said("UFFDIO_REGISTER"))?;
+    Ok(fd)
 }
 
 impl Descriptor {
@@ -207,7 +239,7 @@ impl Descriptor {
             len: PAGE as u64,
             mode: 0,
         };
-        let said = ioctl(&self.fd, UFFDIO_WRITEPROTECT, &mut protect);
+        let said = ioctl(&self.fd, UFFDIO_WRITEPROTECT as libc::Ioctl, &mut protect);
         !matches!(said, Err(error) if error.raw_os_error() == Some(libc::EAGAIN))
     }
 

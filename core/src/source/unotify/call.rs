@@ -7,8 +7,9 @@ use std::os::fd::AsRawFd;
 
 use super::super::gate;
 use super::super::scratch::PAGE;
+use super::super::uffd::sys::UFFDIO_MOVE;
 use super::caller::StandIn;
-use super::filter::{ADVICE, FALLOCATE, GROWS, UFFDIO_MOVE};
+use super::filter::{ADVICE, FALLOCATE, GROWS};
 use super::maps::{self, GIB, HUGE, Mapping, Maps};
 use crate::addr::Range;
 use crate::notifier::{Cause, Outcome};

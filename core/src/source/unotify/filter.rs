@@ -6,6 +6,7 @@
 //! so a length that is not makes no difference, unless the pages may be huge. All other calls are let through by their number alone: the kernel finds that out
 //! when the filter is installed, and does not run it for them.
 
+use super::super::uffd::sys::{UFFDIO_MOVE, UFFDIO_WRITEPROTECT};
 use super::maps::{GIB, HUGE};
 use crate::addr::Range;
 
@@ -221,7 +222,7 @@ impl Watch<'_> {
             (libc::SYS_migrate_pages, First::None, vec![When::Always]),
             (
                 libc::SYS_ioctl,
-                First::OneOf(1, &[UFFDIO_MOVE, UFFDIO_WRITEPROTECT]),
+                First::OneOf(1, &[UFFDIO_MOVE as i32, UFFDIO_WRITEPROTECT as i32]),
                 vec![When::Always],
             ),
             (libc::SYS_shmdt, First::None, vec![When::NotBehind(0)]),
@@ -404,10 +405,6 @@ const MPOL_MF_MOVE: u32 = 0x02 | 0x04;
 
 /// PROT_GROWSDOWN, PROT_GROWSUP.
 pub(super) const GROWS: u32 = 0x0300_0000;
-
-// Requests of `ioctl`: _IOWR(0xaa, 0x05, 40 bytes), _IOWR(0xaa, 0x06, 24 bytes).
-pub(super) const UFFDIO_MOVE: i32 = 0xc028_aa05_u32 as i32;
-pub(super) const UFFDIO_WRITEPROTECT: i32 = 0xc018_aa06_u32 as i32;
 
 /// Modes of `fallocate` that change what is there: punch, collapse, zero, insert, write zeroes.
 pub(super) const FALLOCATE: u32 = 0x02 | 0x08 | 0x10 | 0x20 | 0x80;

@@ -22,7 +22,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 pub(crate) use self::device_op::DeviceOp;
 use self::device_op::{Ack, Deadline, sync};
-pub use self::error::InvalidateError;
+pub use self::error::{InvalidateError, SinkError};
 use self::escalate::{GONE, call, dead, reset_all};
 pub use self::external::ExternalInvalidation;
 use crate::active::{Claim, SLOTS};
@@ -67,13 +67,19 @@ struct Trouble {
     not_drained: bool,
     /// Whose handler it was, for the last two.
     handler: &'static str,
-    /// The first that may still reach the pages, and why.
-    device: Option<(Device, &'static str)>,
+    /// Why a device may still reach the pages: of the first.
+    reached: Option<&'static str>,
+    /// Whether anybody asks who may still reach the pages. If so counts of them are kept beyond the uses, and one may be the last.
+    keeps: bool,
+    device: Option<Device>,
 }
 
 impl Trouble {
     fn device(&mut self, device: &Device, reason: &'static str) {
-        self.device.get_or_insert_with(|| (device.clone(), reason));
+        if self.reached.is_none() {
+            self.reached = Some(reason);
+            self.device = self.keeps.then(|| device.clone());
+        }
     }
 
     fn not_drained(&mut self, inner: &Inner) {
@@ -122,7 +128,7 @@ pub(crate) struct Invalidation<'s> {
     ended: bool,
     // Dropped last but one: callbacks of `end` are inside it. Then what was put off runs.
     _open: OpenInvalidation,
-    _leave: crate::lock::Leave,
+    leave: Option<crate::lock::Leave>,
 }
 
 /// What is invalidated.
@@ -153,7 +159,7 @@ pub(crate) fn run<'s>(
         Ok(()) => {
             invalidation.end(Outcome::Changed);
             let panicked = invalidation.panic_at_end();
-            panicked.map_err(|error| invalidation.failed(error))
+            panicked.map_err(|error| invalidation.failed(error.with(None)))
         }
         Err(error) => {
             invalidation.end(match error {
@@ -173,30 +179,49 @@ impl<'s> Invalidation<'s> {
         what: What<'_>,
         mode: Mode,
     ) -> Result<Self, Failed<'s>> {
-        let mut this = Self::start(space, what, mode).map_err(|error| Failed {
-            error,
+        let mut this = Self::start(space, what, mode, true).map_err(|error| Failed {
+            error: error.with(None),
             devices: Chain::new(&space.device_ops),
             hits: Chain::new(&space.hits),
         })?;
-        if !this.hits.is_empty() || !what.segments.is_empty() {
-            this.quiesce();
-            if !this.trouble.would_block {
-                this.drain();
-                this.flush();
-                this.cut_off();
-                this.unload(what.segments);
-            }
-        }
-        match this.error() {
-            None => Ok(this),
-            Some(error) => {
-                this.end(match error {
-                    InvalidateError::WouldBlock { .. } => Outcome::Unchanged,
-                    _ => Outcome::Quarantined,
-                });
+        match this.phases(what) {
+            Ok(()) => Ok(this),
+            Err(error) => {
+                let error = error.with(this.trouble.device.clone());
                 Err(this.failed(error))
             }
         }
+    }
+
+    /// The same for whoever may be waited for by somebody that holds the allocator's lock: not even an error frees anything.
+    pub(crate) fn begin_for_others(
+        space: &'s Arc<Space>,
+        what: What<'_>,
+    ) -> Result<Self, SinkError> {
+        let mut this = Self::start(space, what, Mode::Blocking, planted!("r18-failed"))?;
+        // What was put off is handed over by its owner.
+        this.leave = None;
+        this.phases(what).map(|()| this)
+    }
+
+    fn phases(&mut self, what: What<'_>) -> Result<(), SinkError> {
+        if !self.hits.is_empty() || !what.segments.is_empty() {
+            self.quiesce();
+            if !self.trouble.would_block {
+                self.drain();
+                self.flush();
+                self.cut_off();
+                self.unload(what.segments);
+            }
+        }
+        let Some(error) = self.error() else {
+            return Ok(());
+        };
+        self.end(match error {
+            SinkError::WouldBlock { .. } => Outcome::Unchanged,
+            _ => Outcome::Quarantined,
+        });
+        Err(error)
     }
 
     /// After the end.
@@ -209,7 +234,12 @@ impl<'s> Invalidation<'s> {
         }
     }
 
-    fn start(space: &'s Arc<Space>, what: What<'_>, mode: Mode) -> Result<Self, InvalidateError> {
+    fn start(
+        space: &'s Arc<Space>,
+        what: What<'_>,
+        mode: Mode,
+        keeps: bool,
+    ) -> Result<Self, SinkError> {
         let What {
             range,
             sizes,
@@ -235,11 +265,14 @@ impl<'s> Invalidation<'s> {
                     claim,
                     hits: Chain::new(&space.hits),
                     devices: Chain::new(&space.device_ops),
-                    trouble: Trouble::default(),
+                    trouble: Trouble {
+                        keeps,
+                        ..Trouble::default()
+                    },
                     missed_deadline: false,
                     ended: false,
                     _open: OpenInvalidation::enter(),
-                    _leave: crate::lock::Leave,
+                    leave: Some(crate::lock::Leave),
                 };
                 if this.collect() {
                     return Ok(this);
@@ -248,10 +281,10 @@ impl<'s> Invalidation<'s> {
                 this.end(Outcome::Unchanged);
             }
             if mode == Mode::Try {
-                return Err(InvalidateError::WouldBlock { range });
+                return Err(SinkError::WouldBlock { range });
             }
             if deadline.is_over(&backoff) {
-                return Err(InvalidateError::NoRoom {
+                return Err(SinkError::NoRoom {
                     range,
                     waited: limit,
                     limit: SLOTS,
@@ -307,9 +340,8 @@ impl<'s> Invalidation<'s> {
                 ControlFlow::Break(())
             }
         });
-        if let Some(device) = self.space.ghosts.find(range) {
-            self.trouble.device(&device, GONE);
-        }
+        let ghosts = &self.space.ghosts;
+        ghosts.find(range, |device| self.trouble.device(device, GONE));
         if count > 0 && room {
             let (start, last) = (range.start().get(), range.last().get());
             let recorder = &self.space.recorder;
@@ -478,28 +510,22 @@ impl<'s> Invalidation<'s> {
         });
     }
 
-    fn error(&self) -> Option<InvalidateError> {
+    fn error(&self) -> Option<SinkError> {
         let range = self.core.range;
         let trouble = &self.trouble;
+        let handler = trouble.handler;
         if trouble.panicked {
-            Some(InvalidateError::HandlerPanicked {
+            Some(SinkError::HandlerPanicked {
                 range,
-                handler: trouble.handler,
+                handler,
                 changed: false,
             })
         } else if trouble.would_block {
-            Some(InvalidateError::WouldBlock { range })
-        } else if let Some((device, reason)) = &trouble.device {
-            Some(InvalidateError::Quarantined {
-                range,
-                device: device.clone(),
-                reason,
-            })
+            Some(SinkError::WouldBlock { range })
+        } else if let Some(reason) = trouble.reached {
+            Some(SinkError::Reached { range, reason })
         } else if trouble.not_drained {
-            Some(InvalidateError::NotDrained {
-                range,
-                handler: trouble.handler,
-            })
+            Some(SinkError::NotDrained { range, handler })
         } else {
             None
         }
@@ -510,8 +536,8 @@ impl<'s> Invalidation<'s> {
         if std::mem::replace(&mut self.ended, true) {
             return;
         }
-        let quarantined = outcome == Outcome::Quarantined;
-        if !quarantined {
+        let kept = outcome == Outcome::Quarantined && self.trouble.keeps;
+        if !kept {
             // Before the uses are given back: while they last, a registration holds each device, and no count here is the last.
             self.devices.clear();
         }
@@ -532,11 +558,11 @@ impl<'s> Invalidation<'s> {
                     hit.failed |= trouble.panicked(&used);
                 }
             }
-            hit.kept = (quarantined && hit.failed).then(|| used.count());
+            hit.kept = (kept && hit.failed).then(|| used.count());
             used.recent.end(hit.logged);
             used.leave();
         });
-        if !quarantined {
+        if !kept {
             self.hits.clear();
         }
         self.space.active.end(self.claim);
@@ -562,10 +588,10 @@ impl<'s> Invalidation<'s> {
     }
 
     /// A handler that panicked in `end` is told to the caller too; the pages have changed by then.
-    pub(crate) fn panic_at_end(&self) -> Result<(), InvalidateError> {
+    pub(crate) fn panic_at_end(&self) -> Result<(), SinkError> {
         if self.trouble.panicked {
             let range = self.core.range;
-            return Err(InvalidateError::HandlerPanicked {
+            return Err(SinkError::HandlerPanicked {
                 range,
                 handler: self.trouble.handler,
                 changed: true,

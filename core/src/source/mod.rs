@@ -38,12 +38,12 @@ pub(crate) use self::coverage::Sources;
 use self::coverage::{SOURCES, Table};
 pub use self::operation::{Needs, Operation, Operations, Sees};
 pub use self::probe::{Seen, Tried};
-use self::service::Stop;
+use self::service::{Service, Stop};
 pub use self::uffd::Uffd;
 pub use self::unotify::Unotify;
 use crate::addr::{PageSize, PageSizes, Range};
 use crate::context::{self, Refused};
-use crate::engine::{InvalidateError, Invalidation, Mode, What};
+use crate::engine::{Invalidation, SinkError, What};
 use crate::notifier::{Cause, Outcome};
 use crate::space::{AddressSpace, SpacePin};
 
@@ -168,6 +168,7 @@ pub trait Source: Send + Sync + 'static {
 pub struct Sink {
     pin: SpacePin,
     range: Range,
+    service: Service,
 }
 
 impl Sink {
@@ -178,7 +179,8 @@ impl Sink {
 
     /// `range`, as far as it is watched, is about to change: on return no device reaches it, until the value is
     /// [ended](ExternalChange::end). `None` if nothing of it is watched. Works during the exit of the space too: as long as
-    /// anybody is registered, he is told. Neither allocates nor frees.
+    /// anybody is registered, he is told. Neither allocates nor frees, nor does the end, nor who drops the error: what callbacks
+    /// put off runs on a thread of this crate.
     ///
     /// # Errors
     /// The pages must not change then.
@@ -186,7 +188,7 @@ impl Sink {
         &self,
         range: Range,
         cause: Cause,
-    ) -> Result<Option<ExternalChange<'_>>, InvalidateError> {
+    ) -> Result<Option<ExternalChange<'_>>, SinkError> {
         let Some(range) = range.intersect(self.range) else {
             return Ok(None);
         };
@@ -197,16 +199,20 @@ impl Sink {
             cause,
             segments: &[],
         };
-        let begun = Invalidation::begin(self.pin.space(), what, Mode::Blocking);
-        let invalidation = begun.map_err(|failed| failed.error)?;
-        Ok(Some(ExternalChange { invalidation }))
+        // Also where it fails.
+        let handover = Handover(self.service);
+        let invalidation = Invalidation::begin_for_others(self.pin.space(), what)?;
+        Ok(Some(ExternalChange {
+            invalidation,
+            _handover: handover,
+        }))
     }
 
     /// `range` has changed, or is changing and nobody says when it is over.
     ///
     /// # Errors
     /// A device may still reach what is no longer there.
-    pub fn late(&self, range: Range, cause: Cause) -> Result<(), InvalidateError> {
+    pub fn late(&self, range: Range, cause: Cause) -> Result<(), SinkError> {
         match self.begin(range, cause)? {
             Some(change) => change.end(Outcome::Changed),
             None => Ok(()),
@@ -217,7 +223,7 @@ impl Sink {
     ///
     /// # Errors
     /// As [`Sink::late`].
-    pub fn lost(&self) -> Result<(), InvalidateError> {
+    pub fn lost(&self) -> Result<(), SinkError> {
         self.late(self.range, Cause::External)
     }
 
@@ -236,7 +242,20 @@ impl Sink {
 /// A change that somebody else is making: between start and end of an invalidation. Several may be open on one thread, as one
 /// system call can change several ranges. Dropping it counts as [`Outcome::Changed`].
 pub struct ExternalChange<'s> {
+    // In this order.
     invalidation: Invalidation<'s>,
+    _handover: Handover,
+}
+
+/// When it is dropped the service thread gets what callbacks have put off, unless this thread is inside one still.
+struct Handover(Service);
+
+impl Drop for Handover {
+    fn drop(&mut self) {
+        if !context::inside_callback() {
+            service::hand_over(self.0);
+        }
+    }
 }
 
 impl std::fmt::Debug for ExternalChange<'_> {
@@ -249,8 +268,8 @@ impl ExternalChange<'_> {
     /// It is over.
     ///
     /// # Errors
-    /// [`InvalidateError::HandlerPanicked`] if an `end` did; everybody else has been told.
-    pub fn end(mut self, outcome: Outcome) -> Result<(), InvalidateError> {
+    /// [`SinkError::HandlerPanicked`] if an `end` did; everybody else has been told.
+    pub fn end(mut self, outcome: Outcome) -> Result<(), SinkError> {
         self.invalidation.end(outcome);
         self.invalidation.panic_at_end()
     }
@@ -349,6 +368,7 @@ impl AddressSpace {
         let sink = Arc::new(Sink {
             pin: self.pin(),
             range,
+            service,
         });
         let tried = probe::start_and_test(&source, &sink, test, service)?;
         let table = Table::new(|operation| {

@@ -146,7 +146,7 @@ pub(super) fn start_and_test(
     source: &Arc<dyn Source>,
     sink: &Arc<Sink>,
     test: SelfTest,
-    _: Service,
+    service: Service,
 ) -> Result<Vec<Tried>, SourceError> {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _one = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
@@ -155,6 +155,7 @@ pub(super) fn start_and_test(
     let probe = Arc::new(Sink {
         pin: space.pin(),
         range: scratch.watched(),
+        service,
     });
     source.start(&[sink.clone(), probe.clone()])?;
     let alone = test == SelfTest::Thorough;

@@ -166,7 +166,8 @@ impl Scratch {
         let _ = must(libc::SYS_mmap, "mmap", args);
     }
 
-    /// Prepares the page, makes the operation, and says when. In a process that lives on `alone` is false: then it does not fork.
+    /// Prepares the page, makes the operation, and says when. In a process that lives on `alone` is false: then it does not fork, and
+    /// moves nobody's pages.
     pub(super) fn attempt(
         self,
         operation: Operation,
@@ -360,6 +361,9 @@ impl Scratch {
                     MPOL_MF_MOVE,
                 ];
                 foreign(libc::SYS_move_pages, "move_pages", args)
+            }
+            Operation::MigratePages if !alone => {
+                Err("all memory of a process that lives on is not moved for a test".to_owned())
             }
             Operation::MigratePages => {
                 private()?;

@@ -225,10 +225,18 @@ impl Call {
                     false => changes.add(pages(first, second), Cause::Protect),
                 }
             }
-            libc::SYS_move_pages | libc::SYS_migrate_pages => {
-                let own = a == 0 || a == std::process::id() as usize;
-                changes.everything = own;
+            libc::SYS_move_pages | libc::SYS_migrate_pages if !is_own_process(a) => {}
+            libc::SYS_move_pages if b <= CHANGES => {
+                let mut moved = [0; CHANGES];
+                changes.everything = !read(c, &mut moved[..b]);
+                for page in &moved[..b] {
+                    // Of a huge one all of it. Those have a file; that others have one too does no harm.
+                    let file = maps.at(*page as u64).is_some_and(|one| one.inode != 0);
+                    let size = if file { GIB } else { HUGE };
+                    changes.add(pages(page - page % size, size), Cause::Migrate);
+                }
             }
+            libc::SYS_move_pages | libc::SYS_migrate_pages => changes.everything = true,
             libc::SYS_fallocate => {
                 let shifts = b & 0x28 != 0;
                 let last = match shifts {
@@ -344,6 +352,10 @@ impl Call {
             Outcome::Changed
         }
     }
+}
+
+fn is_own_process(pid: usize) -> bool {
+    pid == 0 || pid == std::process::id() as usize
 }
 
 const SHM_RND: usize = 0o20000;

@@ -16,7 +16,7 @@ use super::maps::Maps;
 use super::{LISTENER, NONE_COMES, SUPERVISOR, SUPERVISORS, lock};
 use crate::addr::Range;
 use crate::context::OpenInvalidation;
-use crate::engine::InvalidateError;
+use crate::engine::SinkError;
 use crate::notifier::{Cause, Outcome};
 use crate::source::service::{self, Service};
 use crate::source::{ExternalChange, Sink, SourceError};
@@ -320,12 +320,12 @@ fn begin_each<'s>(
 }
 
 /// What the caller is told: the pages stay as they are.
-fn errno(error: &InvalidateError) -> i32 {
+fn errno(error: &SinkError) -> i32 {
     match error {
         // Its devices may still reach the pages.
-        InvalidateError::Quarantined { .. }
-        | InvalidateError::NotDrained { .. }
-        | InvalidateError::HandlerPanicked { .. } => libc::EBUSY,
+        SinkError::Reached { .. }
+        | SinkError::NotDrained { .. }
+        | SinkError::HandlerPanicked { .. } => libc::EBUSY,
         _ => libc::EAGAIN,
     }
 }

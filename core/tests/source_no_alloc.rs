@@ -38,13 +38,13 @@ fn check(text: &[u8]) {
 // SAFETY: every call goes to the system's allocator with the arguments unchanged, or does not return.
 unsafe impl GlobalAlloc for Trap {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        check(b"a supervisor allocates\n");
+        check(b"in the shootdown path: an allocation of who is waited for\n");
         // SAFETY: the caller's promise, passed on.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        check(b"a supervisor frees\n");
+        check(b"in the shootdown path: a free of who is waited for\n");
         // SAFETY: the caller's promise, passed on.
         unsafe { System.dealloc(at, layout) }
     }
@@ -403,5 +403,7 @@ fn a_supervisor_that_allocates_ends_this_program() {
         .output()
         .unwrap();
     assert_eq!(child.status.signal(), Some(libc::SIGABRT));
-    assert!(String::from_utf8_lossy(&child.stderr).contains("a supervisor allocates"));
+    assert!(
+        String::from_utf8_lossy(&child.stderr).contains("in the shootdown path: an allocation")
+    );
 }

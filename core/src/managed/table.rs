@@ -98,7 +98,7 @@ pub(super) struct Mappings {
 
 #[derive(Debug)]
 pub(crate) struct Table {
-    pub(super) arena: Option<Range>,
+    pub(crate) arena: Option<Range>,
     pub(super) mappings: Mutex<Mappings>,
 }
 

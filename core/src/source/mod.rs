@@ -13,11 +13,23 @@
 //! | [`Uffd`] | a userfaultfd, which says so when they are gone | late, end | told, beside it | not |
 //! | [`Unotify`] | seccomp hands the call to a thread of ours, which performs it | before, barrier, end | the same | the same |
 //!
+//! What each tells of nine kinds of memory, what the kernel refuses, and what no source sees is in `tests/source_kinds.md` beside the
+//! code, a table that a test makes and compares.
+//!
+//! # Children
+//! Memory of this crate ([`ProcessMemory`](crate::ProcessMemory)) is kept out of children that are forked. Other memory is not, and a
+//! registration does not change that: after a fork whoever writes first gets another frame, and a device that has not pinned the old one, or
+//! walks page tables, goes on with what is the child's by then. No source holds a fork up; uffd tells of it late, to the privileged.
+//! `MADV_DONTFORK` on what is registered is the remedy, and its owner's choice, as it takes the memory from the child. Between
+//! vfork and exec a child has this memory and no other; what it unmaps is unmapped here, and seen. At `exec` everything goes, devices and
+//! supervisors too: for whoever drives one it is the end of the process.
+//!
 //! # Threads
 //! Whoever makes a foreign call may hold the allocator's lock, as `free` itself unmaps (R18). So a source has threads that neither allocate
 //! nor free while somebody waits for them; what callbacks put off, releases above all, runs on one [`service`] thread of the
 //! process, which may itself make calls that a source has to serve.
 
+mod arena;
 mod coverage;
 pub(crate) mod gate;
 mod io_uring;
@@ -225,6 +237,11 @@ impl Sink {
     /// As [`Sink::late`].
     pub fn lost(&self) -> Result<(), SinkError> {
         self.late(self.range, Cause::External)
+    }
+
+    /// The arena of the space's memory.
+    fn arena(&self) -> Option<Range> {
+        self.pin.space().table.arena
     }
 
     /// What the space's own operations are changing.

@@ -32,7 +32,7 @@ use std::thread::{JoinHandle, ThreadId};
 use self::sys::{Descriptor, Event};
 use super::operation::{Operation, Sees};
 use super::service::{self, Service};
-use super::{Sink, Source, SourceError};
+use super::{Sink, Source, SourceError, arena};
 use crate::addr::Range;
 use crate::context::OpenInvalidation;
 use crate::notifier::Cause;
@@ -378,11 +378,13 @@ impl Shared {
         match event {
             Event::Unmap(range) => {
                 self.tell(Some(range), Cause::Unmap);
+                self.reserve(range);
                 self.look_again(range);
             }
             Event::Remove(range) => self.tell(Some(range), Cause::Discard),
             Event::Remap(from, to) => {
                 self.tell(Some(from), Cause::Remap);
+                self.reserve(from);
                 self.look_again(from);
                 // Where it went is nobody's business here.
                 let inside = |to: &Range| {
@@ -407,6 +409,13 @@ impl Shared {
                 tracing::error!(source = Uffd::NAME, %error, "late, and not shot down");
             }
         }
+    }
+
+    /// The addresses of an arena stay its own, if nobody was faster.
+    fn reserve(&self, range: Range) {
+        let sinks = self.sinks();
+        let arenas = sinks.iter().flatten().filter_map(|sink| sink.arena());
+        arena::reserve_hole(range, arenas);
     }
 
     /// What is mapped there now, by `MAP_FIXED` or later, is watched again.

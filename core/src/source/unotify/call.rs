@@ -3,6 +3,7 @@
 //! Nothing here allocates: somebody waits who may hold the allocator's lock. What is not sure errs on the side of telling
 //! too much; more ranges than there is room for are everything (R19).
 
+use std::cell::Cell;
 use std::os::fd::AsRawFd;
 
 use super::super::gate;
@@ -45,14 +46,16 @@ impl Changes {
 
 /// A call, as the kernel hands it over.
 pub(super) struct Call {
-    nr: libc::c_long,
-    args: [usize; 6],
+    pub(super) nr: libc::c_long,
+    pub(super) args: [usize; 6],
     /// The ranges that `process_madvise` was given: looked at once, and given to the kernel from here.
     vectors: [libc::iovec; CHANGES],
+    /// It was made in parts, and one of them failed when others had been made.
+    pub(super) half: Cell<bool>,
 }
 
 /// Whole pages; `None` for what the kernel will refuse, or what is empty.
-fn pages(at: usize, len: usize) -> Option<Range> {
+pub(super) fn pages(at: usize, len: usize) -> Option<Range> {
     let len = len.checked_next_multiple_of(PAGE)?;
     if !at.is_multiple_of(PAGE) {
         return None;
@@ -95,6 +98,7 @@ impl Call {
                 iov_base: std::ptr::null_mut(),
                 iov_len: 0,
             }; CHANGES],
+            half: Cell::new(false),
         }
     }
 
@@ -292,14 +296,11 @@ impl Call {
         self.args[1] = self.vectors.as_ptr() as usize;
     }
 
-    /// Makes the call.
-    pub(super) fn perform(&self) -> Result<usize, i32> {
-        let mut args = self.args;
-        if self.nr == libc::SYS_process_madvise && args[1] != 0 && args[2] <= CHANGES {
-            args[1] = self.vectors.as_ptr() as usize;
-        }
-        // SAFETY: what a thread of this process asked for, with its arguments: as sound, or not, as its own call would be.
-        unsafe { gate::call(self.nr, args) }
+    /// Where the ranges of `process_madvise` are that were looked at.
+    pub(super) fn own_vectors(&self) -> Option<usize> {
+        let looked_at =
+            self.nr == libc::SYS_process_madvise && self.args[1] != 0 && self.args[2] <= CHANGES;
+        looked_at.then_some(self.vectors.as_ptr() as usize)
     }
 
     /// What the handlers are told. "Unchanged" where that is certain: some calls fail half-way.
@@ -310,6 +311,9 @@ impl Call {
             Ok(_) => return Outcome::Changed,
             Err(errno) => errno,
         };
+        if self.half.get() {
+            return Outcome::Changed;
+        }
         let never_half = matches!(self.nr, libc::SYS_munmap | libc::SYS_shmdt)
             || self.nr == libc::SYS_mremap && flags & libc::MREMAP_FIXED as usize == 0;
         // What a file system says before it begins.

@@ -19,23 +19,42 @@
 //! invalidation has ended: before, but no barrier. The self-test sees where that is so for all. A caller that is killed meanwhile
 //! is not represented: his call is not made.
 //!
+//! # Arenas
+//! What lies in the arena of a managed space is unmapped, moved away or detached by others as they like, but its addresses stay
+//! reserved: the space counts them as mapped until it unmaps them itself, and nobody else is to be given them. A supervisor
+//! reserves where it would unmap, so there is no moment between. Two calls leave one: an `mremap` that moves *and* grows, and `shmdt`.
+//!
+//! # What it does not see
+//! * What is no call of a thread of this process: other processes that change a file, whatever an io_uring does, and what the kernel does
+//!   by itself: copies on write after a fork, merging (KSM), compaction, reclaim. A vfork child is this process, a fork's is not.
+//! * `open` with `O_TRUNC`. It would have to be stopped by path, and a program that this one has started could not truncate any
+//!   more once this one is gone. Nor direct writes (`O_DIRECT`) to a file, and what else a file system does to its pages.
+//! * `PAGEMAP_SCAN` with write protection; tagged addresses, where a processor ignores their upper bits.
+//! * A mapping that another thread makes of a file while this one truncates it, in a place where nothing was mapped.
+//!
+//! The [`Operations`](crate::Operations) of these that have a name are tried by the self-test, and a driver that lists one is refused.
+//!
 //! # What stays
 //! A filter is permanent, and a process has one listener. So the supervisors live as long as the process; a source that is stopped
 //! takes its range from their list, and what is handed over for nobody is performed as it is. Programs that the process starts inherit
-//! the filter: their calls are let go on while this process lives. Later the calls that the filter stops fail there with ENOSYS: those that lie
-//! at the same addresses, and those that a filter cannot tell by address (`ftruncate`, `truncate`, punching
-//! `fallocate`, discarding `process_madvise`).
+//! the filter: their calls are let go on while this process lives. Later, and at once in what this process itself becomes by
+//! `exec`, the calls that the filter stops fail with ENOSYS: those that lie at the same addresses, and those that a filter cannot
+//! tell by address (`ftruncate`, `truncate`, punching `fallocate`, discarding `process_madvise`, `migrate_pages`, `move_pages`, two requests
+//! to a userfaultfd). Programs of another architecture, 32-bit ones too, get ENOSYS for every call. A child that was not forked by the C
+//! library's `fork` keeps the listener, and when its parent is gone waits for itself where its calls are stopped.
 //!
 //! # Signals (R35)
 //! A caller that was interrupted after its call was performed would make it again, on what is a new mapping by then. So the filter is
 //! only installed where the kernel lets a caller be killed but not interrupted once its call was received (WAIT_KILLABLE_RECV,
-//! Linux 5.19). Before that it may be interrupted: nothing has happened yet, and it is made anew.
+//! Linux 5.19). Before that, for the moment until a supervisor has received it, it may be interrupted: nothing has happened yet, and
+//! the call is made anew, or fails with EINTR where the signal's handler does not restart calls (no `SA_RESTART`).
 
 mod call;
 mod caller;
 mod filter;
 mod listener;
 mod maps;
+mod perform;
 mod supervisor;
 
 use std::io;

@@ -13,6 +13,7 @@ use super::caller::{Caller, StandIn, caller, own_thread};
 use super::filter::RANGES;
 use super::listener::{self, Notification, Wait};
 use super::maps::Maps;
+use super::perform::Arenas;
 use super::{LISTENER, NONE_COMES, SUPERVISOR, SUPERVISORS, lock};
 use crate::addr::Range;
 use crate::context::OpenInvalidation;
@@ -200,7 +201,7 @@ impl Supervisor {
             let mut call = Call::new(&notification.data);
             let stand_in = StandIn::find(&call, notification.pid);
             let changes = call.changes(&stand_in, maps);
-            let perform = || {
+            let perform = |arenas: &Arenas| {
                 // A caller that was killed is gone, and what it wanted to unmap may be somebody else's by the time that this is made.
                 // Whoever waits still is also who was looked at above: his number was not given to another.
                 if !listener::is_waited_for(listener, id) {
@@ -209,7 +210,7 @@ impl Supervisor {
                 if matches!(stand_in, StandIn::Not) {
                     return (None, Outcome::Changed);
                 }
-                let result = call.perform();
+                let result = call.perform(&changes, arenas);
                 (Some(result), call.outcome(result, maps))
             };
             match self.shoot_down(&changes, notification.pid, perform) {
@@ -225,7 +226,7 @@ impl Supervisor {
         &self,
         changes: &Changes,
         thread: u32,
-        perform: impl FnOnce() -> (Option<Result<usize, i32>>, Outcome),
+        perform: impl FnOnce(&Arenas) -> (Option<Result<usize, i32>>, Outcome),
     ) -> Option<Result<usize, i32>> {
         let sinks = self.enter();
         let result = {
@@ -233,7 +234,8 @@ impl Supervisor {
             match begin(&sinks, changes, thread, &mut open) {
                 Err(errno) => Some(Err(errno)),
                 Ok(()) => {
-                    let (result, outcome) = perform();
+                    let arenas = std::array::from_fn(|nth| sinks[nth].as_ref()?.arena());
+                    let (result, outcome) = perform(&arenas);
                     for change in open.iter_mut().filter_map(Option::take) {
                         // A handler's panic is known to the space; the pages have changed.
                         let _ = change.end(outcome);

@@ -1,8 +1,7 @@
 //! Real anonymous memory of this process, in an arena that is reserved beforehand.
 //!
-//! Every range that is given to its system calls lies inside the arena, which belongs to this value alone: it was mapped without
-//! access, and nobody else was told of it. The calls go through the [`gate`]: what they change has been shot down, so no source
-//! needs to stop them.
+//! The only unsafe system calls of this crate. Every range that is given to them lies inside the arena, which belongs to this
+//! value alone: it was mapped without access, and nobody else was told of it.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,7 +10,7 @@ use memmap2::{MmapMut, MmapOptions};
 
 use crate::addr::{Addr, PageSize, PageSizes, Range};
 use crate::memory::{Memory, MemoryError, Rights, Translation};
-use crate::source::gate;
+use crate::source::own_call;
 
 /// Anonymous private 4 KiB pages of this process. Its addresses are its own: where a source watches, others who unmap there leave them
 /// reserved ([`Unotify`](crate::Unotify)). Kept out of children. It shows no page table: devices that walk one use the
@@ -44,31 +43,8 @@ impl ProcessMemory {
         Ok(this)
     }
 
-    /// A system call on `range`: its first two arguments.
-    ///
-    /// # Safety
-    /// All that the call changes lies in the arena, which belongs to this value; Rust references into it are the users' own
-    /// business, who got raw addresses only.
-    unsafe fn call(
-        (nr, name): (libc::c_long, &'static str),
-        range: Range,
-        [c, d, e, f]: [usize; 4],
-    ) -> Result<(), MemoryError> {
-        let args = [
-            range.start().get() as usize,
-            range.len() as usize,
-            c,
-            d,
-            e,
-            f,
-        ];
-        // SAFETY: the caller's promise.
-        let result = unsafe { gate::call(nr, args) };
-        result.map(drop).map_err(|errno| MemoryError::System {
-            call: name,
-            range,
-            errno: io::Error::from_raw_os_error(errno).kind(),
-        })
+    fn bytes(range: Range) -> (usize, usize) {
+        (range.start().get() as usize, range.len() as usize)
     }
 
     fn protection(rights: Rights) -> libc::c_int {
@@ -87,17 +63,55 @@ impl ProcessMemory {
 
     /// Fresh anonymous pages over `range`.
     fn over(&self, range: Range, protection: libc::c_int) -> Result<(), MemoryError> {
+        let (start, len) = Self::bytes(range);
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
-        let args = [protection as usize, flags as usize, usize::MAX, 0];
-        // SAFETY: the range lies in the arena.
-        unsafe { Self::call((libc::SYS_mmap, "mmap"), range, args) }?;
+        let args = [
+            start,
+            len,
+            protection as usize,
+            flags as usize,
+            usize::MAX,
+            0,
+        ];
+        // SAFETY: the range lies in the arena, which belongs to this value; Rust references into it are the users' own
+        // business, who got raw addresses only.
+        unsafe { call("mmap", libc::SYS_mmap, range, args) }?;
         if !planted!("r30") {
-            let args = [libc::MADV_DONTFORK as usize, 0, 0, 0];
             // SAFETY: as above. Best effort: the flag of the reservation is lost with its pages.
-            let _ = unsafe { Self::call((libc::SYS_madvise, "madvise"), range, args) };
+            let _ = unsafe { advise(range, libc::MADV_DONTFORK) };
         }
         Ok(())
     }
+}
+
+/// A call that changes `range`: the space has shot it down, and no source is to stop it once more.
+///
+/// # Safety
+/// As the call itself.
+unsafe fn call(
+    name: &'static str,
+    nr: libc::c_long,
+    range: Range,
+    args: [usize; 6],
+) -> Result<(), MemoryError> {
+    // SAFETY: the caller's promise.
+    match unsafe { own_call(nr, args) } {
+        Ok(_) => Ok(()),
+        Err(errno) => Err(MemoryError::System {
+            call: name,
+            range,
+            errno: io::Error::from_raw_os_error(errno).kind(),
+        }),
+    }
+}
+
+/// # Safety
+/// As the advice.
+unsafe fn advise(range: Range, advice: libc::c_int) -> Result<(), MemoryError> {
+    let (start, len) = ProcessMemory::bytes(range);
+    let args = [start, len, advice as usize, 0, 0, 0];
+    // SAFETY: the caller's promise.
+    unsafe { call("madvise", libc::SYS_madvise, range, args) }
 }
 
 impl Memory for ProcessMemory {
@@ -125,24 +139,25 @@ impl Memory for ProcessMemory {
     }
 
     fn discard(&self, range: Range) -> Result<(), MemoryError> {
-        let args = [libc::MADV_DONTNEED as usize, 0, 0, 0];
         // SAFETY: the range lies in the arena; private anonymous pages read as zero afterwards.
-        unsafe { Self::call((libc::SYS_madvise, "madvise"), range, args) }
+        unsafe { advise(range, libc::MADV_DONTNEED) }
     }
 
     fn protect(&self, range: Range, rights: Rights) -> Result<(), MemoryError> {
-        let args = [Self::protection(rights) as usize, 0, 0, 0];
+        let (start, len) = Self::bytes(range);
+        let args = [start, len, Self::protection(rights) as usize, 0, 0, 0];
         // SAFETY: the range lies in the arena.
-        unsafe { Self::call((libc::SYS_mprotect, "mprotect"), range, args) }
+        unsafe { call("mprotect", libc::SYS_mprotect, range, args) }
     }
 
     fn remap(&self, from: Range, to: Range) -> Result<(), MemoryError> {
+        let (start, len) = Self::bytes(from);
+        let (target, _) = Self::bytes(to);
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
-        let target = to.start().get() as usize;
-        let args = [to.len() as usize, flags as usize, target, 0];
+        let args = [start, len, len, flags as usize, target, 0];
         // SAFETY: both lie in the arena, the target has nothing mapped. DONTUNMAP keeps the old addresses reserved, so that no
         // other mmap of the process can take them.
-        unsafe { Self::call((libc::SYS_mremap, "mremap"), from, args) }?;
+        unsafe { call("mremap", libc::SYS_mremap, from, args) }?;
         // The pages have moved: that the hole reads as zero instead of faulting is no reason to call it a failure.
         let _ = self.over(from, libc::PROT_NONE);
         Ok(())

@@ -35,6 +35,7 @@ use crate::primitive::{Arc, Backoff};
 use crate::recorder::Kind;
 use crate::registration::{Inner, Logged, Use};
 use crate::segment::SegmentInner;
+use crate::source::Change;
 use crate::space::Space;
 use crate::stats::Counter;
 use crate::tlb::{Device, FlushCommand, FlushPlan, Health};
@@ -126,6 +127,8 @@ pub(crate) struct Invalidation<'s> {
     trouble: Trouble,
     missed_deadline: bool,
     ended: bool,
+    /// From the end of the phases on.
+    change: Option<Change>,
     // Dropped last but one: callbacks of `end` are inside it. Then what was put off runs.
     _open: OpenInvalidation,
     leave: Option<crate::lock::Leave>,
@@ -215,6 +218,7 @@ impl<'s> Invalidation<'s> {
             }
         }
         let Some(error) = self.error() else {
+            self.change = Some(self.space.sources.change(self.core.range));
             return Ok(());
         };
         self.end(match error {
@@ -271,6 +275,7 @@ impl<'s> Invalidation<'s> {
                     },
                     missed_deadline: false,
                     ended: false,
+                    change: None,
                     _open: OpenInvalidation::enter(),
                     leave: Some(crate::lock::Leave),
                 };
@@ -536,6 +541,7 @@ impl<'s> Invalidation<'s> {
         if std::mem::replace(&mut self.ended, true) {
             return;
         }
+        self.change = None;
         let kept = outcome == Outcome::Quarantined && self.trouble.keeps;
         if !kept {
             // Before the uses are given back: while they last, a registration holds each device, and no count here is the last.

@@ -297,7 +297,10 @@ impl Prepared {
             inner.space.sources.settle(inner.range);
         }
         let (needs, operations) = (inner.needs, inner.operations);
-        inner.space.sources.check(inner.range, needs, operations)?;
+        // The space translates what lies in its arena: a driver that registers everything needs no more than that to be watched.
+        let all = |arena: &Range| inner.range.contains(*arena);
+        let watched = inner.space.table.arena.filter(all).unwrap_or(inner.range);
+        inner.space.sources.check(watched, needs, operations)?;
         if !inner.space.admit(inner) {
             return Err(InsertError::Exiting { range: inner.range });
         }

@@ -11,6 +11,8 @@
 //!
 //! The root's hull is looked at first. A summary of occupied regions would go beside it, in [`Tree`], and be published with it.
 
+#[cfg(all(any(test, fuzzing), not(loom)))]
+pub(crate) mod fuzz;
 mod node;
 #[cfg(test)]
 mod tests;

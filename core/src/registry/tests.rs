@@ -9,64 +9,12 @@ mod real {
     use crate::addr::Range;
     use crate::registry::Registry;
 
-    #[derive(Clone, Debug)]
-    enum Step {
-        Insert(Range),
-        Remove(usize),
-        Walk(Range),
-    }
-
-    fn range() -> impl Strategy<Value = Range> {
-        prop_oneof![
-            8 => (0u64..4000, 1u64..200).prop_map(|(start, len)| Range::new(start, len).unwrap()),
-            1 => (0u64..4000).prop_map(|start| Range::inclusive(start, u64::MAX).unwrap()),
-        ]
-    }
-
-    fn step() -> impl Strategy<Value = Step> {
-        prop_oneof![
-            4 => range().prop_map(Step::Insert),
-            3 => any::<usize>().prop_map(Step::Remove),
-            3 => range().prop_map(Step::Walk),
-        ]
-    }
-
-    fn hits(registry: &Registry<u64>, range: Range) -> Vec<u64> {
-        let mut hits = Vec::new();
-        registry.walk(range, |_, id| {
-            hits.push(*id);
-            ControlFlow::Continue(())
-        });
-        hits
-    }
-
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(512))]
+
         #[test]
-        fn it_agrees_with_a_naive_list(steps in prop::collection::vec(step(), 1..400)) {
-            let registry = Registry::new();
-            let mut naive: Vec<(Range, u64)> = Vec::new();
-            let mut next = 0;
-            for step in steps {
-                match step {
-                    Step::Insert(range) => {
-                        registry.insert(range, next, Arc::new(next));
-                        naive.push((range, next));
-                        next += 1;
-                    }
-                    Step::Remove(nth) if !naive.is_empty() => {
-                        let (range, id) = naive.swap_remove(nth % naive.len());
-                        prop_assert!(registry.remove(range, id));
-                        prop_assert!(!registry.remove(range, id), "a second removal finds nothing");
-                    }
-                    Step::Remove(_) => prop_assert!(!registry.remove(Range::ALL, next)),
-                    Step::Walk(range) => {
-                        let mut want: Vec<_> = naive.iter().filter(|one| one.0.overlaps(range)).collect();
-                        want.sort_by_key(|one| (one.0.start(), one.1));
-                        let want: Vec<u64> = want.into_iter().map(|one| one.1).collect();
-                        prop_assert_eq!(hits(&registry, range), want);
-                    }
-                }
-            }
+        fn it_agrees_with_a_naive_list(bytes in prop::collection::vec(any::<u8>(), 0..3000)) {
+            crate::fuzz::registry(&bytes);
         }
     }
 

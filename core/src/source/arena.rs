@@ -14,9 +14,9 @@ fn map(range: Range, how: i32) -> Result<usize, i32> {
     let flags = (RESERVED | how) as usize;
     // SAFETY: somebody unmaps this range, or has: it is no memory that anybody relies on.
     unsafe {
-        gate::call(libc::SYS_mmap, [start, len, 0, flags, usize::MAX, 0])?;
+        gate::own_call(libc::SYS_mmap, [start, len, 0, flags, usize::MAX, 0])?;
         // Best effort, as with the arena itself.
-        let _ = gate::call(
+        let _ = gate::own_call(
             libc::SYS_madvise,
             [start, len, libc::MADV_DONTFORK as usize, 0, 0, 0],
         );
@@ -65,7 +65,7 @@ pub(super) unsafe fn unmap(
             None => {
                 let [start, len] = [start.get() as usize, part.len() as usize];
                 // SAFETY: the caller's promise.
-                unsafe { gate::call(libc::SYS_munmap, [start, len, 0, 0, 0, 0]) }
+                unsafe { gate::own_call(libc::SYS_munmap, [start, len, 0, 0, 0, 0]) }
             }
         };
         gone.map_err(failed(range != whole))?;

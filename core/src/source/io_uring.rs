@@ -106,7 +106,7 @@ pub(super) fn submit(entry: Entry, armed: impl FnOnce()) -> Result<usize, NotTri
     let mut params = Params::default();
     let args = [2, &raw mut params as usize, 0, 0, 0, 0];
     // SAFETY: the parameters are as large as the kernel expects.
-    let fd = unsafe { gate::call(libc::SYS_io_uring_setup, args) }
+    let fd = unsafe { gate::own_call(libc::SYS_io_uring_setup, args) }
         .map_err(|errno| said("io_uring_setup", errno))?;
     let mut ring = Ring {
         fd,
@@ -120,7 +120,7 @@ pub(super) fn submit(entry: Entry, armed: impl FnOnce()) -> Result<usize, NotTri
         let rights = (libc::PROT_READ | libc::PROT_WRITE) as usize;
         let flags = (libc::MAP_SHARED | libc::MAP_POPULATE) as usize;
         // SAFETY: a new mapping where the kernel likes.
-        unsafe { gate::call(libc::SYS_mmap, [0, RING, rights, flags, fd, offset]) }
+        unsafe { gate::own_call(libc::SYS_mmap, [0, RING, rights, flags, fd, offset]) }
             .map_err(|errno| said("mmap of the ring", errno))
     };
     ring.rings = map(0)?;
@@ -136,7 +136,7 @@ pub(super) fn submit(entry: Entry, armed: impl FnOnce()) -> Result<usize, NotTri
     word(tail).store(1, Ordering::Release);
     armed();
     // SAFETY: no signal mask is given.
-    unsafe { gate::call(libc::SYS_io_uring_enter, [fd, 1, 1, GETEVENTS, 0, 0]) }
+    unsafe { gate::own_call(libc::SYS_io_uring_enter, [fd, 1, 1, GETEVENTS, 0, 0]) }
         .map_err(|errno| said("io_uring_enter", errno))?;
     // The result is the second word after the 64 bits of user data. Acquire, with the kernel's release of its tail.
     word(params.cq_off[1]).load(Ordering::Acquire);

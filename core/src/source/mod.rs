@@ -33,12 +33,13 @@ mod arena;
 mod coverage;
 pub(crate) mod gate;
 mod io_uring;
+mod observer;
 mod operation;
 mod probe;
 mod scratch;
 mod service;
-mod uffd;
-mod unotify;
+pub(crate) mod uffd;
+pub(crate) mod unotify;
 
 use std::io;
 use std::sync::Arc;
@@ -46,8 +47,10 @@ use std::sync::Arc;
 use thiserror::Error;
 
 pub use self::coverage::Shortfall;
-pub(crate) use self::coverage::Sources;
+pub(crate) use self::coverage::{Change, Sources};
 use self::coverage::{SOURCES, Table};
+pub use self::gate::own_call;
+pub use self::observer::{Observed, Observer};
 pub use self::operation::{Needs, Operation, Operations, Sees};
 pub use self::probe::{Seen, Tried};
 use self::service::{Service, Stop};

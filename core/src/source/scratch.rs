@@ -32,7 +32,7 @@ type Args = [usize; 6];
 
 fn must(nr: libc::c_long, call: &str, args: Args) -> Result<usize, NotTried> {
     // SAFETY: every address lies in the scratch area or in this frame.
-    unsafe { gate::call(nr, args) }
+    unsafe { gate::own_call(nr, args) }
         .map_err(|errno| format!("{call}: {}", std::io::Error::from_raw_os_error(errno)))
 }
 
@@ -449,6 +449,12 @@ const MADV_GUARD_INSTALL: i32 = 102;
 const MPOL_MF_MOVE: usize = 2;
 static FIRST_NODE: u64 = 1;
 const SHM_REMAP: usize = 0o40000;
+
+/// Whether there is nowhere to move pages to.
+pub(super) fn has_one_node() -> bool {
+    let nodes = std::fs::read_to_string("/sys/devices/system/node/online");
+    nodes.is_ok_and(|nodes| nodes.trim() == "0")
+}
 
 /// Forks; the child does `work`, by system calls only, when the parent is `armed`, and is waited for. The fork itself is the
 /// operation where there is no work.

@@ -4,10 +4,12 @@
 //! Exit status: 0 passed, 1 a violation was found, 2 wrong usage, 3 this machine lacks something.
 
 mod attach;
+mod audit;
 mod campaign;
 mod churn;
 mod devices;
 mod faults;
+mod foreign;
 mod hardware;
 mod options;
 mod plant;

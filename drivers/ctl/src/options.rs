@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::attach::AttachOptions;
 use crate::devices::DevicesOptions;
+use crate::foreign::SourceName;
 use crate::sources::SourcesOptions;
 
 /// Shootdown of user-space accelerators' TLBs, run against model hardware.
@@ -75,6 +76,12 @@ pub(crate) struct Options {
     /// Injects faults into the devices, from the seed: `all`, or names with commas between them; `list` prints them.
     #[arg(long, value_name = "NAMES", conflicts_with = "plant")]
     pub(crate) faults: Option<String>,
+    /// Others change the memory too, by raw system calls, and this tells of them.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) source: Option<SourceName>,
+    /// Compares the kernel's own invalidations of the arena with what was told (root, /dev/kvm).
+    #[arg(long)]
+    pub(crate) audit: bool,
     /// Prints the report as one JSON object.
     #[arg(long)]
     pub(crate) json: bool,

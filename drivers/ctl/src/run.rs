@@ -8,19 +8,21 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use shootdown::{AddressSpace, Deadlines, ExitError, Memory};
-use shootdown_gru::{ChipletPorts, Config, Gru, GruStats};
+use shootdown::{AddressSpace, Deadlines, ExitError, Memory, Operations, SourceError, Watched};
+use shootdown_gru::{ChipletPorts, Config, Gru, GruStats, MissMode, SegmentOptions};
 use shootdown_hw_model::gru::{ChipletConfig, FaultPlan, Latency, Model};
 use shootdown_hw_model::{Bus, ModelError, ModelMemory};
 use thiserror::Error;
 
+use crate::audit::{Audit, AuditError};
 use crate::faults::{Fault, Faults};
+use crate::foreign::{Foreign, SourceName};
 use crate::options::Options;
 use crate::plant::Plant;
 use crate::recovery::Recovery;
 use crate::report::{Escalations, Latencies, Leaked, Report, Unregisters};
 use crate::shared::{Shared, Spaces};
-use crate::soak::Sampler;
+use crate::soak::{Count, Sampler};
 use crate::trace;
 use crate::worker::{BLOCKS, CHUNK, Worker};
 
@@ -37,6 +39,14 @@ pub(crate) enum RunError {
         devices: u32,
         most: u64,
     },
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error(transparent)]
+    Audit(#[from] AuditError),
+    #[error(
+        "--source none finds stale accesses whatever else is wrong: {with} says nothing beside it; name a source that tells in time"
+    )]
+    NothingToLearn { with: &'static str },
     #[error("no trace can be written to {path}: {error}")]
     NoTrace { path: String, error: std::io::Error },
     #[error("the trace could not be written to {path}: {error}")]
@@ -46,8 +56,8 @@ pub(crate) enum RunError {
 impl RunError {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
-            Self::TooManySegments { .. } | Self::NoTrace { .. } => 2,
-            Self::Model(_) | Self::Trace { .. } => 3,
+            Self::TooManySegments { .. } | Self::NoTrace { .. } | Self::NothingToLearn { .. } => 2,
+            Self::Model(_) | Self::Source(_) | Self::Audit(_) | Self::Trace { .. } => 3,
         }
     }
 }
@@ -110,14 +120,18 @@ fn chiplets(options: &Options, plant: Option<Plant>, faults: &[Fault]) -> Chiple
     config
 }
 
-fn driver(plant: Option<Plant>) -> Config {
+fn driver(plant: Option<Plant>, foreign: Operations) -> Config {
     let mut config = Config {
         // One more than there are contexts, so that they wrap often and are enough.
         asids: 8..=8 * 17,
-        control_blocks: BLOCKS,
-        data_bytes: CHUNK as usize * 8,
+        segment: SegmentOptions {
+            control_blocks: BLOCKS,
+            data_bytes: CHUNK as usize * 8,
+            misses: MissMode::default(),
+        },
         // For the flush when they wrap, too, which is waited for with a chiplet's lock held.
         handle_deadline: Duration::from_millis(300),
+        foreign,
         ..Config::default()
     };
     if let Some(plant) = plant {
@@ -156,6 +170,15 @@ pub(crate) fn run(
             most,
         });
     }
+    if options.source == Some(SourceName::None) {
+        let beside = [
+            (plant.is_some(), "--plant"),
+            (!faults.is_empty(), "--faults"),
+        ];
+        if let Some((_, with)) = beside.into_iter().find(|(given, _)| *given) {
+            return Err(RunError::NothingToLearn { with });
+        }
+    }
     // Before the run, which would be for nothing otherwise.
     let trace = match &options.trace {
         None => None,
@@ -172,16 +195,37 @@ pub(crate) fn run(
         .enumerate()
         .map(|(nth, chiplet)| ChipletPorts {
             name: format!("gru{nth}"),
+            blade: nth as u32 / 2,
             registers: chiplet.clone(),
             interrupts: chiplet.clone(),
         });
-    let gru = Gru::attach(ports.collect(), driver(plant));
-    let memory = ModelMemory::new(&bus, ARENA)?;
+    let memory = match options.source {
+        None => ModelMemory::new(&bus, ARENA)?,
+        Some(_) => ModelMemory::open_to_others(&bus, ARENA)?,
+    };
     let arena = memory.arena();
+    let space = AddressSpace::managed(memory.clone(), deadlines());
+    let start = || Audit::start(&space, arena);
+    let audit = options.audit.then(start).transpose()?;
+    let observer = audit.as_ref().map(Audit::observer);
+    let (foreign, watches) = match options.source {
+        None => (None, None),
+        Some(source) => {
+            let before = Count::now();
+            let (foreign, watched) = Foreign::start(source, &space, memory.clone(), observer)?;
+            sampler.keeps(before, Count::now());
+            (Some(foreign), watched)
+        }
+    };
+    drop(memory);
+    let operations = foreign
+        .as_ref()
+        .map_or(Operations::CALLS, Foreign::operations);
+    let gru = Gru::attach(ports.collect(), driver(plant, operations));
     let shared = Shared {
         bus: bus.clone(),
         gru: gru.clone(),
-        space: AddressSpace::managed(memory, deadlines()),
+        space,
         arena,
         faulty: !faults.is_empty() || plant.is_some_and(|plant| !plant.must_be_found()),
         stop: AtomicBool::new(false),
@@ -193,6 +237,7 @@ pub(crate) fn run(
         short_lived: Spaces::default(),
         kept: AtomicU64::new(0),
         releases: Arc::default(),
+        foreign,
     };
     let mut report = Report {
         seed: options.seed,
@@ -220,6 +265,10 @@ pub(crate) fn run(
                     &shared,
                     options.seed.wrapping_mul(1009) ^ nth,
                     share as usize,
+                    shared
+                        .foreign
+                        .as_ref()
+                        .map(|foreign| foreign.stranger(scope)),
                 );
                 scope.spawn(move || worker.run())
             })
@@ -270,6 +319,7 @@ pub(crate) fn run(
 
     let mut shootdown = None;
     let mut unregister = None;
+    let mut foreign = None;
     for one in measured {
         let add = |sum: &mut Option<hdrhistogram::Histogram<u64>>,
                    more: hdrhistogram::Histogram<u64>| match sum {
@@ -279,6 +329,7 @@ pub(crate) fn run(
         };
         add(&mut shootdown, one.shootdown);
         add(&mut unregister, one.unregister);
+        add(&mut foreign, one.foreign);
         report.findings.extend(one.findings);
     }
     let latency = |one: &Option<hdrhistogram::Histogram<u64>>| {
@@ -293,6 +344,7 @@ pub(crate) fn run(
         unregister: latency(&unregister),
         fault: latency(&faults),
     };
+    report.foreign = (shared.foreign.as_ref()).map(|one| one.report(latency(&foreign)));
     if let Some(histogram) = &shootdown {
         report.histogram = histogram
             .iter_log(1000, 4.0)
@@ -309,6 +361,15 @@ pub(crate) fn run(
         }
         _ => Ok(()),
     };
+    if let Some(audit) = audit.map(Audit::finish) {
+        report.findings.extend(audit.findings());
+        report.audit = Some(audit);
+    }
+    if let Some(Err((_, refused))) = watches.map(Watched::stop) {
+        report
+            .findings
+            .push(format!("the source does not stop: {refused}"));
+    }
     finish(&mut report, shared, &gru, &model);
     drop((gru, model, bus));
     drop(watched);

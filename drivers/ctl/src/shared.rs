@@ -10,6 +10,7 @@ use shootdown_gru::{Gru, GruError, Instruction, Segment};
 use shootdown_hw_model::Bus;
 
 use crate::churn::Releases;
+use crate::foreign::Foreign;
 
 /// Any instruction ends sooner, or its device is dead.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
@@ -32,6 +33,8 @@ pub(crate) struct Shared {
     /// Bytes that the exits of short-lived spaces had to keep.
     pub(crate) kept: AtomicU64,
     pub(crate) releases: Releases,
+    /// Others change the memory too.
+    pub(crate) foreign: Option<Foreign>,
 }
 
 impl Shared {

@@ -192,6 +192,13 @@ impl Sampler {
         }
     }
 
+    /// What a source keeps for good was there from the start.
+    pub(crate) fn keeps(&mut self, before: Count, after: Count) {
+        let start = &mut self.soak.at_start;
+        start.threads += after.threads.saturating_sub(before.threads);
+        start.descriptors += after.descriptors.saturating_sub(before.descriptors);
+    }
+
     /// Looks, `at` so long after the begin, unless that is in none of the windows.
     pub(crate) fn look(&mut self, at: Duration) {
         if at < self.warm_up {

@@ -16,9 +16,8 @@
 //! A handle that has become idle by itself still holds its opcode; one that a reset has taken off its work does not. So it is counted,
 //! once for each purge, what stood in for an end that never came: a wider purge, or a reset.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-
 use shootdown::{Completion, DeviceError, Registers};
+use shootdown_primitive::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::layout::{PURGES, purge, start, status, tgh};
 

@@ -89,6 +89,13 @@ fn read(at: usize, words: &mut [usize]) -> bool {
     read == bytes as isize
 }
 
+/// The pages at `at` that go when `len` bytes there become `kept`.
+fn behind(at: usize, kept: usize, len: usize) -> Option<Range> {
+    let kept = kept.checked_next_multiple_of(PAGE)?;
+    let len = len.checked_next_multiple_of(PAGE)?;
+    pages(at.checked_add(kept)?, len.checked_sub(kept)?)
+}
+
 impl Call {
     pub(super) fn new(data: &libc::seccomp_data) -> Self {
         Self {
@@ -170,18 +177,13 @@ impl Call {
                 let huge = a.is_multiple_of(HUGE)
                     && maps.at(a as u64).is_some_and(|mapping| mapping.inode != 0);
                 let pages = if huge { huge_pages } else { pages };
-                let kept = c.checked_next_multiple_of(PAGE);
-                match kept.filter(|kept| !fixed && kept < &b) {
-                    Some(kept) => {
-                        let whole = pages(a, b);
-                        let gone = whole.and_then(|whole| {
-                            let from = a.checked_add(kept)? as u64;
-                            Range::inclusive(from, whole.last()).ok()
-                        });
-                        changes.add(gone, Cause::Unmap);
-                    }
+                let old = pages(a, b);
+                let len = old.map_or(b, |old| old.len() as usize);
+                if !fixed && c < len {
+                    changes.add(behind(a, c, len), Cause::Unmap);
+                } else {
                     // In place or not is the kernel's choice.
-                    None => changes.add(pages(a, b), Cause::Remap),
+                    changes.add(pages(a, b), Cause::Remap);
                 }
                 if fixed {
                     changes.add(pages(e, c), Cause::Unmap);
@@ -199,10 +201,8 @@ impl Call {
             // The kernel rounds both down.
             libc::SYS_remap_file_pages => changes.add(pages(down(a), down(b)), Cause::Remap),
             libc::SYS_brk => {
-                let kept = a.checked_next_multiple_of(PAGE).unwrap_or(usize::MAX);
-                let gone = current_break().next_multiple_of(PAGE).saturating_sub(kept);
                 if a != 0 {
-                    changes.add(pages(kept, gone), Cause::Unmap);
+                    changes.add(behind(0, a, current_break()), Cause::Unmap);
                 }
             }
             libc::SYS_shmdt => segment(a, maps, &mut changes),
@@ -377,7 +377,7 @@ fn advised(advice: usize) -> Cause {
 
 fn current_break() -> usize {
     // SAFETY: asks, and changes nothing.
-    unsafe { gate::call(libc::SYS_brk, [0; 6]) }.unwrap_or(0)
+    unsafe { gate::own_call(libc::SYS_brk, [0; 6]) }.unwrap_or(0)
 }
 
 /// The length of a shared segment, by its identifier.

@@ -30,7 +30,7 @@ impl Mapping {
 
 /// Reads a line byte by byte: `start-end perms offset major:minor inode path`.
 #[derive(Default)]
-struct Line {
+pub(super) struct Line {
     mapping: Mapping,
     /// Of the field that is read now.
     field: usize,
@@ -41,7 +41,7 @@ struct Line {
 
 impl Line {
     /// The mapping, at the end of its line.
-    fn byte(&mut self, byte: u8) -> Option<Mapping> {
+    pub(super) fn byte(&mut self, byte: u8) -> Option<Mapping> {
         if byte == b'\n' {
             self.close();
             return Some(std::mem::take(self).mapping);

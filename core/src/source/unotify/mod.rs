@@ -52,6 +52,8 @@
 mod call;
 mod caller;
 mod filter;
+#[cfg(all(any(test, fuzzing), not(loom)))]
+pub(crate) mod fuzz;
 mod listener;
 mod maps;
 mod perform;
@@ -263,7 +265,7 @@ fn announce(listener: i32) {
 /// From the start of the heap to the next mapping: as far as it can grow.
 fn heap(maps: &Maps) -> Range {
     // SAFETY: asks only.
-    let end = unsafe { gate::call(libc::SYS_brk, [0; 6]) }.unwrap_or(0) as u64;
+    let end = unsafe { gate::own_call(libc::SYS_brk, [0; 6]) }.unwrap_or(0) as u64;
     let (mut first, mut next) = (end, u64::MAX);
     maps.each(|mapping| {
         if mapping.start < end && mapping.end >= end {

@@ -86,6 +86,6 @@ impl Call {
             args[1] = vectors;
         }
         // SAFETY: what a thread of this process asked for, with its arguments: as sound, or not, as its own call would be.
-        unsafe { gate::call(self.nr, args) }
+        unsafe { gate::own_call(self.nr, args) }
     }
 }

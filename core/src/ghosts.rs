@@ -55,15 +55,18 @@ impl Ghosts {
         fence(Ordering::SeqCst);
     }
 
-    /// A device in quarantine that may still reach something of `range`. Allocates nothing.
-    pub(crate) fn find(&self, range: Range) -> Option<Device> {
+    /// Shows a device in quarantine that may still reach something of `range`, if there is one. Allocates nothing, and takes no count
+    /// of it, which could come to be the last.
+    pub(crate) fn find(&self, range: Range, see: impl FnOnce(&Device)) {
         if !self.some.load(Ordering::Relaxed) {
-            return None;
+            return;
         }
         let all = self.all.lock();
         let found = all.iter().find(|(ghost, device)| {
             ghost.overlaps(range) && device.health() == Health::Quarantined
         });
-        found.map(|(_, device)| device.clone())
+        if let Some((_, device)) = found {
+            see(device);
+        }
     }
 }

@@ -225,6 +225,15 @@ pub(crate) const TABLE: &[Entry] = &[
             test: "forty_hits_over_several_devices_do_not_allocate",
         },
     },
+    Entry {
+        race: "R18",
+        guard: "a change that is refused leaves its teller no count that may be the last (engine, begin_for_others)",
+        plant: "r18-failed",
+        check: Check::Trap {
+            target: "source_no_alloc",
+            test: "a_change_that_is_refused_frees_no_device",
+        },
+    },
     test(
         "R19",
         "r19-command",

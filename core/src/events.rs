@@ -28,6 +28,11 @@ impl Events {
         if !planted!("r4-event") {
             fence(Ordering::SeqCst);
         }
+        self.ended_and_fenced();
+    }
+
+    /// The same, for a caller that has fenced since.
+    pub(crate) fn ended_and_fenced(&self) {
         if self.waiting.load(Ordering::Relaxed) > 0 {
             drop(self.lock.lock());
             self.ended.notify_all();

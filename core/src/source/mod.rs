@@ -43,10 +43,11 @@ pub use self::operation::{Needs, Operation, Operations, Sees};
 pub use self::probe::{Seen, Tried};
 pub use self::uffd::Uffd;
 pub use self::unotify::Unotify;
-use crate::addr::{PageSize, PageSizes, Range};
+use crate::addr::{PageSize, Range};
 use crate::context::{self, Refused};
 use crate::engine::{InvalidateError, Invalidation, Mode, What};
 use crate::notifier::{Cause, Outcome};
+use crate::plan;
 use crate::space::{AddressSpace, SpacePin};
 
 type Declares = fn(Operation) -> Sees;
@@ -195,7 +196,7 @@ impl Sink {
         context::callback_refusal_of_handlers("Sink::begin")?;
         let what = What {
             range,
-            sizes: PageSizes::all(),
+            pieces: &plan::unknown,
             cause,
             segments: &[],
         };
@@ -252,8 +253,7 @@ impl ExternalChange<'_> {
     /// # Errors
     /// [`InvalidateError::HandlerPanicked`] if an `end` did; everybody else has been told.
     pub fn end(mut self, outcome: Outcome) -> Result<(), InvalidateError> {
-        self.invalidation.end(outcome);
-        self.invalidation.panic_at_end()
+        self.invalidation.end(outcome).panic_at_end()
     }
 }
 

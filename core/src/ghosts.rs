@@ -51,7 +51,9 @@ impl Ghosts {
             all = Vec::with_capacity(needed);
         }
         self.some.store(true, Ordering::Relaxed);
-        // With the one in the walk's section: an invalidation that does not find the registration in the index finds this.
+        // An invalidation that does not find the registration in the index finds this: by the Release of the index's new version,
+        // which comes after it, and the Acquire of the walk that sees that version. The fence, with the one in the walk's
+        // section, makes it so whatever the index does.
         fence(Ordering::SeqCst);
     }
 

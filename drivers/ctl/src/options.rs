@@ -64,6 +64,9 @@ pub(crate) struct Options {
     /// Accelerators (GRU chiplets, 16 contexts each).
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) devices: u32,
+    /// Page-table accelerators beside them, on the same memory; none where there is a --source.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=16))]
+    pub(crate) accelerators: u32,
     /// Segments (contexts) that the threads hold together; at least one a thread, at most 15 a device.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=960))]
     pub(crate) segments: u64,

@@ -12,8 +12,10 @@ use shootdown::{AddressSpace, Deadlines, ExitError, Memory, Operations, SourceEr
 use shootdown_gru::{ChipletPorts, Config, Gru, GruStats};
 use shootdown_hw_model::gru::{ChipletConfig, FaultPlan, Latency, Model};
 use shootdown_hw_model::{Bus, ModelError, ModelMemory};
+use shootdown_pta::PtaError;
 use thiserror::Error;
 
+use crate::accelerator::Accelerators;
 use crate::faults::{Fault, Faults};
 use crate::foreign::{Foreign, SourceName};
 use crate::options::Options;
@@ -38,6 +40,8 @@ pub(crate) enum RunError {
         devices: u32,
         most: u64,
     },
+    #[error("an accelerator does not come up: {0}")]
+    Accelerator(#[from] PtaError),
     #[error(transparent)]
     Source(#[from] SourceError),
     #[error(
@@ -54,7 +58,7 @@ impl RunError {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::TooManySegments { .. } | Self::NoTrace { .. } | Self::NothingToLearn { .. } => 2,
-            Self::Model(_) | Self::Source(_) | Self::Trace { .. } => 3,
+            Self::Model(_) | Self::Accelerator(_) | Self::Source(_) | Self::Trace { .. } => 3,
         }
     }
 }
@@ -212,9 +216,12 @@ pub(crate) fn run(
         .as_ref()
         .map_or(Operations::CALLS, Foreign::operations);
     let gru = Gru::attach(ports.collect(), driver(plant, operations));
+    // Their driver has to be told in time, which not every source does.
+    let accelerators = options.source.map_or(options.accelerators, |_| 0);
     let shared = Shared {
         bus: bus.clone(),
         gru: gru.clone(),
+        accelerators: Accelerators::new(&bus, options.devices, accelerators, options.threads)?,
         space,
         arena,
         faulty: !faults.is_empty() || plant.is_some_and(|plant| !plant.must_be_found()),
@@ -253,7 +260,7 @@ pub(crate) fn run(
                     segments / options.threads + u64::from(nth < segments % options.threads);
                 let worker = Worker::new(
                     &shared,
-                    options.seed.wrapping_mul(1009) ^ nth,
+                    (nth, options.seed.wrapping_mul(1009) ^ nth),
                     share as usize,
                     shared
                         .foreign
@@ -437,6 +444,8 @@ fn finish(report: &mut Report, shared: Shared, gru: &Gru, model: &Model) {
         };
         report.faults.quarantines += stats.quarantined;
     }
+    report.accelerators = shared.accelerators.report();
+    report.device_ops += report.accelerators.map_or(0, |one| one.commands);
     for chiplet in model.chiplets() {
         report.device_ops += chiplet.counts().instructions;
     }

@@ -9,6 +9,7 @@ use shootdown::{AddressSpace, Device, FaultError, Health, InvalidateError, MapEr
 use shootdown_gru::{Gru, GruError, Instruction, Segment};
 use shootdown_hw_model::Bus;
 
+use crate::accelerator::Accelerators;
 use crate::churn::Releases;
 use crate::foreign::Foreign;
 
@@ -19,6 +20,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) struct Shared {
     pub(crate) bus: Bus,
     pub(crate) gru: Arc<Gru>,
+    pub(crate) accelerators: Accelerators,
     pub(crate) space: AddressSpace,
     pub(crate) arena: Range,
     /// Devices fail on purpose.

@@ -56,7 +56,7 @@
 //!
 //! # Where to read on
 //! `registration::state` has the state word on which every race of unregister, release, exit and put is decided; `engine` the
-//! phases; `recent` and `fault` begin and retry; `registry` and `srcu` the lock-free walk; `managed` the spans; `segment` what a
+//! phases; `fault` begin and retry; `active` the slots of what is in progress; `registry` and `srcu` the lock-free walk; `managed` the spans; `segment` what a
 //! segment's end comes to; `space` the exit; `watch` the watchdog; `source` what is seen of foreign calls, and when.
 
 #[macro_use]
@@ -70,6 +70,9 @@ mod engine;
 mod events;
 mod exclude;
 mod fault;
+#[cfg(all(any(test, fuzzing), not(loom)))]
+#[cfg_attr(fuzzing, allow(missing_docs))]
+pub mod fuzz;
 mod ghosts;
 mod list;
 mod lock;
@@ -77,6 +80,7 @@ mod managed;
 mod memory;
 #[cfg(all(test, loom))]
 mod model;
+mod notes;
 mod notifier;
 mod pool;
 mod primitive;
@@ -103,6 +107,9 @@ pub use lock::{NotifierGuard, NotifierLock};
 pub use managed::{Map, MapError};
 pub use memory::{Exclusion, Frame, Memory, MemoryError, Rights, Touched, Translation};
 pub use notifier::{Cause, CutOffFailed, Drain, Gather, Issued, Notifier, Op, Outcome, WouldBlock};
+/// For the guards of other crates.
+#[cfg(planted)]
+pub use planted::is as is_planted;
 pub use process::ProcessMemory;
 pub use recorder::{Kind, Record};
 pub use registration::{
@@ -111,8 +118,8 @@ pub use registration::{
 pub use segment::{DeviceContext, Segment, UnloadFailed};
 pub use share::Share;
 pub use source::{
-    ExternalChange, Needs, Operation, Operations, Seen, Sees, SelfTest, Shortfall, Sink, Source,
-    SourceError, Tried, Uffd, Unotify, Watched, own_call,
+    ExternalChange, Needs, Observed, Observer, Operation, Operations, Seen, Sees, SelfTest,
+    Shortfall, Sink, Source, SourceError, Tried, Uffd, Unotify, Watched, own_call,
 };
 pub use space::{AddressSpace, Deadlines, ExitError, MapReadGuard, MapWriteGuard, SpacePin};
 pub use stats::Stats;

@@ -1,69 +1,75 @@
 //! Lists for the shootdown path, from memory that registration has set aside.
 //!
-//! A [`Chain`] grows by whole chunks that it takes from its [`Pool`] and gives back when it is dropped: nothing is
-//! allocated or freed between the two.
+//! A [`Chain`] grows by whole chunks that it takes from its [`Pool`], and gives all but the first back when it is cleared: nothing is
+//! allocated or freed between the two. There is a chain for each slot that an invalidation can claim: so short lists, which are most,
+//! touch nothing that another invalidation touches.
 
+use crate::active::SLOTS;
 use crate::primitive::Mutex;
-
-/// Entries of a chunk.
-pub(crate) const CHUNK: usize = 8;
+use crate::primitive::atomic::{AtomicUsize, Ordering};
 
 struct Chunk<T> {
     entries: Vec<T>,
     next: Option<Box<Chunk<T>>>,
 }
 
-struct Free<T> {
-    chunks: Option<Box<Chunk<T>>>,
-    /// All that were ever made, in use or not.
-    made: usize,
+pub(crate) struct Pool<T> {
+    /// Entries of a chunk.
+    chunk: usize,
+    free: Mutex<Option<Box<Chunk<T>>>>,
+    /// Chunks that were ever made, in use or not.
+    made: AtomicUsize,
 }
 
-pub(crate) struct Pool<T>(Mutex<Free<T>>);
-
 impl<T> Pool<T> {
-    pub(crate) fn new() -> Self {
-        Self(Mutex::new(Free {
-            chunks: None,
-            made: 0,
-        }))
+    /// With chunks of so many entries, and one for each invalidation that can be in progress.
+    pub(crate) fn new(chunk: usize) -> Self {
+        let pool = Self {
+            chunk,
+            free: Mutex::new(None),
+            made: AtomicUsize::new(0),
+        };
+        pool.reserve(0);
+        pool
     }
 
-    fn chunk() -> Box<Chunk<T>> {
+    fn fresh(&self) -> Box<Chunk<T>> {
         Box::new(Chunk {
-            entries: Vec::with_capacity(CHUNK),
+            entries: Vec::with_capacity(self.chunk),
             next: None,
         })
     }
 
-    /// Makes sure that `entries` fit in all chains together, if they fill their chunks. Allocates: not in the shootdown path,
-    /// and not under the lock, which that path takes.
+    /// Makes sure that `entries` fit in one chain, beside a chunk for each of the others. Allocates: not in the shootdown path, and not
+    /// under the lock, which that path takes.
     pub(crate) fn reserve(&self, entries: usize) {
-        let made = self.0.lock().made;
-        for _ in made..entries.div_ceil(CHUNK) {
-            let mut chunk = Self::chunk();
-            let mut free = self.0.lock();
-            chunk.next = free.chunks.take();
-            free.chunks = Some(chunk);
-            free.made += 1;
+        let wanted = entries.div_ceil(self.chunk) + SLOTS;
+        // Relaxed: each makes what it has counted, and sees its own.
+        let made = self.made.load(Ordering::Relaxed);
+        if made >= wanted {
+            return;
+        }
+        let made = self.made.fetch_max(wanted, Ordering::Relaxed);
+        for _ in made..wanted {
+            let chunk = self.fresh();
+            self.give(chunk);
         }
     }
 
     fn take(&self) -> Option<Box<Chunk<T>>> {
         if planted!("r18") {
-            return Some(Self::chunk());
+            return Some(self.fresh());
         }
-        let mut free = self.0.lock();
-        let mut chunk = free.chunks.take()?;
-        free.chunks = chunk.next.take();
+        let mut free = self.free.lock();
+        let mut chunk = free.take()?;
+        *free = chunk.next.take();
         Some(chunk)
     }
 
     fn give(&self, mut chunk: Box<Chunk<T>>) {
-        chunk.entries.clear();
-        let mut free = self.0.lock();
-        chunk.next = free.chunks.take();
-        free.chunks = Some(chunk);
+        let mut free = self.free.lock();
+        chunk.next = free.take();
+        *free = Some(chunk);
     }
 }
 
@@ -71,29 +77,34 @@ impl<T> Drop for Pool<T> {
     fn drop(&mut self) {
         // One after the other: each would else drop the next from within its own drop, and a space that had 100 000
         // registrations would overflow the stack.
-        while self.take().is_some() {}
+        let mut next = self.free.lock().take();
+        while let Some(mut chunk) = next {
+            next = chunk.next.take();
+        }
     }
 }
 
-/// A list of `T` over chunks of a pool.
-pub(crate) struct Chain<'p, T> {
-    pool: &'p Pool<T>,
+/// A list of `T` over chunks of a pool, which is told each time.
+pub(crate) struct Chain<T> {
     head: Option<Box<Chunk<T>>>,
 }
 
-impl<'p, T> Chain<'p, T> {
-    pub(crate) fn new(pool: &'p Pool<T>) -> Self {
-        Self { pool, head: None }
+impl<T> Default for Chain<T> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<T> Chain<T> {
+    pub(crate) const fn new() -> Self {
+        Self { head: None }
     }
 
     /// Adds an entry; gives it back when the pool is exhausted.
-    pub(crate) fn push(&mut self, entry: T) -> Result<(), T> {
-        if self
-            .head
-            .as_ref()
-            .is_none_or(|chunk| chunk.entries.len() == CHUNK)
-        {
-            let Some(mut chunk) = self.pool.take() else {
+    pub(crate) fn push(&mut self, pool: &Pool<T>, entry: T) -> Result<(), T> {
+        let full = |chunk: &Chunk<T>| chunk.entries.len() == pool.chunk;
+        if self.head.as_deref().is_none_or(full) {
+            let Some(mut chunk) = pool.take() else {
                 return Err(entry);
             };
             chunk.next = self.head.take();
@@ -106,7 +117,9 @@ impl<'p, T> Chain<'p, T> {
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.head.is_none()
+        self.head
+            .as_ref()
+            .is_none_or(|chunk| chunk.entries.is_empty())
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
@@ -123,17 +136,23 @@ impl<'p, T> Chain<'p, T> {
         }
     }
 
-    pub(crate) fn clear(&mut self) {
-        while let Some(mut chunk) = self.head.take() {
-            self.head = chunk.next.take();
-            self.pool.give(chunk);
+    /// Empties it. It keeps a chunk.
+    pub(crate) fn clear(&mut self, pool: &Pool<T>) {
+        let Some(head) = &mut self.head else { return };
+        head.entries.clear();
+        while let Some(mut chunk) = head.next.take() {
+            head.next = chunk.next.take();
+            chunk.entries.clear();
+            pool.give(chunk);
         }
     }
-}
 
-impl<T> Drop for Chain<'_, T> {
-    fn drop(&mut self) {
-        self.clear();
+    /// Empties it, and gives all of it back.
+    pub(crate) fn give(mut self, pool: &Pool<T>) {
+        self.clear(pool);
+        if let Some(chunk) = self.head.take() {
+            pool.give(chunk);
+        }
     }
 }
 
@@ -141,15 +160,32 @@ impl<T> Drop for Chain<'_, T> {
 mod tests {
     use super::*;
 
+    const CHUNK: usize = 8;
+
     #[test]
     fn a_chain_takes_what_was_reserved_and_gives_it_back() {
-        let pool = Pool::new();
+        let pool = Pool::new(CHUNK);
         pool.reserve(CHUNK + 1);
         for _ in 0..3 {
-            let mut chain = Chain::new(&pool);
-            (0..2 * CHUNK).for_each(|n| chain.push(n).unwrap());
-            assert_eq!(chain.push(0), Err(0));
-            assert_eq!(chain.iter().sum::<usize>(), (0..2 * CHUNK).sum());
+            let mut chain = Chain::new();
+            let room = (SLOTS + 2) * CHUNK;
+            (0..room).for_each(|n| chain.push(&pool, n).unwrap());
+            assert_eq!(chain.push(&pool, 0), Err(0));
+            assert_eq!(chain.iter().sum::<usize>(), (0..room).sum());
+            chain.give(&pool);
         }
+    }
+
+    #[test]
+    fn what_the_others_keep_leaves_room_for_everything() {
+        let pool = Pool::new(CHUNK);
+        pool.reserve(100);
+        let mut all: Vec<_> = (0..SLOTS).map(|_| Chain::new()).collect();
+        for chain in &mut all {
+            chain.push(&pool, 7).unwrap();
+            chain.clear(&pool);
+            assert!(chain.is_empty());
+        }
+        (0..100).for_each(|n| all[3].push(&pool, n).unwrap());
     }
 }

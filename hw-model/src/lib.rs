@@ -39,6 +39,9 @@ mod buddy;
 mod bus;
 pub mod edu;
 mod error;
+#[cfg(any(test, fuzzing))]
+#[cfg_attr(fuzzing, allow(missing_docs))]
+pub mod fuzz;
 pub mod gru;
 mod memory;
 mod oracle;

@@ -15,7 +15,7 @@ pub struct ExternalInvalidation<'s> {
 impl std::fmt::Debug for ExternalInvalidation<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_tuple("ExternalInvalidation")
-            .field(&self.invalidation.core)
+            .field(&self.invalidation.desk.as_ref().map(|desk| desk.core))
             .finish()
     }
 }
@@ -26,8 +26,7 @@ impl ExternalInvalidation<'_> {
     /// # Errors
     /// [`InvalidateError::HandlerPanicked`](crate::InvalidateError::HandlerPanicked) if an `end` did; everybody else has been told.
     pub fn end(mut self, outcome: Outcome) -> Result<(), InvalidateError> {
-        self.invalidation.end(outcome);
-        self.invalidation.panic_at_end()
+        self.invalidation.end(outcome).panic_at_end()
     }
 }
 
@@ -76,8 +75,9 @@ impl crate::AddressSpace {
         };
         let begun = Invalidation::begin(&self.space, what, mode);
         let mut invalidation = begun.map_err(|failed| failed.error)?;
-        if self.space.is_exiting() {
-            // Exit may have detached everybody before this walked the index, with a device that does not answer.
+        if self.space.exit_has_begun() {
+            // Exit may have detached everybody before this walked the index, with a device that does not answer. Then the walk has
+            // seen that, and the mark was set before.
             invalidation.end(Outcome::Unchanged);
             return Err(InvalidateError::Exiting { range });
         }

@@ -4,12 +4,12 @@
 //! allocated or freed, as callbacks insert registrations and ask here (R18).
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use thiserror::Error;
 
 use super::operation::{Needs, Operation, Operations, Sees};
-use super::{BUILT_IN, Source};
+use super::{BUILT_IN, Observer, Source};
 use crate::active::SLOTS;
 use crate::addr::Range;
 
@@ -73,6 +73,7 @@ pub(crate) struct Sources {
     count: AtomicUsize,
     /// What the space's own operations are about to change: a source is told of it too, and has nothing to tell.
     own: Mutex<[Option<Range>; SLOTS]>,
+    observer: OnceLock<Arc<dyn Observer>>,
 }
 
 impl Sources {
@@ -81,6 +82,7 @@ impl Sources {
             entries: Mutex::new([const { None }; SOURCES]),
             count: AtomicUsize::new(0),
             own: Mutex::new([None; SLOTS]),
+            observer: OnceLock::new(),
         }
     }
 
@@ -183,12 +185,27 @@ impl Sources {
         }
     }
 
+    pub(super) fn observe(&self, observer: Arc<dyn Observer>) -> Result<(), Arc<dyn Observer>> {
+        self.observer.set(observer)
+    }
+
+    /// Pages of `range` may change until the value is dropped.
+    pub(crate) fn change(&self, range: Range) -> Change {
+        let observer = self.observer.get().cloned();
+        if let Some(observer) = &observer {
+            observer.may_change(range);
+        }
+        Change { observer, range }
+    }
+
     /// The space's own operation is about to change these ranges; until the value is dropped.
     pub(crate) fn own(&self, ranges: [Option<Range>; 2]) -> Own<'_> {
+        let changes = ranges.map(|range| range.map(|range| self.change(range)));
         if self.is_empty() {
             return Own {
                 sources: self,
                 ranges: [None; 2],
+                _changes: changes,
             };
         }
         let mut own = lock(&self.own);
@@ -200,6 +217,7 @@ impl Sources {
         Own {
             sources: self,
             ranges,
+            _changes: changes,
         }
     }
 
@@ -218,6 +236,21 @@ impl Sources {
 pub(crate) struct Own<'s> {
     sources: &'s Sources,
     ranges: [Option<Range>; 2],
+    _changes: [Option<Change>; 2],
+}
+
+/// Pages may change for as long as this lives, and the observer, if there is one, knows.
+pub(crate) struct Change {
+    observer: Option<Arc<dyn Observer>>,
+    range: Range,
+}
+
+impl Drop for Change {
+    fn drop(&mut self) {
+        if let Some(observer) = &self.observer {
+            observer.changed(self.range);
+        }
+    }
 }
 
 impl Own<'_> {

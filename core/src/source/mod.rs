@@ -21,12 +21,13 @@
 mod coverage;
 pub(crate) mod gate;
 mod io_uring;
+mod observer;
 mod operation;
 mod probe;
 mod scratch;
 mod service;
-mod uffd;
-mod unotify;
+pub(crate) mod uffd;
+pub(crate) mod unotify;
 
 use std::io;
 use std::sync::Arc;
@@ -34,9 +35,10 @@ use std::sync::Arc;
 use thiserror::Error;
 
 pub use self::coverage::Shortfall;
-pub(crate) use self::coverage::Sources;
+pub(crate) use self::coverage::{Change, Sources};
 use self::coverage::{SOURCES, Table};
 pub use self::gate::own_call;
+pub use self::observer::{Observed, Observer};
 pub use self::operation::{Needs, Operation, Operations, Sees};
 pub use self::probe::{Seen, Tried};
 pub use self::uffd::Uffd;
@@ -250,8 +252,7 @@ impl ExternalChange<'_> {
     /// # Errors
     /// [`InvalidateError::HandlerPanicked`] if an `end` did; everybody else has been told.
     pub fn end(mut self, outcome: Outcome) -> Result<(), InvalidateError> {
-        self.invalidation.end(outcome);
-        self.invalidation.panic_at_end()
+        self.invalidation.end(outcome).panic_at_end()
     }
 }
 

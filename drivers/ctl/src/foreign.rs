@@ -18,8 +18,8 @@ use clap::ValueEnum;
 use rand::Rng;
 use serde::Serialize;
 use shootdown::{
-    AddressSpace, Map, Memory, MemoryError, Operation, Operations, PageSize, Range, Rights, Sees,
-    Source, SourceError, Uffd, Unotify, Watched,
+    AddressSpace, Map, Memory, MemoryError, Observer, Operation, Operations, PageSize, Range,
+    Rights, Sees, Source, SourceError, Uffd, Unotify, Watched,
 };
 use shootdown_gru::{Element, Instruction};
 use shootdown_hw_model::ModelMemory;
@@ -158,6 +158,8 @@ pub(crate) struct Foreign {
     left_out: Vec<LeftOut>,
     made: [AtomicU64; Call::ALL.len()],
     refused: AtomicU64,
+    /// Knows which changes are the model's.
+    observer: Option<Arc<dyn Observer>>,
 }
 
 /// A call that is not made, as the source is late for it, or does not see it.
@@ -173,6 +175,7 @@ impl Foreign {
         source: SourceName,
         space: &AddressSpace,
         memory: Arc<ModelMemory>,
+        observer: Option<Arc<dyn Observer>>,
     ) -> Result<(Self, Option<Watched>), SourceError> {
         let watch = |source| space.watch(source, memory.arena());
         let watched = source.source().map(watch).transpose()?;
@@ -204,6 +207,7 @@ impl Foreign {
             left_out,
             made: Default::default(),
             refused: AtomicU64::new(0),
+            observer,
         };
         Ok((this, watched))
     }
@@ -221,7 +225,8 @@ impl Foreign {
     pub(crate) fn stranger<'s>(&'s self, scope: &'s Scope<'s, '_>) -> Stranger {
         let (ask, asked) = channel::<Request>();
         let (answer, answers) = channel();
-        scope.spawn(move || {
+        let thread = std::thread::Builder::new().name("stranger".to_owned());
+        let run = move || {
             for request in asked {
                 let begun = Instant::now();
                 let made = request.make();
@@ -229,7 +234,7 @@ impl Foreign {
                 let told = made.map(|()| {
                     // Relaxed: statistics.
                     self.made[request.call as usize].fetch_add(1, Ordering::Relaxed);
-                    request.tell(&self.memory)
+                    self.tell(&request)
                 });
                 let result = match told {
                     Ok(Ok(())) => Ok(true),
@@ -243,8 +248,23 @@ impl Foreign {
                     return;
                 }
             }
-        });
+        };
+        // Without it the worker finds nobody, and says so.
+        let _ = thread.spawn_scoped(scope, run);
         Stranger { ask, answers }
+    }
+
+    /// The model's own changes, to be as the kernel is, are nobody's to tell of.
+    fn tell(&self, request: &Request) -> Result<(), MemoryError> {
+        let changed = [request.range, request.to];
+        if let Some(observer) = &self.observer {
+            changed.iter().for_each(|range| observer.may_change(*range));
+        }
+        let told = request.tell(&self.memory);
+        if let Some(observer) = &self.observer {
+            changed.iter().for_each(|range| observer.changed(*range));
+        }
+        told
     }
 
     pub(crate) fn report(&self, latency_ns: Latency) -> Report {

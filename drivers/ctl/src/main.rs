@@ -5,6 +5,7 @@
 
 mod accelerator;
 mod attach;
+mod audit;
 mod campaign;
 mod churn;
 mod devices;

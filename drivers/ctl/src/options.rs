@@ -82,6 +82,9 @@ pub(crate) struct Options {
     /// Others change the memory too, by raw system calls, and this tells of them.
     #[arg(long, value_name = "NAME")]
     pub(crate) source: Option<SourceName>,
+    /// Compares the kernel's own invalidations of the arena with what was told (root, /dev/kvm).
+    #[arg(long)]
+    pub(crate) audit: bool,
     /// Prints the report as one JSON object.
     #[arg(long)]
     pub(crate) json: bool,

@@ -6,6 +6,7 @@ use hdrhistogram::Histogram;
 use serde::Serialize;
 
 use crate::accelerator;
+use crate::audit;
 use crate::faults::Faults;
 use crate::foreign;
 use crate::plant::Planted;
@@ -102,6 +103,7 @@ pub(crate) struct Report {
     pub(crate) escalations: Escalations,
     pub(crate) faults: Faults,
     pub(crate) foreign: Option<foreign::Report>,
+    pub(crate) audit: Option<audit::Report>,
     pub(crate) soak: Soak,
     pub(crate) latency_ns: Latencies,
     pub(crate) findings: Vec<String>,
@@ -192,6 +194,9 @@ impl fmt::Display for Report {
         }
         if let Some(foreign) = &self.foreign {
             write!(f, "{foreign}")?;
+        }
+        if let Some(audit) = &self.audit {
+            write!(f, "{audit}")?;
         }
         let most = self
             .histogram

@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use shootdown::{AddressSpace, Deadlines, ExitError, Memory, Operations, SourceError, Watched};
-use shootdown_gru::{ChipletPorts, Config, Gru, GruStats};
+use shootdown_gru::{ChipletPorts, Config, Gru, GruStats, MissMode, SegmentOptions};
 use shootdown_hw_model::gru::{ChipletConfig, FaultPlan, Latency, Model};
 use shootdown_hw_model::{Bus, ModelError, ModelMemory};
 use shootdown_pta::PtaError;
 use thiserror::Error;
 
 use crate::accelerator::Accelerators;
+use crate::audit::{Audit, AuditError};
 use crate::faults::{Fault, Faults};
 use crate::foreign::{Foreign, SourceName};
 use crate::options::Options;
@@ -44,6 +45,8 @@ pub(crate) enum RunError {
     Accelerator(#[from] PtaError),
     #[error(transparent)]
     Source(#[from] SourceError),
+    #[error(transparent)]
+    Audit(#[from] AuditError),
     #[error(
         "--source none finds stale accesses whatever else is wrong: {with} says nothing beside it; name a source that tells in time"
     )]
@@ -58,7 +61,11 @@ impl RunError {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::TooManySegments { .. } | Self::NoTrace { .. } | Self::NothingToLearn { .. } => 2,
-            Self::Model(_) | Self::Accelerator(_) | Self::Source(_) | Self::Trace { .. } => 3,
+            Self::Model(_)
+            | Self::Accelerator(_)
+            | Self::Source(_)
+            | Self::Audit(_)
+            | Self::Trace { .. } => 3,
         }
     }
 }
@@ -125,8 +132,11 @@ fn driver(plant: Option<Plant>, foreign: Operations) -> Config {
     let mut config = Config {
         // One more than there are contexts, so that they wrap often and are enough.
         asids: 8..=8 * 17,
-        control_blocks: BLOCKS,
-        data_bytes: CHUNK as usize * 8,
+        segment: SegmentOptions {
+            control_blocks: BLOCKS,
+            data_bytes: CHUNK as usize * 8,
+            misses: MissMode::default(),
+        },
         // For the flush when they wrap, too, which is waited for with a chiplet's lock held.
         handle_deadline: Duration::from_millis(300),
         foreign,
@@ -193,6 +203,7 @@ pub(crate) fn run(
         .enumerate()
         .map(|(nth, chiplet)| ChipletPorts {
             name: format!("gru{nth}"),
+            blade: nth as u32 / 2,
             registers: chiplet.clone(),
             interrupts: chiplet.clone(),
         });
@@ -202,11 +213,14 @@ pub(crate) fn run(
     };
     let arena = memory.arena();
     let space = AddressSpace::managed(memory.clone(), deadlines());
+    let start = || Audit::start(&space, arena);
+    let audit = options.audit.then(start).transpose()?;
+    let observer = audit.as_ref().map(Audit::observer);
     let (foreign, watches) = match options.source {
         None => (None, None),
         Some(source) => {
             let before = Count::now();
-            let (foreign, watched) = Foreign::start(source, &space, memory.clone())?;
+            let (foreign, watched) = Foreign::start(source, &space, memory.clone(), observer)?;
             sampler.keeps(before, Count::now());
             (Some(foreign), watched)
         }
@@ -358,6 +372,10 @@ pub(crate) fn run(
         }
         _ => Ok(()),
     };
+    if let Some(audit) = audit.map(Audit::finish) {
+        report.findings.extend(audit.findings());
+        report.audit = Some(audit);
+    }
     if let Some(Err((_, refused))) = watches.map(Watched::stop) {
         report
             .findings

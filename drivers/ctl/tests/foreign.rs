@@ -26,6 +26,16 @@ fn is_missing(code: Option<i32>, stderr: &str) -> bool {
     missing
 }
 
+/// A machine on which the kernel does not tell has no audit.
+fn is_not_audited(code: Option<i32>, stderr: &str) -> bool {
+    let reason = stderr.trim().strip_prefix("error: no audit: ");
+    if let Some(reason) = reason.filter(|_| code == Some(3)) {
+        eprintln!("SKIPPED: {reason}");
+        return true;
+    }
+    false
+}
+
 /// How often each call was made.
 fn made(report: &Value) -> Vec<(&str, u64)> {
     let calls = report["foreign"]["made"].as_array().expect("a list");
@@ -84,6 +94,32 @@ fn what_a_late_source_cannot_stop_is_left_out_and_named() {
     assert_eq!(names, CALLS);
     assert_eq!(left_out[0]["sees"], "late+end");
     assert_eq!(left_out[4]["sees"], "does not see");
+}
+
+#[test]
+fn an_audit_finds_nothing_that_was_not_told_where_foreign_calls_wait() {
+    let (code, report, stderr) = run("--source unotify --audit --seconds 3 --json");
+    if is_not_audited(code, &stderr) {
+        return;
+    }
+    assert_eq!(code, Some(0), "{report:#} {stderr}");
+    let audit = &report["audit"];
+    assert!(audit["seen"].as_u64() > Some(1000), "{audit}");
+    assert_eq!(audit["missed"], 0);
+    assert_eq!(audit["lost"], 0);
+}
+
+#[test]
+fn an_audit_names_what_nobody_told_of() {
+    let (code, report, stderr) = run("--source none --audit --seconds 2 --json");
+    if is_not_audited(code, &stderr) {
+        return;
+    }
+    assert_eq!(code, Some(1), "{report:#} {stderr}");
+    let audit = &report["audit"];
+    assert!(audit["missed"].as_u64() > Some(0), "{audit}");
+    let first = audit["first"][0].as_str().expect("a sentence");
+    assert!(first.contains("(stranger)"), "{first}");
 }
 
 #[test]

@@ -12,6 +12,7 @@
 //! ```
 
 mod asid;
+mod blocks;
 mod chiplet;
 mod config;
 mod context;
@@ -21,14 +22,19 @@ mod gru;
 mod handle;
 mod instruction;
 mod layout;
+mod load;
 mod notifier;
 mod purge;
 mod segment;
 mod stats;
+mod status;
+mod stop;
 
-pub use config::{ChipletPorts, Config, LateDropIns, Plant};
-pub use error::{Ended, GruError};
+pub use config::{ChipletPorts, Config, LateDropIns, MissMode, Plant, SegmentOptions, Steal};
+pub use error::{Causes, Ended, GruError};
 pub use gru::Gru;
-pub use instruction::{Atomic, Element, Instruction};
-pub use segment::{Segment, Status};
-pub use stats::GruStats;
+pub use handle::OperationStats;
+pub use instruction::{AddressKind, Atomic, Element, Instruction};
+pub use segment::{Delivery, Segment, Status};
+pub use stats::{GruStats, SegmentStats};
+pub use status::{ChipletStatus, Condition, ContextStatus};

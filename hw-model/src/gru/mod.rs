@@ -34,10 +34,13 @@ mod doorbell;
 mod exec;
 mod extended;
 mod fault;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod instruction;
 mod interrupts;
 pub mod layout;
 mod message;
+mod plan;
 mod purge;
 mod segment;
 mod stats;

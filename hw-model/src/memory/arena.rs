@@ -9,6 +9,7 @@
 //! below it, and no notifier of the parent's would tell it. In the child the addresses are unmapped. A `fork` that falls
 //! between [`Arena::map`] and [`Arena::keep_from_children`] may inherit that one mapping; its parent is not harmed.
 
+use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -22,8 +23,8 @@ const LIMIT: u64 = 1 << 46;
 
 const ALIGN: u64 = PageSize::TwoMiB.bytes();
 
-/// Linux places mappings from the top of the address space down, or from a third of it up, and programs at two thirds: 16 TiB
-/// is far from all of them.
+/// Linux places mappings from the top of the address space down, or from a third of it up (42 TiB), and programs at two thirds:
+/// 16 to 32 TiB is far from all of them. Where in there is chance, so that two processes have different addresses.
 const ASIDE: u64 = 1 << 44;
 const ASIDE_TRIES: u64 = 16;
 
@@ -90,7 +91,10 @@ impl Arena {
     pub(super) fn reserve_aside(bytes: u64) -> Result<Self, ModelError> {
         let bytes = size(bytes)?;
         let mut error = io::Error::from(io::ErrorKind::AddrInUse);
-        for start in (0..ASIDE_TRIES).map(|nth| ASIDE + nth * bytes) {
+        // Keyed by chance.
+        let chance = RandomState::new();
+        for nth in 0..ASIDE_TRIES {
+            let start = ASIDE + chance.hash_one(nth) % ASIDE / ALIGN * ALIGN;
             match nothing(start, bytes, libc::MAP_FIXED_NOREPLACE) {
                 Ok(at) => return Self::at(at, bytes),
                 Err(failed) => error = failed,

@@ -20,6 +20,8 @@
 //! reading of its event, which is asked of a page of the source's own; the reader's turn is odd from before a read until what
 //! it read is queued; and the queue counts what the server has done.
 
+#[cfg(all(any(test, fuzzing), not(loom)))]
+pub(crate) mod fuzz;
 mod sys;
 
 use std::collections::VecDeque;
@@ -387,6 +389,7 @@ impl Shared {
                 }
             }
             Event::Fork => self.tell(None, Cause::Protect),
+            Event::Unknown => self.tell(None, Cause::External),
         }
     }
 

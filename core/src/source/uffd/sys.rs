@@ -29,14 +29,8 @@ struct WriteProtect {
     mode: u64,
 }
 
-/// `struct uffd_msg`.
-#[repr(C)]
-#[derive(Default)]
-struct Message {
-    event: u8,
-    reserved: [u8; 7],
-    arguments: [u64; 3],
-}
+/// `struct uffd_msg`: a number, and three arguments from byte 8 on.
+pub(super) type Message = [u8; 32];
 
 const API: u64 = 0xaa;
 const NEW: libc::Ioctl = libc::_IO(0xaa, 0x00);
@@ -68,14 +62,34 @@ pub(super) enum Event {
     Remap(Range, Option<Range>),
     /// They are copied on write from now on.
     Fork,
+    /// Something else, which may be anything (R19).
+    Unknown,
 }
 
 impl Event {
+    /// What a message says, and the descriptor of the child that comes with the news of a fork.
+    pub(super) fn parse(message: &Message) -> (Self, Option<i32>) {
+        let [a, b, c] = [8, 16, 24].map(|at| {
+            let own: [u8; 8] = std::array::from_fn(|nth| message[at + nth]);
+            u64::from_ne_bytes(own)
+        });
+        let range = |start: u64, len: u64| Range::new(start, len).ok();
+        let between = |start: u64, end: u64| range(start, end.checked_sub(start)?);
+        let event = match message[0] {
+            0x13 => return (Self::Fork, Some(a as u32 as i32)),
+            0x14 => range(a, c).map(|from| Self::Remap(from, range(b, c))),
+            0x15 => between(a, b).map(Self::Remove),
+            0x16 => between(a, b).map(Self::Unmap),
+            _ => None,
+        };
+        (event.unwrap_or(Self::Unknown), None)
+    }
+
     /// What an operation of the space itself would have announced.
     pub(super) fn range(self) -> Option<Range> {
         match self {
             Self::Unmap(range) | Self::Remove(range) | Self::Remap(range, _) => Some(range),
-            Self::Fork => None,
+            Self::Fork | Self::Unknown => None,
         }
     }
 }
@@ -201,24 +215,16 @@ impl Descriptor {
     pub(super) fn read(&self) -> Option<Event> {
         let mut message = Message::default();
         // SAFETY: the message is as long as said.
-        let read =
-            unsafe { libc::read(self.raw(), (&raw mut message).cast(), size_of::<Message>()) };
-        if read != size_of::<Message>() as isize {
+        let read = unsafe { libc::read(self.raw(), (&raw mut message).cast(), message.len()) };
+        if read != message.len() as isize {
             return None;
         }
-        let [a, b, c] = message.arguments;
-        let range = |start: u64, len: u64| Range::new(start, len).ok();
-        match message.event {
-            0x13 => {
-                // SAFETY: the child's descriptor, which came with the event: nobody watches the child.
-                unsafe { libc::close(a as u32 as i32) };
-                Some(Event::Fork)
-            }
-            0x14 => Some(Event::Remap(range(a, c)?, range(b, c))),
-            0x15 => Some(Event::Remove(range(a, b.checked_sub(a)?)?)),
-            0x16 => Some(Event::Unmap(range(a, b.checked_sub(a)?)?)),
-            _ => None,
+        let (event, child) = Event::parse(&message);
+        if let Some(child) = child {
+            // SAFETY: the child's descriptor, which came with the event: nobody watches the child.
+            unsafe { libc::close(child) };
         }
+        Some(event)
     }
 }
 

@@ -56,6 +56,13 @@ fn pages(at: usize, len: usize) -> Option<Range> {
     Range::new(at as u64, len as u64).ok()
 }
 
+/// The pages at `at` that go when `len` bytes there become `kept`.
+fn behind(at: usize, kept: usize, len: usize) -> Option<Range> {
+    let kept = kept.checked_next_multiple_of(PAGE)?;
+    let len = len.checked_next_multiple_of(PAGE)?;
+    pages(at.checked_add(kept)?, len.checked_sub(kept)?)
+}
+
 impl Call {
     pub(super) fn new(data: &libc::seccomp_data) -> Self {
         Self {
@@ -99,13 +106,11 @@ impl Call {
             libc::SYS_mremap => {
                 let fixed = d & libc::MREMAP_FIXED as usize != 0;
                 let shrinks = !fixed && c < b;
-                match shrinks.then(|| c.next_multiple_of(PAGE)) {
-                    Some(kept) => {
-                        let gone = b.checked_next_multiple_of(PAGE).unwrap_or(b);
-                        changes.add(pages(a + kept, gone.saturating_sub(kept)), Cause::Unmap);
-                    }
+                if shrinks {
+                    changes.add(behind(a, c, b), Cause::Unmap);
+                } else {
                     // In place or not is the kernel's choice.
-                    None => changes.add(pages(a, b), Cause::Remap),
+                    changes.add(pages(a, b), Cause::Remap);
                 }
                 if fixed {
                     changes.add(pages(e, c), Cause::Unmap);
@@ -117,10 +122,8 @@ impl Call {
             }
             libc::SYS_remap_file_pages => changes.add(pages(a, b), Cause::Remap),
             libc::SYS_brk => {
-                let kept = a.next_multiple_of(PAGE);
-                let gone = current_break().next_multiple_of(PAGE).saturating_sub(kept);
                 if a != 0 {
-                    changes.add(pages(kept, gone), Cause::Unmap);
+                    changes.add(behind(0, a, current_break()), Cause::Unmap);
                 }
             }
             libc::SYS_shmdt => segment(a, &mut changes),

@@ -37,7 +37,7 @@ pub(super) fn open() -> std::io::Result<()> {
 
 /// Reads a line byte by byte: `start-end perms offset major:minor inode path`.
 #[derive(Default)]
-struct Line {
+pub(super) struct Line {
     mapping: Mapping,
     /// Of the field that is read now.
     field: usize,
@@ -48,7 +48,7 @@ struct Line {
 
 impl Line {
     /// The mapping, at the end of its line.
-    fn byte(&mut self, byte: u8) -> Option<Mapping> {
+    pub(super) fn byte(&mut self, byte: u8) -> Option<Mapping> {
         if byte == b'\n' {
             self.close();
             return Some(std::mem::take(self).mapping);

@@ -26,6 +26,8 @@
 
 mod call;
 mod filter;
+#[cfg(all(any(test, fuzzing), not(loom)))]
+pub(crate) mod fuzz;
 mod maps;
 mod supervisor;
 

@@ -1,6 +1,9 @@
 //! The driver over the model of its hardware, judged by the model's oracle.
 
 mod hostile;
+mod instructions;
+mod misses;
+mod oversubscribed;
 mod segments;
 mod stress;
 mod support;

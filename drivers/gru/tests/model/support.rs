@@ -24,6 +24,7 @@ impl Rig {
         let model = Model::new(&bus, chiplets, hardware);
         let ports = model.chiplets().iter().map(|chiplet| ChipletPorts {
             name: format!("gru{}", chiplet.config().device),
+            blade: chiplet.config().device / 2,
             registers: chiplet.clone(),
             interrupts: chiplet.clone(),
         });

@@ -94,7 +94,8 @@ fn a_hole_in_the_arena_is_nobody_elses_meanwhile() {
     let (_bus, memory) = open();
     map(&memory, 0, 4);
     munmap(pages(&memory, 0, 4));
-    for _ in 0..100 {
+    // More than the holes between other mappings have room for.
+    for _ in 0..8192 {
         let rights = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         // SAFETY: a new mapping where the kernel likes, which stays.

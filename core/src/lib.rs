@@ -82,6 +82,7 @@ mod memory;
 mod model;
 mod notes;
 mod notifier;
+mod plan;
 mod pool;
 mod primitive;
 mod process;

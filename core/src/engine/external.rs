@@ -1,9 +1,10 @@
 //! Invalidations that somebody outside drives.
 
 use super::{InvalidateError, Invalidation, Mode, What};
-use crate::addr::{PageSizes, Range};
+use crate::addr::Range;
 use crate::context;
 use crate::notifier::{Cause, Outcome};
+use crate::plan;
 
 /// An invalidation that somebody outside drives: the pages change between [`begin`](crate::AddressSpace::begin_invalidation)
 /// and [`ExternalInvalidation::end`]. Bound to its thread; on it everything counts as inside a callback meanwhile.
@@ -15,7 +16,7 @@ pub struct ExternalInvalidation<'s> {
 impl std::fmt::Debug for ExternalInvalidation<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_tuple("ExternalInvalidation")
-            .field(&self.invalidation.core)
+            .field(&self.invalidation.desk.as_ref().map(|desk| desk.core))
             .finish()
     }
 }
@@ -26,8 +27,7 @@ impl ExternalInvalidation<'_> {
     /// # Errors
     /// [`InvalidateError::HandlerPanicked`](crate::InvalidateError::HandlerPanicked) if an `end` did; everybody else has been told.
     pub fn end(mut self, outcome: Outcome) -> Result<(), InvalidateError> {
-        self.invalidation.end(outcome);
-        let panicked = self.invalidation.panic_at_end();
+        let panicked = self.invalidation.end(outcome).panic_at_end();
         panicked.map_err(|error| error.with(None))
     }
 }
@@ -75,7 +75,7 @@ impl crate::AddressSpace {
         }
         let what = What {
             range,
-            sizes: PageSizes::all(),
+            pieces: &plan::unknown,
             cause,
             segments: &[],
         };

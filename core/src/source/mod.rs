@@ -56,10 +56,11 @@ pub use self::probe::{Seen, Tried};
 use self::service::{Service, Stop};
 pub use self::uffd::Uffd;
 pub use self::unotify::Unotify;
-use crate::addr::{PageSize, PageSizes, Range};
+use crate::addr::{PageSize, Range};
 use crate::context::{self, Refused};
 use crate::engine::{Invalidation, SinkError, What};
 use crate::notifier::{Cause, Outcome};
+use crate::plan;
 use crate::space::{AddressSpace, SpacePin};
 
 type Declares = fn(Operation) -> Sees;
@@ -210,7 +211,7 @@ impl Sink {
         context::callback_refusal_of_handlers("Sink::begin")?;
         let what = What {
             range,
-            sizes: PageSizes::all(),
+            pieces: &plan::unknown,
             cause,
             segments: &[],
         };
@@ -290,8 +291,7 @@ impl ExternalChange<'_> {
     /// # Errors
     /// [`SinkError::HandlerPanicked`] if an `end` did; everybody else has been told.
     pub fn end(mut self, outcome: Outcome) -> Result<(), SinkError> {
-        self.invalidation.end(outcome);
-        self.invalidation.panic_at_end()
+        self.invalidation.end(outcome).panic_at_end()
     }
 }
 

@@ -8,6 +8,7 @@ use serde::Serialize;
 use crate::audit;
 use crate::faults::Faults;
 use crate::foreign;
+use crate::gru::Hardware;
 use crate::plant::Planted;
 use crate::soak::Soak;
 
@@ -100,6 +101,7 @@ pub(crate) struct Report {
     pub(crate) quarantined: u64,
     pub(crate) escalations: Escalations,
     pub(crate) faults: Faults,
+    pub(crate) gru: Hardware,
     pub(crate) foreign: Option<foreign::Report>,
     pub(crate) audit: Option<audit::Report>,
     pub(crate) soak: Soak,
@@ -236,7 +238,7 @@ impl fmt::Display for Report {
             "  leaked: {} frames, {} registrations, {} contexts, {} ASIDs",
             l.frames, l.registrations, l.contexts, l.asids
         )?;
-        write!(f, "{}{}", self.faults, self.soak)?;
+        write!(f, "{}{}{}", self.faults, self.soak, self.gru)?;
         for finding in &self.findings {
             writeln!(f, "\nfound: {finding}")?;
         }

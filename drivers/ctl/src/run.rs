@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use shootdown::{AddressSpace, Deadlines, ExitError, Memory, Operations, SourceError, Watched};
-use shootdown_gru::{ChipletPorts, Config, Gru, GruStats, MissMode, SegmentOptions};
+use shootdown_gru::{
+    ChipletPorts, Config, Gru, GruStats, Kernel, MissMode, SegmentOptions, SelfTestFailed, Steal,
+};
 use shootdown_hw_model::gru::{ChipletConfig, FaultPlan, Latency, Model};
 use shootdown_hw_model::{Bus, ModelError, ModelMemory};
 use thiserror::Error;
@@ -23,6 +25,7 @@ use crate::recovery::Recovery;
 use crate::report::{Escalations, Latencies, Leaked, Report, Unregisters};
 use crate::shared::{Shared, Spaces};
 use crate::soak::{Count, Sampler};
+use crate::status::{Server, Snapshot};
 use crate::trace;
 use crate::worker::{BLOCKS, CHUNK, Worker};
 
@@ -31,14 +34,6 @@ use crate::worker::{BLOCKS, CHUNK, Worker};
 pub(crate) enum RunError {
     #[error("the model's memory could not be made: {0}")]
     Model(#[from] ModelError),
-    #[error(
-        "{segments} segments are more than {devices} devices have room for beside those of short-lived spaces: at most {most}"
-    )]
-    TooManySegments {
-        segments: u64,
-        devices: u32,
-        most: u64,
-    },
     #[error(transparent)]
     Source(#[from] SourceError),
     #[error(transparent)]
@@ -56,7 +51,7 @@ pub(crate) enum RunError {
 impl RunError {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
-            Self::TooManySegments { .. } | Self::NoTrace { .. } | Self::NothingToLearn { .. } => 2,
+            Self::NoTrace { .. } | Self::NothingToLearn { .. } => 2,
             Self::Model(_) | Self::Source(_) | Self::Audit(_) | Self::Trace { .. } => 3,
         }
     }
@@ -86,6 +81,8 @@ const FRAME_BYTES: u64 = 4096;
 /// 256 MiB.
 const FRAMES: u64 = 1 << 16;
 const ARENA: u64 = 1 << 30;
+/// For the driver's own memory.
+const KERNEL_ARENA: u64 = 4 << 20;
 
 pub(crate) fn deadlines() -> Deadlines {
     Deadlines {
@@ -124,10 +121,16 @@ fn driver(plant: Option<Plant>, foreign: Operations) -> Config {
     let mut config = Config {
         // One more than there are contexts, so that they wrap often and are enough.
         asids: 8..=8 * 17,
+        first_asid: Some(8 * 14),
         segment: SegmentOptions {
             control_blocks: BLOCKS,
             data_bytes: CHUNK as usize * 8,
             misses: MissMode::default(),
+        },
+        // Short, so that they are stolen often.
+        steal: Steal {
+            window: Duration::from_millis(1),
+            retry: Duration::from_micros(100),
         },
         // For the flush when they wrap, too, which is waited for with a chiplet's lock held.
         handle_deadline: Duration::from_millis(300),
@@ -161,15 +164,7 @@ pub(crate) fn run(
 ) -> Result<(Report, Result<(), RunError>), RunError> {
     let time = Duration::from_secs(options.seconds);
     let mut sampler = Sampler::new(time);
-    let most = u64::from(options.devices) * 15;
     let segments = options.segments.max(options.threads);
-    if segments > most {
-        return Err(RunError::TooManySegments {
-            segments,
-            devices: options.devices,
-            most,
-        });
-    }
     if options.source == Some(SourceName::None) {
         let beside = [
             (plant.is_some(), "--plant"),
@@ -222,7 +217,9 @@ pub(crate) fn run(
         .as_ref()
         .map_or(Operations::CALLS, Foreign::operations);
     let gru = Gru::attach(ports.collect(), driver(plant, operations));
+    let kernel = Kernel::new(&gru, ModelMemory::new(&bus, KERNEL_ARENA)?);
     let shared = Shared {
+        kernel: Some(kernel),
         bus: bus.clone(),
         gru: gru.clone(),
         space,
@@ -252,6 +249,14 @@ pub(crate) fn run(
         ..Report::default()
     };
 
+    self_test(&mut report, &shared);
+    let status = match Server::open() {
+        Ok(server) => Some(server),
+        Err(error) => {
+            tracing::warn!(%error, "`shootdown gru status` will not find this run");
+            None
+        }
+    };
     let begun = Instant::now();
     let ends = begun + time;
     let progress = bar(options);
@@ -287,6 +292,10 @@ pub(crate) fn run(
             );
             recovery.tick();
             sampler.look(begun.elapsed());
+            if let Some(status) = &status {
+                let seconds = begun.elapsed().as_secs_f64();
+                status.answer(|| Snapshot::new(&gru, &model, seconds));
+            }
             progress.set_position(begun.elapsed().as_millis() as u64 / 100);
             progress.set_message(format!(
                 "{} shootdowns",
@@ -304,6 +313,7 @@ pub(crate) fn run(
     });
     report.seconds = begun.elapsed().as_secs_f64();
     report.interrupted = interrupted.load(Ordering::Relaxed);
+    drop(status);
     progress.finish_and_clear();
     if !recovery.finish() {
         let findings = &mut report.findings;
@@ -380,8 +390,21 @@ pub(crate) fn run(
     Ok((report, trace))
 }
 
+/// The driver's own tests of its chiplets, before the work begins.
+fn self_test(report: &mut Report, shared: &Shared) {
+    let Some(kernel) = &shared.kernel else { return };
+    report.gru.blades = kernel.blades().count();
+    report.gru.chiplets = report.devices as usize;
+    match kernel.self_test() {
+        Ok(passed) => report.gru.self_tests = passed,
+        Err(SelfTestFailed::Error { error, .. }) if shared.is_lost(&error) => {}
+        Err(failed) => report.findings.push(failed.to_string()),
+    }
+}
+
 /// Ends the space, and counts what is left.
-fn finish(report: &mut Report, shared: Shared, gru: &Gru, model: &Model) {
+fn finish(report: &mut Report, mut shared: Shared, gru: &Gru, model: &Model) {
+    drop(shared.kernel.take());
     let Shared {
         bus,
         space,
@@ -456,6 +479,7 @@ fn finish(report: &mut Report, shared: Shared, gru: &Gru, model: &Model) {
     }
     let stats = account(&mut report.faults, gru, model);
     report.findings.extend(report.faults.unaccounted());
+    report.gru.count(gru, &stats);
     report.faults_resolved = stats.faults_resolved;
     report.fault_retries = stats.fault_retries;
     report.leaked = Leaked {

@@ -246,6 +246,15 @@ impl Context {
         }
     }
 
+    /// Whether a reset has cost it its state.
+    pub(crate) fn is_lost(&self) -> bool {
+        match *self.place() {
+            Place::Lost(_) => true,
+            Place::Loaded(loaded) => self.check_epoch(&loaded).is_err(),
+            Place::Saved | Place::Ended(_) => false,
+        }
+    }
+
     /// Where it is loaded; `None` while it is not.
     pub(crate) fn loaded(&self) -> Option<Loaded> {
         match *self.place() {

@@ -25,7 +25,7 @@ pub(crate) use self::desk::Desks;
 use self::desk::{Desk, Work};
 pub(crate) use self::device_op::DeviceOp;
 use self::device_op::{Ack, Deadline, sync};
-pub use self::error::InvalidateError;
+pub use self::error::{InvalidateError, SinkError};
 use self::escalate::{GONE, call, dead, reset_all};
 pub use self::external::ExternalInvalidation;
 use crate::active::SLOTS;
@@ -34,6 +34,7 @@ use crate::context::{self, OpenInvalidation};
 use crate::memory::MemoryError;
 use crate::notes::Note;
 use crate::notifier::{Cause, Gather, Op, OpCore, Outcome, WouldBlock};
+use crate::plan::{FlushPlan, Pieces};
 use crate::pool::Chain;
 use crate::primitive::{Arc, Backoff};
 use crate::recorder::Kind;
@@ -42,7 +43,7 @@ use crate::segment::SegmentInner;
 use crate::source::Change;
 use crate::space::Space;
 use crate::stats::Counter;
-use crate::tlb::{Device, FlushCommand, FlushPlan, Health};
+use crate::tlb::{Device, FlushCommand, Health};
 use crate::watch::{Name, Stage, Watch};
 
 /// Whether handlers may wait for locks.
@@ -77,14 +78,21 @@ struct Trouble {
     not_drained: bool,
     /// Whose handler it was, for the last two.
     handler: &'static str,
-    /// The first that may still reach the pages, and why.
-    device: Option<(Device, &'static str)>,
+    /// Why a device may still reach the pages.
+    reached: Option<&'static str>,
+    /// The first such device, if it is kept.
+    device: Option<Device>,
+    /// Whoever is told keeps counts of those that may still reach the pages, and may drop them.
+    keeps: bool,
 }
 
 impl Trouble {
     fn device(&mut self, device: &Device, reason: &'static str) {
         self.any = true;
-        self.device.get_or_insert_with(|| (device.clone(), reason));
+        if self.reached.is_none() {
+            self.reached = Some(reason);
+            self.device = self.keeps.then(|| device.clone());
+        }
     }
 
     fn would_block(&mut self) {
@@ -117,6 +125,8 @@ pub(crate) struct Ended<'s> {
     space: &'s Arc<Space>,
     /// Whose handler panicked, and over which range.
     panicked: Option<(&'static str, Range)>,
+    /// The first device that may still reach the pages.
+    first: Option<Device>,
     devices: Chain<DeviceOp>,
     hits: Chain<Hit>,
 }
@@ -126,15 +136,16 @@ impl<'s> Ended<'s> {
         Self {
             space,
             panicked: None,
+            first: None,
             devices: Chain::new(),
             hits: Chain::new(),
         }
     }
 
     /// A handler that panicked in `end` is told to the caller too; the pages have changed by then.
-    pub(crate) fn panic_at_end(&self) -> Result<(), InvalidateError> {
+    pub(crate) fn panic_at_end(&self) -> Result<(), SinkError> {
         self.panicked.map_or(Ok(()), |(handler, range)| {
-            Err(InvalidateError::HandlerPanicked {
+            Err(SinkError::HandlerPanicked {
                 range,
                 handler,
                 changed: true,
@@ -178,18 +189,25 @@ pub(crate) struct Invalidation<'s> {
     change: Option<Change>,
     // Dropped last but one: callbacks of `end` are inside it. Then what was put off runs.
     _open: OpenInvalidation,
-    _leave: crate::lock::Leave,
+    _leave: Option<crate::lock::Leave>,
 }
 
 /// What is invalidated.
 #[derive(Clone, Copy)]
 pub(crate) struct What<'a> {
     pub(crate) range: Range,
-    /// The page sizes of the mappings in the range; all where that is not known.
-    pub(crate) sizes: PageSizes,
+    /// What is mapped in the range.
+    pub(crate) pieces: Pieces<'a>,
     pub(crate) cause: Cause,
     /// Segments whose own addresses go: their contexts are unloaded.
     pub(crate) segments: &'a [Arc<SegmentInner>],
+}
+
+/// The sizes of all pages in `range`.
+fn sizes_of(range: Range, pieces: Pieces<'_>) -> PageSizes {
+    let mut all = PageSizes::empty();
+    pieces(range, &mut |_, sizes| all |= sizes);
+    all
 }
 
 /// Runs all phases, with `change` as the fifth.
@@ -209,7 +227,10 @@ pub(crate) fn run<'s>(
         Ok(()) => {
             let ended = invalidation.end(Outcome::Changed);
             let panicked = ended.panic_at_end();
-            return panicked.map_err(|error| Failed { error, ended });
+            return panicked.map_err(|error| Failed {
+                error: error.with(None),
+                ended,
+            });
         }
         Err(error) => error,
     };
@@ -229,39 +250,67 @@ impl<'s> Invalidation<'s> {
         what: What<'_>,
         mode: Mode,
     ) -> Result<Self, Failed<'s>> {
-        let mut this = Self {
+        let mut this = Self::new(space, Some(crate::lock::Leave));
+        match this.phases(what, mode, true) {
+            Ok(()) => Ok(this),
+            Err((error, mut ended)) => {
+                let error = error.with(ended.first.take());
+                Err(Failed { error, ended })
+            }
+        }
+    }
+
+    /// The same for whoever may be waited for by somebody that holds the allocator's lock: not even an error frees anything, and what
+    /// was put off is handed over by its owner.
+    pub(crate) fn begin_for_others(
+        space: &'s Arc<Space>,
+        what: What<'_>,
+    ) -> Result<Self, SinkError> {
+        let mut this = Self::new(space, None);
+        let begun = this.phases(what, Mode::Blocking, planted!("r18-failed"));
+        begun.map(|()| this).map_err(|(error, _)| error)
+    }
+
+    fn new(space: &'s Arc<Space>, leave: Option<crate::lock::Leave>) -> Self {
+        Self {
             desk: None,
             space,
             change: None,
             _open: OpenInvalidation::enter(),
-            _leave: crate::lock::Leave,
-        };
-        let desk = match start(space, what, mode) {
-            Ok(desk) => this.desk.insert(desk),
-            Err(error) => {
-                let ended = Ended::without_trouble(space);
-                return Err(Failed { error, ended });
-            }
+            _leave: leave,
+        }
+    }
+
+    fn phases(
+        &mut self,
+        what: What<'_>,
+        mode: Mode,
+        keeps: bool,
+    ) -> Result<(), (SinkError, Ended<'s>)> {
+        let desk = match start(self.space, what, mode, keeps) {
+            Ok(desk) => self.desk.insert(desk),
+            Err(error) => return Err((error, Ended::without_trouble(self.space))),
         };
         if !desk.hits.is_empty() || !what.segments.is_empty() {
+            desk.core.sizes = sizes_of(what.range, what.pieces);
             desk.quiesce();
             if !desk.trouble.would_block {
                 desk.drain();
-                desk.flush();
+                desk.flush(what.pieces);
                 desk.cut_off();
                 desk.unload(what.segments);
             }
         }
         if !desk.trouble.any {
-            this.change = Some(space.sources.change(what.range));
-            return Ok(this);
+            self.change = Some(self.space.sources.change(what.range));
+            return Ok(());
         }
         let error = desk.error();
-        let ended = this.end(match error {
-            InvalidateError::WouldBlock { .. } => Outcome::Unchanged,
+        let ended = self.end(match error {
+            SinkError::WouldBlock { .. } => Outcome::Unchanged,
             _ => Outcome::Quarantined,
         });
-        Err(Failed { error, ended })
+        Err((error, ended))
     }
 
     /// The last phase.
@@ -278,7 +327,8 @@ fn start<'s>(
     space: &'s Arc<Space>,
     what: What<'_>,
     mode: Mode,
-) -> Result<Desk<'s>, InvalidateError> {
+    keeps: bool,
+) -> Result<Desk<'s>, SinkError> {
     let range = what.range;
     let limit = space.deadlines.room;
     let mut deadline = Deadline::new(limit);
@@ -286,11 +336,12 @@ fn start<'s>(
     loop {
         if let Some(mut desk) = Desk::claim(space, range) {
             let claim = desk.claimed();
+            desk.trouble.keeps = keeps;
             desk.core = OpCore {
                 id: claim.id(),
                 range,
                 cause: what.cause,
-                sizes: what.sizes,
+                sizes: PageSizes::empty(),
                 may_block: mode == Mode::Blocking,
                 drain: space.deadlines.drain,
                 post: Watch::post(claim.slot()),
@@ -302,10 +353,10 @@ fn start<'s>(
             desk.end(Outcome::Unchanged);
         }
         if mode == Mode::Try {
-            return Err(InvalidateError::WouldBlock { range });
+            return Err(SinkError::WouldBlock { range });
         }
         if deadline.is_over(&backoff) {
-            return Err(InvalidateError::NoRoom {
+            return Err(SinkError::NoRoom {
                 range,
                 waited: limit,
                 limit: SLOTS,
@@ -372,9 +423,8 @@ impl<'s> Desk<'s> {
                 ControlFlow::Break(())
             }
         });
-        if let Some(device) = space.ghosts.find(range) {
-            trouble.device(&device, GONE);
-        }
+        let ghosts = &space.ghosts;
+        ghosts.find(range, |device| trouble.device(device, GONE));
         if count > 0 && room {
             let (start, last) = (range.start().get(), range.last().get());
             space.recorder.record(Kind::Start, core.id, start, last);
@@ -463,7 +513,7 @@ impl<'s> Desk<'s> {
         space.recorder.record(Kind::Quiesced, core.id, 0, 0);
     }
 
-    fn flush(&mut self) {
+    fn flush(&mut self, pieces: Pieces<'_>) {
         let space = self.space;
         let Work {
             core,
@@ -484,10 +534,10 @@ impl<'s> Desk<'s> {
             };
             let Some(range) = asked else { return };
             for target in used.targets() {
-                let plan = FlushPlan::new(range, core.sizes, target.device.limits());
+                let plan = FlushPlan::new(range, pieces, &target.device);
                 devices.for_each(|one| {
                     if one.device.same(&target.device) {
-                        for scope in plan.scopes() {
+                        for &scope in plan.scopes() {
                             one.add(FlushCommand {
                                 tag: target.tag,
                                 scope,
@@ -541,28 +591,22 @@ impl<'s> Desk<'s> {
     }
 
     /// What the trouble is.
-    fn error(&self) -> InvalidateError {
+    fn error(&self) -> SinkError {
         let range = self.core.range;
         let trouble = &self.trouble;
+        let handler = trouble.handler;
         if trouble.panicked {
-            InvalidateError::HandlerPanicked {
+            SinkError::HandlerPanicked {
                 range,
-                handler: trouble.handler,
+                handler,
                 changed: false,
             }
         } else if trouble.would_block {
-            InvalidateError::WouldBlock { range }
-        } else if let Some((device, reason)) = &trouble.device {
-            InvalidateError::Quarantined {
-                range,
-                device: device.clone(),
-                reason,
-            }
+            SinkError::WouldBlock { range }
+        } else if let Some(reason) = trouble.reached {
+            SinkError::Reached { range, reason }
         } else {
-            InvalidateError::NotDrained {
-                range,
-                handler: trouble.handler,
-            }
+            SinkError::NotDrained { range, handler }
         }
     }
 
@@ -579,8 +623,9 @@ impl<'s> Desk<'s> {
             missed_deadline,
         } = &mut *self;
         let hit_any = !hits.is_empty();
+        let kept = quarantined && trouble.keeps;
         if hit_any {
-            if !quarantined {
+            if !kept {
                 // Before the uses are given back: while they last, a registration holds each device, and no count here is the last.
                 devices.clear(&space.device_ops);
             }
@@ -593,16 +638,19 @@ impl<'s> Desk<'s> {
                         hit.failed |= trouble.panicked(&used);
                     }
                 }
-                hit.kept = (quarantined && hit.failed).then(|| used.count());
+                hit.kept = (kept && hit.failed).then(|| used.count());
                 used.leave();
             });
         }
-        if quarantined {
+        if kept {
+            ended.first = trouble.device.take();
             ended.devices = std::mem::take(devices);
             ended.hits = std::mem::take(hits);
-            space.stats.add(Counter::Quarantined, 1);
         } else if hit_any {
             hits.clear(&space.hits);
+        }
+        if quarantined {
+            space.stats.add(Counter::Quarantined, 1);
         }
         let id = core.id;
         let mut spoilt = None;

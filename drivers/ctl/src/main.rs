@@ -11,6 +11,7 @@ mod churn;
 mod devices;
 mod faults;
 mod foreign;
+mod gru;
 mod hardware;
 mod options;
 mod plant;
@@ -18,9 +19,11 @@ mod races;
 mod recovery;
 mod report;
 mod run;
+mod services;
 mod shared;
 mod soak;
 mod sources;
+mod status;
 mod trace;
 mod worker;
 
@@ -34,8 +37,9 @@ use clap::Parser;
 use serde::Serialize;
 
 use crate::faults::Fault;
-use crate::options::{Cli, Command, Options, PlantsOptions};
+use crate::options::{Cli, Command, GruCommand, Options, PlantsOptions};
 use crate::plant::Plant;
+use crate::status::Snapshot;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -47,6 +51,10 @@ fn main() -> ExitCode {
         Some(Command::Sources(options)) => match sources::run(&options) {
             Ok((sources, json)) => output(&sources, json, true),
             Err(error) => fail(&error, 3),
+        },
+        Some(Command::Gru(GruCommand::Status(options))) => match Snapshot::ask(&options) {
+            Ok(snapshot) => output(&snapshot, options.json, true),
+            Err(error) => fail(&error, error.exit_code()),
         },
         None => run(&cli.run),
     }

@@ -9,6 +9,7 @@ use crate::accelerator;
 use crate::audit;
 use crate::faults::Faults;
 use crate::foreign;
+use crate::gru::Hardware;
 use crate::plant::Planted;
 use crate::soak::Soak;
 
@@ -102,6 +103,7 @@ pub(crate) struct Report {
     pub(crate) quarantined: u64,
     pub(crate) escalations: Escalations,
     pub(crate) faults: Faults,
+    pub(crate) gru: Hardware,
     pub(crate) foreign: Option<foreign::Report>,
     pub(crate) audit: Option<audit::Report>,
     pub(crate) soak: Soak,
@@ -241,7 +243,7 @@ impl fmt::Display for Report {
         if let Some(accelerators) = &self.accelerators {
             write!(f, "{accelerators}")?;
         }
-        write!(f, "{}{}", self.faults, self.soak)?;
+        write!(f, "{}{}{}", self.faults, self.soak, self.gru)?;
         for finding in &self.findings {
             writeln!(f, "\nfound: {finding}")?;
         }

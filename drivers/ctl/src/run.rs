@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use shootdown::{AddressSpace, Deadlines, ExitError, Memory, Operations, SourceError, Watched};
-use shootdown_gru::{ChipletPorts, Config, Gru, GruStats, MissMode, SegmentOptions};
+use shootdown_gru::{
+    ChipletPorts, Config, Gru, GruStats, Kernel, MissMode, SegmentOptions, SelfTestFailed, Steal,
+};
 use shootdown_hw_model::gru::{ChipletConfig, FaultPlan, Latency, Model};
 use shootdown_hw_model::{Bus, ModelError, ModelMemory};
 use shootdown_pta::PtaError;
@@ -25,6 +27,7 @@ use crate::recovery::Recovery;
 use crate::report::{Escalations, Latencies, Leaked, Report, Unregisters};
 use crate::shared::{Shared, Spaces};
 use crate::soak::{Count, Sampler};
+use crate::status::{Server, Snapshot};
 use crate::trace;
 use crate::worker::{BLOCKS, CHUNK, Worker};
 
@@ -33,14 +36,6 @@ use crate::worker::{BLOCKS, CHUNK, Worker};
 pub(crate) enum RunError {
     #[error("the model's memory could not be made: {0}")]
     Model(#[from] ModelError),
-    #[error(
-        "{segments} segments are more than {devices} devices have room for beside those of short-lived spaces: at most {most}"
-    )]
-    TooManySegments {
-        segments: u64,
-        devices: u32,
-        most: u64,
-    },
     #[error("an accelerator does not come up: {0}")]
     Accelerator(#[from] PtaError),
     #[error(transparent)]
@@ -60,7 +55,7 @@ pub(crate) enum RunError {
 impl RunError {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
-            Self::TooManySegments { .. } | Self::NoTrace { .. } | Self::NothingToLearn { .. } => 2,
+            Self::NoTrace { .. } | Self::NothingToLearn { .. } => 2,
             Self::Model(_)
             | Self::Accelerator(_)
             | Self::Source(_)
@@ -94,6 +89,8 @@ const FRAME_BYTES: u64 = 4096;
 /// 256 MiB.
 const FRAMES: u64 = 1 << 16;
 const ARENA: u64 = 1 << 30;
+/// For the driver's own memory.
+const KERNEL_ARENA: u64 = 4 << 20;
 
 pub(crate) fn deadlines() -> Deadlines {
     Deadlines {
@@ -132,10 +129,16 @@ fn driver(plant: Option<Plant>, foreign: Operations) -> Config {
     let mut config = Config {
         // One more than there are contexts, so that they wrap often and are enough.
         asids: 8..=8 * 17,
+        first_asid: Some(8 * 14),
         segment: SegmentOptions {
             control_blocks: BLOCKS,
             data_bytes: CHUNK as usize * 8,
             misses: MissMode::default(),
+        },
+        // Short, so that they are stolen often.
+        steal: Steal {
+            window: Duration::from_millis(1),
+            retry: Duration::from_micros(100),
         },
         // For the flush when they wrap, too, which is waited for with a chiplet's lock held.
         handle_deadline: Duration::from_millis(300),
@@ -169,15 +172,7 @@ pub(crate) fn run(
 ) -> Result<(Report, Result<(), RunError>), RunError> {
     let time = Duration::from_secs(options.seconds);
     let mut sampler = Sampler::new(time);
-    let most = u64::from(options.devices) * 15;
     let segments = options.segments.max(options.threads);
-    if segments > most {
-        return Err(RunError::TooManySegments {
-            segments,
-            devices: options.devices,
-            most,
-        });
-    }
     if options.source == Some(SourceName::None) {
         let beside = [
             (plant.is_some(), "--plant"),
@@ -230,9 +225,11 @@ pub(crate) fn run(
         .as_ref()
         .map_or(Operations::CALLS, Foreign::operations);
     let gru = Gru::attach(ports.collect(), driver(plant, operations));
+    let kernel = Kernel::new(&gru, ModelMemory::new(&bus, KERNEL_ARENA)?);
     // Their driver has to be told in time, which not every source does.
     let accelerators = options.source.map_or(options.accelerators, |_| 0);
     let shared = Shared {
+        kernel: Some(kernel),
         bus: bus.clone(),
         gru: gru.clone(),
         accelerators: Accelerators::new(&bus, options.devices, accelerators, options.threads)?,
@@ -263,6 +260,14 @@ pub(crate) fn run(
         ..Report::default()
     };
 
+    self_test(&mut report, &shared);
+    let status = match Server::open() {
+        Ok(server) => Some(server),
+        Err(error) => {
+            tracing::warn!(%error, "`shootdown gru status` will not find this run");
+            None
+        }
+    };
     let begun = Instant::now();
     let ends = begun + time;
     let progress = bar(options);
@@ -298,6 +303,10 @@ pub(crate) fn run(
             );
             recovery.tick();
             sampler.look(begun.elapsed());
+            if let Some(status) = &status {
+                let seconds = begun.elapsed().as_secs_f64();
+                status.answer(|| Snapshot::new(&gru, &model, seconds));
+            }
             progress.set_position(begun.elapsed().as_millis() as u64 / 100);
             progress.set_message(format!(
                 "{} shootdowns",
@@ -315,6 +324,7 @@ pub(crate) fn run(
     });
     report.seconds = begun.elapsed().as_secs_f64();
     report.interrupted = interrupted.load(Ordering::Relaxed);
+    drop(status);
     progress.finish_and_clear();
     if !recovery.finish() {
         let findings = &mut report.findings;
@@ -391,8 +401,21 @@ pub(crate) fn run(
     Ok((report, trace))
 }
 
+/// The driver's own tests of its chiplets, before the work begins.
+fn self_test(report: &mut Report, shared: &Shared) {
+    let Some(kernel) = &shared.kernel else { return };
+    report.gru.blades = kernel.blades().count();
+    report.gru.chiplets = report.devices as usize;
+    match kernel.self_test() {
+        Ok(passed) => report.gru.self_tests = passed,
+        Err(SelfTestFailed::Error { error, .. }) if shared.is_lost(&error) => {}
+        Err(failed) => report.findings.push(failed.to_string()),
+    }
+}
+
 /// Ends the space, and counts what is left.
-fn finish(report: &mut Report, shared: Shared, gru: &Gru, model: &Model) {
+fn finish(report: &mut Report, mut shared: Shared, gru: &Gru, model: &Model) {
+    drop(shared.kernel.take());
     let Shared {
         bus,
         space,
@@ -469,6 +492,7 @@ fn finish(report: &mut Report, shared: Shared, gru: &Gru, model: &Model) {
     }
     let stats = account(&mut report.faults, gru, model);
     report.findings.extend(report.faults.unaccounted());
+    report.gru.count(gru, &stats);
     report.faults_resolved = stats.faults_resolved;
     report.fault_retries = stats.fault_retries;
     report.leaked = Leaked {

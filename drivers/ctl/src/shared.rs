@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use shootdown::{AddressSpace, Device, FaultError, Health, InvalidateError, MapError, Range};
-use shootdown_gru::{Gru, GruError, Instruction, Segment};
+use shootdown_gru::{Gru, GruError, Instruction, Kernel, Segment};
 use shootdown_hw_model::Bus;
 
 use crate::accelerator::Accelerators;
@@ -18,6 +18,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What all threads share.
 pub(crate) struct Shared {
+    /// The driver's own services, until the end of the run.
+    pub(crate) kernel: Option<Kernel>,
     pub(crate) bus: Bus,
     pub(crate) gru: Arc<Gru>,
     pub(crate) accelerators: Accelerators,
@@ -61,7 +63,12 @@ impl Shared {
     pub(crate) fn is_lost(&self, error: &GruError) -> bool {
         match error {
             GruError::ContextLost { .. } | GruError::Timeout { .. } | GruError::Fault(_) => true,
-            GruError::HandleTimeout { .. } | GruError::NoContext { .. } => self.faulty,
+            GruError::HandleTimeout { .. }
+            | GruError::NoContext { .. }
+            | GruError::NoneStealable { .. }
+            | GruError::NoFreeBlocks { .. }
+            | GruError::Congested { .. } => self.faulty,
+            GruError::Exception { causes, .. } => self.faulty && causes.is_retryable(),
             GruError::Map(error) => self.faulty && is_quarantine(error),
             _ => false,
         }

@@ -10,7 +10,7 @@ use rand::{Rng, SeedableRng};
 use shootdown::{
     Addr, AddressSpace, InvalidateError, Map, MapError, MemoryError, PageSize, Range, Rights,
 };
-use shootdown_gru::{Atomic, Element, GruError, Instruction, Segment};
+use shootdown_gru::{Atomic, Element, GruError, Instruction, MissMode, Segment, SegmentOptions};
 
 use shootdown_pta::Queue;
 
@@ -178,7 +178,8 @@ impl<'s> Worker<'s> {
         self.lost = false;
         self.unmap_left();
         while self.segments.len() < self.wanted {
-            match self.shared.gru.segment(&self.shared.space) {
+            let options = self.segment_options();
+            match self.shared.gru.segment_with(&self.shared.space, options) {
                 Ok(segment) => self.segments.push(segment),
                 Err(_) if !self.segments.is_empty() => break,
                 Err(error) => {
@@ -229,6 +230,23 @@ impl<'s> Worker<'s> {
         }
         if self.rounds % 16 == 9 {
             self.short_lived_space();
+        }
+        if self.rounds % 16 == 13 {
+            self.services();
+        }
+    }
+
+    /// What the next segment is made with: misses are resolved in all ways.
+    fn segment_options(&mut self) -> SegmentOptions {
+        let misses = match self.rng.random_range(0..4) {
+            0 => MissMode::UserPolling,
+            1 => MissMode::FaultMapPolled,
+            _ => MissMode::FaultMap,
+        };
+        SegmentOptions {
+            control_blocks: BLOCKS,
+            data_bytes: CHUNK as usize * 8,
+            misses,
         }
     }
 

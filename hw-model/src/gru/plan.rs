@@ -66,6 +66,7 @@ impl Core {
                 }
                 if instruction.kind == Kind::Message && draw(control, self.config.faults.nack) {
                     self.counters.nacks.hit();
+                    self.counters.faults_over.hit();
                     let results = [cb::LB_OVERFLOW, cb::AMO_NACKED, cb::PUT_NACKED];
                     step.nack = Some(results[control.rng.random_range(0..results.len())]);
                 }
@@ -92,6 +93,7 @@ impl Core {
     /// The instruction ends with an error that is worth another try.
     fn inject_error(&self, control: &mut Control, slot: usize, vaddr: u64) {
         self.counters.errors.hit();
+        self.counters.faults_over.hit();
         let nth = control.rng.random_range(0..cbe::RETRYABLE.len());
         let why = Illegal {
             cause: cbe::RETRYABLE[nth],

@@ -96,6 +96,9 @@ fn a_clean_run_passes_and_reports_everything() {
         "/unregisters/inside_own_callback",
         "/unregisters/inside_other_callback",
         "/unregisters/during_release",
+        "/accelerators/commands",
+        "/accelerators/page_requests",
+        "/accelerators/pasid_flushes",
     ];
     let latencies = ["shootdown", "unregister", "fault"].into_iter();
     let latencies = latencies.flat_map(|kind| {
@@ -151,8 +154,9 @@ fn a_run_says_what_it_has_of_threads_descriptors_and_memory() {
     let report = object(&stdout);
     let soak = &report["soak"];
     let threads = |when: &str| soak[when]["threads"].as_u64().expect("a number");
-    // The workers; a chiplet's faults and its executor; the watchdog.
-    assert_eq!(threads("at_end"), threads("at_start") + 3 + 2 * 2 + 1);
+    // The workers; a chiplet's faults and its executor, an accelerator's; the watchdog.
+    let devices = 2 * 2 + 2;
+    assert_eq!(threads("at_end"), threads("at_start") + 3 + devices + 1);
     assert_eq!(threads("after"), threads("at_start") + 1);
     assert_eq!(
         soak["after"]["descriptors"],

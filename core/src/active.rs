@@ -1,12 +1,31 @@
-//! The invalidations that are in progress, for those who come to a range while one is active.
+//! The invalidations that are in progress: slots, each owned by one of them from its claim to its end.
 //!
-//! An invalidation claims a slot and states its range before it walks the index; a newcomer publishes itself in the index before
-//! it looks at the slots. With a fence on both sides either the walk finds the newcomer, or the newcomer finds the
-//! invalidation and counts as being invalidated until that one ends (R8).
+//! A slot says three things to others:
+//! * *that* an invalidation is in progress, and of which range: to newcomers, and to faults that have to wait for it (R8);
+//! * whether its walk of the index is over: to writers, who free nothing that a walk may still see (R5, see [`srcu`]);
+//! * which registrations it has found, and as their how manieth invalidation: to faults that ask what has disturbed them.
+//!
+//! ```text
+//!   walker                                        newcomer, or another writer of the index
+//!   slot.turn.cas(4n, 4n+1)                       publishes its change
+//!   full fence                     (A)            fence(SeqCst)                                   (B)
+//!   slot.range = range; slot.stated = 4n+1        looks at the turns of all slots
+//!   walks the index
+//!   slot.turn = 4n+3, Release      (C)
+//!   ... phases 2 to 5 ...
+//!   slot.turn.swap(4n+4)           (D)
+//! ```
+//! A and B are in one total order. If A is first the other sees the turn; if B is first the walk sees the change. So one store
+//! that nobody else contends for, and one fence, are all that a walk costs, and they do for claim and read section both.
+//!
+//! Everything in a slot but the claiming compare-exchange is written by its owner alone.
+//!
+//! [`srcu`]: crate::srcu
 
 use crate::addr::{Addr, Range};
-use crate::primitive::atomic::{AtomicU64, Ordering, fence};
-use crate::primitive::home;
+use crate::notes::{Note, Notes};
+use crate::primitive::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
+use crate::primitive::{fence_after_rmw, home};
 
 /// Invalidations in progress at most, in one address space.
 #[cfg(not(loom))]
@@ -14,19 +33,48 @@ pub(crate) const SLOTS: usize = 64;
 #[cfg(loom)]
 pub(crate) const SLOTS: usize = 2;
 
-#[repr(align(64))]
+/// Registrations that a slot remembers to have found. Models have none, so that all is forgotten, and [`Notes`] a model of its own.
+const NOTES: usize = if cfg!(loom) { 0 } else { 8 };
+
+const CLAIMED: u64 = 1;
+const WALKED: u64 = 2;
+const TURN: u64 = 4;
+
+#[repr(align(128))]
 #[derive(Debug)]
 struct Slot {
-    /// Odd while claimed.
+    /// Multiples of 4 while free; then with the two marks.
     turn: AtomicU64,
+    /// The turn, as claimed, whose range is in the two words below.
+    stated: AtomicU64,
     start: AtomicU64,
     last: AtomicU64,
+    notes: Notes<NOTES>,
+}
+
+impl Slot {
+    fn new() -> Self {
+        let word = || AtomicU64::new(0);
+        Self {
+            turn: word(),
+            stated: word(),
+            start: word(),
+            last: word(),
+            notes: Notes::new(),
+        }
+    }
+
+    fn range(&self) -> Option<Range> {
+        let start = Addr::new(self.start.load(Ordering::Relaxed));
+        Range::inclusive(start, Addr::new(self.last.load(Ordering::Relaxed))).ok()
+    }
 }
 
 /// One claim of one slot; never the same for another invalidation.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Claim {
     slot: usize,
+    /// As it is while the walk goes on.
     turn: u64,
 }
 
@@ -38,71 +86,174 @@ impl Claim {
 
     /// A number for the flight recorder.
     pub(crate) fn id(self) -> u64 {
-        (self.slot as u64) << 48 | self.turn >> 1
+        (self.slot as u64) << 48 | (self.turn / TURN)
     }
 }
 
 #[derive(Debug)]
-pub(crate) struct Active(Box<[Slot]>);
+pub(crate) struct Active {
+    slots: Box<[Slot]>,
+    /// Slots above were never claimed. Raised before the first claim's fence, so that whoever has to see the claim sees this.
+    used: AtomicUsize,
+}
 
 impl Active {
     pub(crate) fn new() -> Self {
-        let slot = |_| Slot {
-            turn: AtomicU64::new(0),
-            start: AtomicU64::new(0),
-            last: AtomicU64::new(0),
-        };
-        Self((0..SLOTS).map(slot).collect())
+        Self {
+            slots: (0..SLOTS).map(|_| Slot::new()).collect(),
+            used: AtomicUsize::new(0),
+        }
     }
 
-    /// States that `range` is being invalidated; `None` with all slots taken.
+    /// Begins an invalidation of `range` with its walk of the index; `None` with all slots taken.
     pub(crate) fn claim(&self, range: Range) -> Option<Claim> {
         let home = home();
         (0..SLOTS).find_map(|nth| {
             let index = (home + nth) % SLOTS;
-            let slot = &self.0[index];
+            let slot = &self.slots[index];
             let turn = slot.turn.load(Ordering::Relaxed);
-            if turn % 2 == 1 {
+            if turn & CLAIMED != 0 {
                 return None;
             }
-            // Acquire, with the Release in `end`.
+            if self.used.load(Ordering::Relaxed) <= index {
+                self.used.fetch_max(index + 1, Ordering::Relaxed);
+            }
+            let turn = turn + CLAIMED;
+            // Acquire, with (D): what the last owner wrote is over. SeqCst for the fence.
             slot.turn
-                .compare_exchange(turn, turn + 1, Ordering::Acquire, Ordering::Relaxed)
+                .compare_exchange(turn - CLAIMED, turn, Ordering::SeqCst, Ordering::Relaxed)
                 .ok()?;
+            if !planted!("r8") {
+                fence_after_rmw(); // (A)
+            }
             slot.start.store(range.start().get(), Ordering::Relaxed);
             slot.last.store(range.last().get(), Ordering::Relaxed);
-            // With the fence in `overlapping`: the walk that follows sees the newcomer, or the newcomer all three stores.
-            if !planted!("r8") {
-                fence(Ordering::SeqCst);
-            }
-            Some(Claim {
-                slot: index,
-                turn: turn + 1,
-            })
+            // Release: who sees it stated sees the range.
+            slot.stated.store(turn, Ordering::Release);
+            Some(Claim { slot: index, turn })
         })
     }
 
-    pub(crate) fn end(&self, claim: Claim) {
-        // Release: who sees it ended sees what it did.
-        self.0[claim.slot]
+    /// The walk is over: nothing of the index is looked at any more but what is in use.
+    pub(crate) fn walked(&self, claim: Claim) {
+        // (C) Release, with the Acquire in `is_walking`: what the walk read it has read.
+        self.slots[claim.slot]
             .turn
-            .store(claim.turn + 1, Ordering::Release);
+            .store(claim.turn | WALKED, Ordering::Release);
     }
 
-    pub(crate) fn is_active(&self, claim: Claim) -> bool {
-        self.0[claim.slot].turn.load(Ordering::Acquire) == claim.turn
+    /// Ends it. A full fence: what the caller looks at next it looks at after the end.
+    pub(crate) fn end(&self, claim: Claim) {
+        let next = claim.turn - CLAIMED + TURN;
+        // (D) Release: who sees it ended sees what it did. A swap, not a store, for the fence.
+        self.slots[claim.slot].turn.swap(next, Ordering::SeqCst);
+        fence_after_rmw();
     }
 
-    /// The invalidations in progress that overlap `range`, and may not have found what the caller published just now. A
-    /// range that is being written may be read wrong; its walk then comes later and finds the newcomer.
-    pub(crate) fn overlapping(&self, range: Range) -> impl Iterator<Item = Claim> {
-        fence(Ordering::SeqCst);
-        self.0.iter().enumerate().filter_map(move |(slot, one)| {
+    fn used(&self) -> impl Iterator<Item = (usize, &Slot)> {
+        let used = self.used.load(Ordering::Relaxed);
+        self.slots[..used].iter().enumerate()
+    }
+
+    /// Whether the walk of `claim` goes on.
+    pub(crate) fn is_walking(&self, claim: Claim) -> bool {
+        // Acquire, with (C) and (D).
+        self.slots[claim.slot].turn.load(Ordering::Acquire) == claim.turn
+    }
+
+    /// The walks that go on, and may see what was unlinked before the caller's fence.
+    pub(crate) fn walks(&self) -> impl Iterator<Item = Claim> {
+        self.used().filter_map(|(slot, one)| {
             let turn = one.turn.load(Ordering::Acquire);
-            let start = Addr::new(one.start.load(Ordering::Relaxed));
-            let last = Addr::new(one.last.load(Ordering::Relaxed));
-            let hit = turn % 2 == 1 && start <= range.last() && range.start() <= last;
-            hit.then_some(Claim { slot, turn })
+            (turn & (CLAIMED | WALKED) == CLAIMED).then_some(Claim { slot, turn })
         })
+    }
+
+    /// Whether `claim` is in progress.
+    pub(crate) fn is_active(&self, claim: Claim) -> bool {
+        self.slots[claim.slot].turn.load(Ordering::Acquire) & !WALKED == claim.turn
+    }
+
+    /// The invalidations in progress that overlap `range`. One that has not stated its range yet, a matter of two stores, counts as
+    /// overlapping.
+    pub(crate) fn overlapping(&self, range: Range) -> impl Iterator<Item = Claim> {
+        self.used().filter_map(move |(slot, one)| {
+            let turn = one.turn.load(Ordering::Acquire) & !WALKED;
+            if turn & CLAIMED == 0 {
+                return None;
+            }
+            let claim = Claim { slot, turn };
+            if one.stated.load(Ordering::Acquire) == turn {
+                let apart = one.range().is_some_and(|stated| !stated.overlaps(range));
+                // What was read may be the range of a later claim: then this one is over, which the fence makes seen.
+                fence(Ordering::Acquire);
+                if apart || !self.is_active(claim) {
+                    return None;
+                }
+            }
+            Some(claim)
+        })
+    }
+
+    /// The caller has just published a registration of `range`: whether an invalidation is in progress that overlaps it, and may
+    /// not have found it.
+    pub(crate) fn may_have_missed(&self, range: Range) -> bool {
+        if !planted!("r8-newcomer") {
+            fence(Ordering::SeqCst); // (B)
+        }
+        self.overlapping(range).next().is_some()
+    }
+
+    /// Remembers what `claim` has found.
+    pub(crate) fn note(&self, claim: Claim, note: Note) {
+        self.slots[claim.slot].notes.write(note);
+    }
+
+    /// What is remembered, each once.
+    pub(crate) fn notes(&self) -> impl Iterator<Item = Note> {
+        self.used().flat_map(|(_, slot)| slot.notes.read())
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    fn page(nth: u64) -> Range {
+        Range::new(nth << 12, 1 << 12).unwrap()
+    }
+
+    #[test]
+    fn only_what_overlaps_is_in_the_way_and_only_until_its_end() {
+        let active = Active::new();
+        let claim = active.claim(page(1)).unwrap();
+        assert!(!active.may_have_missed(page(2)));
+        assert!(active.may_have_missed(Range::new(0u64, 1 << 21).unwrap()));
+        active.walked(claim);
+        assert!(active.may_have_missed(page(1)));
+        active.end(claim);
+        assert!(!active.may_have_missed(page(1)));
+    }
+
+    #[test]
+    fn a_walk_is_over_before_its_invalidation() {
+        let active = Active::new();
+        let claim = active.claim(page(1)).unwrap();
+        assert_eq!(active.walks().collect::<Vec<_>>(), [claim]);
+        active.walked(claim);
+        assert!(!active.is_walking(claim) && active.is_active(claim));
+        active.end(claim);
+        assert!(!active.is_active(claim));
+        let next = active.claim(page(1)).unwrap();
+        assert!(next != claim && !active.is_walking(claim));
+    }
+
+    #[test]
+    fn every_slot_can_be_claimed_and_no_more() {
+        let active = Active::new();
+        let claims: Vec<_> = (0..SLOTS).map(|_| active.claim(page(1)).unwrap()).collect();
+        assert!(active.claim(page(1)).is_none());
+        claims.into_iter().for_each(|claim| active.end(claim));
+        assert!(active.claim(page(1)).is_some());
     }
 }

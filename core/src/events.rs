@@ -26,6 +26,11 @@ impl Events {
     /// Something has ended: the caller has already changed the state.
     pub(crate) fn ended(&self) {
         fence(Ordering::SeqCst);
+        self.ended_and_fenced();
+    }
+
+    /// The same, for a caller that has fenced since.
+    pub(crate) fn ended_and_fenced(&self) {
         if self.waiting.load(Ordering::Relaxed) > 0 {
             drop(self.lock.lock());
             self.ended.notify_all();

@@ -97,7 +97,7 @@ impl Fault<'_> {
     fn round(&mut self) -> Result<(), FaultError> {
         context::wait_refusal("begin")?;
         let inner = &self.registration.inner;
-        let (range, space) = (inner.range, &inner.space);
+        let range = inner.range;
         if !range.contains(self.entry) {
             return Err(FaultError::OutsideRegistration {
                 entry: self.entry,
@@ -108,13 +108,13 @@ impl Fault<'_> {
         // One whose insertion was put off is not in the index yet: no invalidation would find it.
         let look = || match inner.word.load().state() {
             State::Inserting if !planted!("r8-put-off") => None,
-            _ => inner.recent.undisturbed(self.entry, &space.active),
+            _ => inner.undisturbed(self.entry),
         };
         let mut seen = look();
         if seen.is_none() {
             // None: past what the clock can say, which is for ever.
             let deadline = self.begun.get_or_insert_with(now).checked_add(self.time);
-            space.events.wait(deadline, || {
+            inner.space.events.wait(deadline, || {
                 seen = look();
                 seen.is_some() || gone()
             });
@@ -125,7 +125,7 @@ impl Fault<'_> {
             });
         }
         let sick = inner
-            .targets
+            .targets()
             .iter()
             .find(|one| one.device.health() == Health::Quarantined);
         if let Some(target) = sick.filter(|_| !planted!("r20-fault")) {
@@ -147,9 +147,8 @@ impl Fault<'_> {
         let _ = guard;
         let inner = &self.registration.inner;
         let retry = context::inside_callback()
-            || inner.recent.disturbed(self.entry, self.seen)
-            || inner.word.load().is_quiet()
-            || inner.word.load().state() == State::Detached;
+            || inner.word.load().is_detached()
+            || inner.disturbed(self.entry, self.seen);
         if retry {
             inner.space.stats.add(Counter::FaultRetries, 1);
         }

@@ -56,7 +56,7 @@
 //!
 //! # Where to read on
 //! `registration::state` has the state word on which every race of unregister, release, exit and put is decided; `engine` the
-//! phases; `recent` and `fault` begin and retry; `registry` and `srcu` the lock-free walk; `managed` the spans; `segment` what a
+//! phases; `fault` begin and retry; `active` the slots of what is in progress; `registry` and `srcu` the lock-free walk; `managed` the spans; `segment` what a
 //! segment's end comes to; `space` the exit; `watch` the watchdog; `source` what is seen of foreign calls, and when.
 
 #[macro_use]
@@ -80,6 +80,7 @@ mod managed;
 mod memory;
 #[cfg(all(test, loom))]
 mod model;
+mod notes;
 mod notifier;
 mod plan;
 mod pool;

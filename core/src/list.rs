@@ -4,27 +4,53 @@
 
 use std::cell::Cell;
 
-use crate::primitive::atomic::{AtomicBool, Ordering};
+use crate::primitive::atomic::{AtomicBool, AtomicPtr, Ordering};
 use crate::primitive::{Arc, Mutex};
 
-/// Where the next of a list is kept.
-pub(crate) type Link<T> = Mutex<Option<Arc<T>>>;
+/// Where the next of a list is kept: null, or a strong count made by `Arc::into_raw`. Only whoever holds the list looks at it, by its
+/// lock or because it is the thread's own, which is what orders it; so relaxed accesses do.
+pub(crate) struct Link<T>(AtomicPtr<T>);
+
+impl<T> Link<T> {
+    pub(crate) fn new() -> Self {
+        Self(AtomicPtr::new(std::ptr::null_mut()))
+    }
+
+    fn take(&self) -> Option<Arc<T>> {
+        let next = self.0.load(Ordering::Relaxed);
+        self.0.store(std::ptr::null_mut(), Ordering::Relaxed);
+        // SAFETY: not null, so from `Arc::into_raw` in `set`; taken away just now, by the only one who looks at it.
+        (!next.is_null()).then(|| unsafe { Arc::from_raw(next) })
+    }
+
+    /// It is empty.
+    fn set(&self, next: Option<Arc<T>>) {
+        let next = next.map_or(std::ptr::null(), Arc::into_raw);
+        self.0.store(next.cast_mut(), Ordering::Relaxed);
+    }
+}
+
+impl<T> Drop for Link<T> {
+    fn drop(&mut self) {
+        drop(self.take());
+    }
+}
 
 /// An element of a shared list: it is on one at most, and in it once.
 pub(crate) trait Linked: Sized {
-    /// Locked under the list's lock only.
+    /// Looked at under the list's lock only.
     fn next(&self) -> &Link<Self>;
 }
 
 /// An element of a thread's own list: it is on one list of one thread at most, and in it once.
 pub(crate) trait PutOff: Sized {
-    /// Locked by that thread only.
+    /// Looked at by that thread only.
     fn next_put_off(&self) -> &Link<Self>;
 }
 
 /// Last in, first out.
 pub(crate) struct List<T> {
-    head: Link<T>,
+    head: Mutex<Option<Arc<T>>>,
     /// Only a hint for waiters and for the quick way past; the mutex orders the list.
     some: AtomicBool,
 }
@@ -39,7 +65,7 @@ impl<T: Linked> List<T> {
 
     pub(crate) fn push(&self, element: Arc<T>) {
         let mut head = self.head.lock();
-        *element.next().lock() = head.take();
+        element.next().set(head.take());
         *head = Some(element);
         self.some.store(true, Ordering::Release);
     }
@@ -50,7 +76,7 @@ impl<T: Linked> List<T> {
         }
         let mut head = self.head.lock();
         let first = head.take()?;
-        *head = first.next().lock().take();
+        *head = first.next().take();
         self.some.store(head.is_some(), Ordering::Release);
         Some(first)
     }
@@ -125,13 +151,13 @@ impl<T: PutOff> LocalList<T> {
     }
 
     pub(crate) fn push(&self, element: Arc<T>) {
-        *element.next_put_off().lock() = self.take();
+        element.next_put_off().set(self.take());
         self.set(Some(element));
     }
 
     pub(crate) fn pop(&self) -> Option<Arc<T>> {
         let first = self.take()?;
-        let rest = first.next_put_off().lock().take();
+        let rest = first.next_put_off().take();
         self.set(rest);
         Some(first)
     }

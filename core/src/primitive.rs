@@ -120,9 +120,24 @@ pub(crate) fn ticks() -> u64 {
     }
 }
 
-/// A number that is this thread's own for as long as there are fewer threads than numbers that matter to the caller: where
-/// to start looking for a free slot. Neither allocates nor registers a destructor, on first use either.
+/// A full fence, where the last thing that this thread did is a sequentially consistent read-modify-write. On x86 that instruction
+/// is one: it drains the store buffer, and what follows is read after it; only the compiler has to be held back. The
+/// memory model of the language promises less, and so do other processors and the checker: there it is a fence.
+pub(crate) fn fence_after_rmw() {
+    if cfg!(all(target_arch = "x86_64", not(loom), not(miri))) {
+        std::sync::atomic::compiler_fence(std::sync::atomic::Ordering::SeqCst);
+    } else {
+        atomic::fence(atomic::Ordering::SeqCst);
+    }
+}
+
+/// Whether no two threads ever have the same [`home`].
+pub(crate) const HOMES_ARE_UNIQUE: bool = !cfg!(loom);
+
+/// A number of this thread, from 0 in the order in which they ask: where to start looking for a free slot. Neither allocates nor
+/// registers a destructor, on first use either.
 #[cfg(not(loom))]
+#[inline]
 pub(crate) fn home() -> usize {
     use std::cell::Cell;
     static NEXT: atomic::AtomicUsize = atomic::AtomicUsize::new(0);

@@ -27,8 +27,8 @@ use crate::engine::Mode;
 use crate::list::{Link, PutOff};
 use crate::managed::{self, Lock, MapError};
 use crate::notifier::Op;
+use crate::primitive::Arc;
 use crate::primitive::atomic::{AtomicBool, Ordering};
-use crate::primitive::{Arc, Mutex};
 use crate::registration::{Registration, Unregistered};
 use crate::share::Share;
 use crate::space::{AddressSpace, MapWriteGuard, Space};
@@ -74,7 +74,6 @@ pub(crate) struct SegmentInner {
     pub(crate) device: Device,
     /// What the watchdog calls it, and errors.
     pub(crate) name: Name,
-    pub(crate) context_name: &'static str,
     share: StdArc<Share>,
     /// The context is unloaded. Written by whoever has claimed the segment's range.
     over: AtomicBool,
@@ -107,11 +106,10 @@ impl SegmentInner {
             range,
             device: context.device().clone(),
             name: Name::new(context.name()),
-            context_name: context.name(),
             context,
             share,
             over: AtomicBool::new(false),
-            next_put_off: Mutex::new(None),
+            next_put_off: Link::new(),
         }
     }
 

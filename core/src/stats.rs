@@ -1,10 +1,14 @@
-//! Counters of an address space, each counted where the thing happens, on a shard of its own most of the time.
+//! Counters of an address space, each counted where the thing happens, on a shard that no other thread writes to, for the first
+//! threads of a process: those count by a load and a store. Later threads share a few more shards.
 
 use crate::context::Place;
 use crate::primitive::atomic::{AtomicU64, Ordering};
-use crate::primitive::home;
+use crate::primitive::{HOMES_ARE_UNIQUE, home};
 
-const SHARDS: usize = if cfg!(loom) { 1 } else { 8 };
+/// Shards of one thread each, where threads have numbers of their own.
+const OWN: usize = if HOMES_ARE_UNIQUE { 32 } else { 0 };
+const SHARED: usize = if cfg!(loom) { 1 } else { 8 };
+const SHARDS: usize = OWN + SHARED;
 const COUNTERS: usize = 15;
 
 #[derive(Clone, Copy)]
@@ -67,7 +71,14 @@ impl Counters {
 
     fn add_at(&self, index: usize, more: u64) {
         // Relaxed: counts order nothing.
-        self.0[home() % SHARDS].0[index].fetch_add(more, Ordering::Relaxed);
+        let home = home();
+        if home < OWN {
+            let counter = &self.0[home].0[index];
+            counter.store(counter.load(Ordering::Relaxed) + more, Ordering::Relaxed);
+        } else {
+            let counter = &self.0[OWN + home % SHARED].0[index];
+            counter.fetch_add(more, Ordering::Relaxed);
+        }
     }
 
     pub(crate) fn add(&self, counter: Counter, more: u64) {

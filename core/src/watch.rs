@@ -47,20 +47,35 @@ impl Stage {
     ];
 }
 
-/// A name that the watchdog can say: its place in the list of all names.
+/// A name that the watchdog can say.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Name(u64);
+pub(crate) struct Name(&'static Named);
+
+/// One of all names that were ever given; there are few.
+#[derive(Debug)]
+struct Named {
+    /// Its place in the list.
+    at: u64,
+    name: Box<str>,
+}
 
 impl Name {
     /// Allocates, the first time.
     pub(crate) fn new(name: &str) -> Self {
         let mut names = lock(&NAMES);
-        let known = names.iter().position(|one| one == name);
-        let at = known.unwrap_or_else(|| {
-            names.push(name.to_owned());
-            names.len() - 1
-        });
-        Self((at as u64).min(0xffff))
+        let known = names.iter().find(|one| &*one.name == name);
+        Self(known.copied().unwrap_or_else(|| {
+            let named = Box::leak(Box::new(Named {
+                at: (names.len() as u64).min(0xffff),
+                name: name.into(),
+            }));
+            names.push(named);
+            named
+        }))
+    }
+
+    pub(crate) fn as_str(self) -> &'static str {
+        &self.0.name
     }
 }
 
@@ -156,7 +171,7 @@ impl Watch {
         // keeps the words behind the first.
         fence(Ordering::Release);
         post.who
-            .store(registration << 16 | name.0, Ordering::Relaxed);
+            .store(registration << 16 | name.0.at, Ordering::Relaxed);
         post.thread.store(thread(), Ordering::Relaxed);
         // Release, with the Acquire of the look: who sees the run sees who it is.
         post.run
@@ -220,12 +235,12 @@ impl Watch {
             }
             last.reported = true;
             self.overdue.fetch_add(1, Ordering::Relaxed);
-            let handler = lock(&NAMES).get((who & 0xffff) as usize).cloned();
+            let handler = lock(&NAMES).get((who & 0xffff) as usize).copied();
             let name = std::fs::read_to_string(format!("/proc/self/task/{thread}/comm"));
             tracing::error!(
                 space = self.space,
                 registration = who >> 16,
-                handler = handler.as_deref().unwrap_or("?"),
+                handler = handler.map_or("?", |one| &one.name),
                 stage,
                 thread,
                 thread_name = name.as_deref().unwrap_or("?").trim(),
@@ -245,7 +260,7 @@ struct Seen {
 /// What the thread watches.
 type Watched = Vec<(Weak<Watch>, Box<[Option<Seen>; POSTS]>)>;
 
-static NAMES: Mutex<Vec<String>> = Mutex::new(Vec::new());
+static NAMES: Mutex<Vec<&'static Named>> = Mutex::new(Vec::new());
 static WATCHDOG: Mutex<Watchdog> = Mutex::new(Watchdog {
     new: Vec::new(),
     thread: None,

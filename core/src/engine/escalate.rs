@@ -112,7 +112,7 @@ impl Invalidation<'_> {
                 None => {
                     device.quarantine();
                     trouble.panicked = true;
-                    trouble.handler = segment.context_name;
+                    trouble.handler = segment.name.as_str();
                 }
             }
         }
@@ -125,7 +125,7 @@ pub(super) const GONE: &str =
 
 /// The first device of `inner` that is in quarantine.
 pub(super) fn dead(inner: &Inner) -> Option<&Device> {
-    let mut devices = inner.targets.iter().map(|target| &target.device);
+    let mut devices = inner.targets().iter().map(|target| &target.device);
     devices.find(|device| device.health() == Health::Quarantined)
 }
 
@@ -162,8 +162,8 @@ fn watched<R>(
 
 /// Work that does not drain ends with a reset of every device of its registration; false if it has none, or one is dead.
 pub(super) fn reset_all(space: &Space, core: &OpCore, inner: &Inner) -> bool {
-    let mut all = !inner.targets.is_empty();
-    for target in &inner.targets {
+    let mut all = !inner.targets().is_empty();
+    for target in inner.targets() {
         let device = &target.device;
         let healthy = device.health() == Health::Healthy;
         if !healthy || !reset(space, core, (inner.id, inner.name), device) {

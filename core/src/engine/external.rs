@@ -77,8 +77,9 @@ impl crate::AddressSpace {
         };
         let begun = Invalidation::begin(&self.space, what, mode);
         let mut invalidation = begun.map_err(|failed| failed.error)?;
-        if self.space.is_exiting() {
-            // Exit may have detached everybody before this walked the index, with a device that does not answer.
+        if self.space.exit_has_begun() {
+            // Exit may have detached everybody before this walked the index, with a device that does not answer. Then the walk has
+            // seen that, and the mark was set before.
             invalidation.end(Outcome::Unchanged);
             return Err(InvalidateError::Exiting { range });
         }

@@ -1,7 +1,7 @@
 //! The engine: one invalidation over many devices, phase by phase.
 //!
 //! 1. **start**: the range is stated in [`Active`](crate::active::Active), the index is walked, and every registration that
-//!    overlaps is taken *in use* and told in its log, so that no translation of the range is installed any more.
+//!    overlaps is taken *in use* and counts one more that has started, so that no translation of the range is installed any more.
 //! 2. **quiesce**: every handler stops new work; then all those that have something in flight are polled together.
 //! 3. **flush**: every TLB named gets its commands; one doorbell each; then all are polled together. What does not acknowledge
 //!    by its deadline is flushed as a whole, then reset, then put into quarantine, each step for all such devices at once
@@ -29,12 +29,13 @@ use crate::active::{Claim, SLOTS};
 use crate::addr::{PageSizes, Range};
 use crate::context::{self, OpenInvalidation};
 use crate::memory::MemoryError;
+use crate::notes::Note;
 use crate::notifier::{Cause, Gather, Op, OpCore, Outcome, WouldBlock};
 use crate::plan::{FlushPlan, Pieces};
 use crate::pool::Chain;
 use crate::primitive::{Arc, Backoff};
 use crate::recorder::Kind;
-use crate::registration::{Inner, Logged, Use};
+use crate::registration::{Inner, Use};
 use crate::segment::SegmentInner;
 use crate::source::Change;
 use crate::space::Space;
@@ -52,13 +53,16 @@ pub(crate) enum Mode {
 /// One registration in one invalidation.
 pub(crate) struct Hit {
     used: Option<Use>,
-    logged: Logged,
-    part: Range,
     quiesced: bool,
     polled: bool,
     /// It failed in a way that no device in quarantine answers for; after the end it is kept.
     failed: bool,
     kept: Option<Arc<Inner>>,
+}
+
+/// The part of it that is invalidated.
+fn part(inner: &Inner, core: &OpCore) -> Range {
+    inner.range.intersect(core.range).expect("it was hit")
 }
 
 /// What stands between the pages and their change.
@@ -80,14 +84,14 @@ impl Trouble {
 
     fn not_drained(&mut self, inner: &Inner) {
         self.not_drained = true;
-        self.handler = inner.handler;
+        self.handler = inner.name.as_str();
     }
 
     /// A handler has panicked; its devices are in quarantine. True if it has none, so that nothing answers for it.
     fn panicked(&mut self, inner: &Inner) -> bool {
         self.panicked = true;
-        self.handler = inner.handler;
-        inner.targets.is_empty()
+        self.handler = inner.name.as_str();
+        inner.targets().is_empty()
     }
 }
 
@@ -186,8 +190,8 @@ impl<'s> Invalidation<'s> {
     ) -> Result<Self, Failed<'s>> {
         let mut this = Self::start(space, what, mode).map_err(|error| Failed {
             error,
-            devices: Chain::new(&space.device_ops),
-            hits: Chain::new(&space.hits),
+            devices: Chain::empty(&space.device_ops),
+            hits: Chain::empty(&space.hits),
         })?;
         if !this.hits.is_empty() || !what.segments.is_empty() {
             this.core.sizes = sizes_of(what.range, what.pieces);
@@ -219,8 +223,8 @@ impl<'s> Invalidation<'s> {
         let space = self.space;
         Failed {
             error,
-            devices: std::mem::replace(&mut self.devices, Chain::new(&space.device_ops)),
-            hits: std::mem::replace(&mut self.hits, Chain::new(&space.hits)),
+            devices: std::mem::replace(&mut self.devices, Chain::empty(&space.device_ops)),
+            hits: std::mem::replace(&mut self.hits, Chain::empty(&space.hits)),
         }
     }
 
@@ -230,7 +234,7 @@ impl<'s> Invalidation<'s> {
         let mut deadline = Deadline::new(limit);
         let mut backoff = Backoff::new();
         loop {
-            if let Some(claim) = space.active.claim(range) {
+            if let Some(claim) = space.registry.active().claim(range) {
                 let mut this = Self {
                     space,
                     core: OpCore {
@@ -243,8 +247,8 @@ impl<'s> Invalidation<'s> {
                         post: Watch::post(claim.slot()),
                     },
                     claim,
-                    hits: Chain::new(&space.hits),
-                    devices: Chain::new(&space.device_ops),
+                    hits: Chain::new(&space.hits, claim.slot()),
+                    devices: Chain::new(&space.device_ops, claim.slot()),
                     trouble: Trouble::default(),
                     missed_deadline: false,
                     ended: false,
@@ -276,38 +280,40 @@ impl<'s> Invalidation<'s> {
     fn collect(&mut self) -> bool {
         let mut room = true;
         let (range, hits, devices) = (self.core.range, &mut self.hits, &mut self.devices);
-        let trouble = &mut self.trouble;
+        let (trouble, registry) = (&mut self.trouble, &self.space.registry);
+        let claim = self.claim;
         let mut count = 0;
-        self.space.registry.walk(range, |at, inner| {
-            let Some(part) = at.intersect(range) else {
-                return ControlFlow::Continue(());
-            };
-            let Some(used) = Use::enter(inner) else {
+        registry.walk(claim, range, |found| {
+            let inner: &Inner = &found;
+            let Some((used, number)) = Use::enter(&found) else {
                 // It is over, but not yet among the ghosts.
                 if let Some(device) = dead(inner) {
                     trouble.device(device, GONE);
                 }
                 return ControlFlow::Continue(());
             };
+            let note = Note {
+                registration: inner.id,
+                number,
+                range,
+            };
+            registry.active().note(claim, note);
             let hit = Hit {
-                logged: used.recent.start(range),
-                part,
                 quiesced: false,
                 polled: false,
                 failed: false,
                 kept: None,
                 used: Some(used),
             };
-            if let Err(Hit { used, logged, .. }) = hits.push(hit) {
+            if let Err(Hit { used, .. }) = hits.push(hit) {
                 room = planted!("r19-hit");
                 if let Some(used) = used {
-                    used.recent.end(logged);
                     used.leave();
                 }
                 return ControlFlow::Break(());
             }
             count += 1;
-            for target in &inner.targets {
+            for target in inner.targets() {
                 if !devices.iter().any(|one| one.device.same(&target.device)) {
                     room &= devices.push(DeviceOp::new(target.device.clone())).is_ok();
                 }
@@ -344,7 +350,7 @@ impl<'s> Invalidation<'s> {
                 return;
             }
             hit.quiesced = true;
-            let op = Op::new(core, hit.part);
+            let op = Op::new(core, part(used, core));
             match call(space, used, core, Stage::Quiesce, || {
                 used.notifier.quiesce(&op).map(|drain| drain.is_polled())
             }) {
@@ -381,7 +387,7 @@ impl<'s> Invalidation<'s> {
                 if !hit.polled {
                     return;
                 }
-                let op = Op::new(core, hit.part);
+                let op = Op::new(core, part(used, core));
                 match call(space, used, core, Stage::Drained, || {
                     used.notifier.drained(&op)
                 }) {
@@ -392,7 +398,7 @@ impl<'s> Invalidation<'s> {
                         hit.polled = false;
                         space.recorder.record(Kind::Deadline, core.id, 0, 0);
                         if !reset_all(space, core, used) {
-                            hit.failed = used.targets.is_empty();
+                            hit.failed = used.targets().is_empty();
                             trouble.not_drained(used);
                         }
                     }
@@ -421,7 +427,7 @@ impl<'s> Invalidation<'s> {
         } = self;
         hits.for_each(|hit| {
             let Some(used) = &hit.used else { return };
-            let op = Op::new(core, hit.part);
+            let op = Op::new(core, part(used, core));
             let asked = call(space, used, core, Stage::Flush, || {
                 used.notifier.flush(&op, Gather::new(&op)).range()
             });
@@ -430,7 +436,7 @@ impl<'s> Invalidation<'s> {
                 return;
             };
             let Some(range) = asked else { return };
-            for target in &used.targets {
+            for target in used.targets() {
                 let plan = FlushPlan::new(range, pieces, &target.device);
                 devices.for_each(|one| {
                     if one.device.same(&target.device) {
@@ -475,7 +481,7 @@ impl<'s> Invalidation<'s> {
         } = self;
         hits.for_each(|hit| {
             let Some(used) = &hit.used else { return };
-            let op = Op::new(core, hit.part);
+            let op = Op::new(core, part(used, core));
             match call(space, used, core, Stage::CutOff, || {
                 used.notifier.cut_off(&op)
             }) {
@@ -538,20 +544,22 @@ impl<'s> Invalidation<'s> {
         hits.for_each(|hit| {
             let Some(used) = hit.used.take() else { return };
             if hit.quiesced && !(planted!("r13") && trouble.would_block) {
-                let op = Op::new(core, hit.part);
+                let op = Op::new(core, part(&used, core));
                 let end = || used.notifier.end(&op, outcome);
                 if call(space, &used, core, Stage::End, end).is_none() {
                     hit.failed |= trouble.panicked(&used);
                 }
             }
             hit.kept = (quarantined && hit.failed).then(|| used.count());
-            used.recent.end(hit.logged);
             used.leave();
         });
         if !quarantined {
             self.hits.clear();
         }
-        self.space.active.end(self.claim);
+        // What is kept for the caller goes back to the pool.
+        self.hits.leave_slot();
+        self.devices.leave_slot();
+        self.space.registry.active().end(self.claim);
         self.space.stats.add(Counter::Invalidations, 1);
         if outcome == Outcome::Quarantined {
             self.space.stats.add(Counter::Quarantined, 1);
@@ -570,7 +578,7 @@ impl<'s> Invalidation<'s> {
                 .recorder
                 .record(Kind::End, self.core.id, number, 0);
         }
-        self.space.events.ended();
+        self.space.events.ended_and_fenced();
     }
 
     /// A handler that panicked in `end` is told to the caller too; the pages have changed by then.

@@ -8,7 +8,7 @@
 //! after its last use, and the index owns a strong count: so a use needs no count of its own, and giving one back never
 //! frees, which the shootdown path may not do.
 
-mod recent;
+mod disturbed;
 pub(crate) mod state;
 
 use std::fmt;
@@ -18,15 +18,14 @@ use std::sync::Arc as StdArc;
 
 use thiserror::Error;
 
-pub(crate) use self::recent::{Logged, Recent};
 use self::state::{Detach, State, StateWord};
 use crate::addr::Range;
 use crate::context::{self, Place, Refused};
 use crate::list::{Link, Linked, PutOff};
 use crate::notifier::Notifier;
-use crate::primitive::atomic::{AtomicPtr, Ordering};
-use crate::primitive::{Arc, Mutex};
+use crate::primitive::Arc;
 use crate::recorder::Kind;
+use crate::registry::{Entry, Found};
 use crate::source::{Needs, Operations, Shortfall};
 use crate::space::Space;
 use crate::tlb::Device;
@@ -107,18 +106,29 @@ pub(crate) struct Inner {
     pub(crate) notifier: StdArc<dyn Notifier>,
     /// What the watchdog calls the handler, and errors.
     pub(crate) name: Name,
-    pub(crate) handler: &'static str,
-    needs: Needs,
-    operations: Operations,
-    pub(crate) targets: Box<[Target]>,
+    targets: Targets,
     pub(crate) space: Arc<Space>,
-    pub(crate) recent: Recent,
-    /// The pointer of the index's strong count, set before it is published.
-    this: AtomicPtr<Inner>,
     /// The next on the space's completed list.
     next: Link<Inner>,
     /// The next of those that a thread has yet to insert; later, of those that it has completed.
     next_put_off: Link<Inner>,
+}
+
+/// Mostly there is one, which then needs no memory of its own.
+enum Targets {
+    None,
+    One(Target),
+    Many(Box<[Target]>),
+}
+
+impl Targets {
+    fn new(targets: &[Target]) -> Self {
+        match targets {
+            [] => Self::None,
+            [one] => Self::One(one.clone()),
+            many => Self::Many(many.into()),
+        }
+    }
 }
 
 impl fmt::Debug for Inner {
@@ -137,22 +147,31 @@ impl Inner {
         std::ptr::from_ref(self) as usize
     }
 
+    pub(crate) fn targets(&self) -> &[Target] {
+        match &self.targets {
+            Targets::None => &[],
+            Targets::One(one) => std::slice::from_ref(one),
+            Targets::Many(many) => many,
+        }
+    }
+
     /// A count of its own for who completes: the index's is still there.
-    pub(crate) fn count(&self) -> Arc<Inner> {
-        // Relaxed: it was set before the publication through which `self` was found.
-        let this = self.this.load(Ordering::Relaxed);
-        // SAFETY: the pointer came from `Arc::into_raw` in `insert`, and the index still holds that count: it is taken away
-        // only after completion, which is what the caller is about to do.
+    ///
+    /// # Safety
+    /// `this` came out of a walk, and the index still has it.
+    unsafe fn count(this: NonNull<Inner>) -> Arc<Inner> {
+        // SAFETY: what a walk shows is from `Arc::into_raw`, and by the caller's promise that count is still held.
         unsafe {
-            Arc::increment_strong_count(this);
-            Arc::from_raw(this)
+            Arc::increment_strong_count(this.as_ptr());
+            Arc::from_raw(this.as_ptr())
         }
     }
 
     /// Detaches for exit: no handle asked.
-    pub(crate) fn detach_for_exit(&self) {
-        if self.word.detach(false) == Detach::Complete {
-            Space::complete(self.count());
+    pub(crate) fn detach_for_exit(found: &Found<'_, Self>) {
+        if found.word.detach(false) == Detach::Complete || planted!("r3") {
+            // SAFETY: shown by the index just now, and it is taken away only after completion.
+            Space::complete(unsafe { Self::count(found.as_ptr()) });
         }
     }
 
@@ -160,14 +179,13 @@ impl Inner {
     /// that an exit which came meanwhile waits for this, and whoever gave it up leaves the completion to this. Allocates.
     pub(crate) fn publish(this: Arc<Self>) {
         let space = &this.space;
-        let raw = Arc::into_raw(this.clone());
-        this.this.store(raw.cast_mut(), Ordering::Relaxed);
-        // SAFETY: `raw` came from `into_raw` just now; the count goes to the index.
-        space.index(this.range, this.id, unsafe { Arc::from_raw(raw) });
-        this.recent.arrive(&space.active, this.range);
+        space.index(this.clone());
+        if space.registry.active().may_have_missed(this.range) {
+            this.word.note_missed();
+        }
         this.word.go_live();
-        // Exit sets its mark before it walks the index: either it finds this registration, or this finds the mark.
-        if space.is_exiting() && !planted!("r7-late") {
+        // Exit sets its mark, fences, and walks the index; above is a fence too: either it finds this registration, or this the mark.
+        if space.exit_has_begun() && !planted!("r7-late") {
             this.word.detach(false);
         }
         // Those who wait for it to be live.
@@ -175,6 +193,16 @@ impl Inner {
         if this.word.leave() {
             Space::complete(this);
         }
+    }
+}
+
+impl Entry for Inner {
+    fn range(&self) -> Range {
+        self.range
+    }
+
+    fn number(&self) -> u64 {
+        self.id
     }
 }
 
@@ -192,7 +220,7 @@ impl PutOff for Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.space.unreserve(self.targets.len());
+        self.space.unreserve(self.targets());
     }
 }
 
@@ -204,19 +232,25 @@ pub(crate) struct Use(NonNull<Inner>);
 unsafe impl Send for Use {}
 
 impl Use {
-    /// Inside a read section: a use of what the index shows, unless it is detached.
-    pub(crate) fn enter(inner: &Inner) -> Option<Self> {
-        inner.word.enter().then(|| Self(NonNull::from(inner)))
+    /// Inside a walk: a use of what it has met, unless that is detached; and the number of the invalidation that takes it.
+    pub(crate) fn enter(found: &Found<'_, Inner>) -> Option<(Self, u64)> {
+        let number = found.word.enter()?;
+        Some((Self(found.as_ptr()), number))
+    }
+
+    /// A count for whoever has to keep it longer.
+    pub(crate) fn count(&self) -> Arc<Inner> {
+        // SAFETY: met by a walk; a use keeps the registration in the index.
+        unsafe { Inner::count(self.0) }
     }
 
     /// Gives it back; completes a detached registration if this was the last.
     pub(crate) fn leave(self) {
-        // SAFETY: the use keeps it alive until the word says otherwise. Where `leave` says true, this was the last use of a
-        // detached registration: only this caller can complete it, and the index's count stays until then. Where it
-        // says false nothing is touched any more.
-        let inner = unsafe { self.0.as_ref() };
-        if inner.word.leave() {
-            Space::complete(inner.count());
+        // SAFETY: the use keeps it alive until the word says otherwise.
+        if unsafe { self.0.as_ref() }.word.leave() {
+            // SAFETY: this was the last use of a detached registration: only this caller can complete it, and the index has it until then.
+            // Where `leave` says false nothing is touched any more.
+            Space::complete(unsafe { Inner::count(self.0) });
         }
     }
 }
@@ -234,6 +268,8 @@ impl Deref for Use {
 #[must_use = "a prepared registration does nothing until it is inserted"]
 pub struct Prepared {
     inner: Arc<Inner>,
+    needs: Needs,
+    operations: Operations,
 }
 
 impl Prepared {
@@ -244,23 +280,20 @@ impl Prepared {
         targets: &[Target],
         word: StateWord,
     ) -> Self {
-        space.reserve(targets.len());
+        space.reserve(targets);
         Self {
+            needs: notifier.needs(),
+            operations: notifier.operations(),
             inner: Arc::new(Inner {
                 id: space.next_registration(),
                 range,
                 word,
                 name: Name::new(notifier.name()),
-                handler: notifier.name(),
-                needs: notifier.needs(),
-                operations: notifier.operations(),
                 notifier,
-                targets: targets.into(),
+                targets: Targets::new(targets),
                 space: space.clone(),
-                recent: Recent::new(),
-                this: AtomicPtr::new(std::ptr::null_mut()),
-                next: Mutex::new(None),
-                next_put_off: Mutex::new(None),
+                next: Link::new(),
+                next_put_off: Link::new(),
             }),
         }
     }
@@ -296,11 +329,11 @@ impl Prepared {
             // What is yet to be told of an earlier mapping is not told to this one (R29).
             inner.space.sources.settle(inner.range);
         }
-        let (needs, operations) = (inner.needs, inner.operations);
         // The space translates what lies in its arena: a driver that registers everything needs no more than that to be watched.
         let all = |arena: &Range| inner.range.contains(*arena);
         let watched = inner.space.table.arena.filter(all).unwrap_or(inner.range);
-        inner.space.sources.check(watched, needs, operations)?;
+        let sources = &inner.space.sources;
+        sources.check(watched, self.needs, self.operations)?;
         if !inner.space.admit(inner) {
             return Err(InsertError::Exiting { range: inner.range });
         }
@@ -357,10 +390,12 @@ impl Registration {
         let (inner, events) = (&self.inner, &self.inner.space.events);
         // What began before it is inserted, or is detached, cannot be overtaken: then no more begin.
         events.wait(None, || inner.word.load().state() != State::Inserting);
-        let begun = inner.recent.started();
+        let begun = inner.in_use_by();
+        let active = inner.space.registry.active();
         events.wait(None, || {
             let word = inner.word.load();
-            word.uses() == 0 || !word.is_detached() && inner.recent.have_ended(begun)
+            let mut begun = begun.iter().flatten();
+            word.uses() == 0 || !word.is_detached() && !begun.any(|claim| active.is_active(*claim))
         });
         Ok(Synchronized::Quiet)
     }
@@ -478,11 +513,14 @@ mod tests {
             let walker = {
                 let space = space.clone();
                 std::thread::spawn(move || {
-                    space.space.registry.walk(Range::ALL, |_, _| {
+                    let registry = &space.space.registry;
+                    let claim = registry.active().claim(Range::ALL).unwrap();
+                    registry.walk(claim, Range::ALL, |_| {
                         let _ = walks.send(());
                         let _ = gone.recv();
                         ControlFlow::Break(())
                     });
+                    registry.active().end(claim);
                 })
             };
             walking.recv().unwrap();

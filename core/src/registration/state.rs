@@ -9,11 +9,13 @@
 //!                             Detached ────▶ (completed) ─────────▶ Released
 //! ```
 //! Besides the state the word counts the *uses* (callbacks that run or will run: from `start` to the return of `end`; and the
-//! insertion itself, which may be put off) and the *shares* (segments that hold the registration through get / put). All are in one word so that each race has one
-//! winner:
+//! insertion itself, which may be put off), the *shares* (segments that hold the registration through get / put), and the invalidations
+//! that have *started*. All are in one word so that each race has one winner:
 //! * a use is only taken while Inserting or Live; after Detached the count can only fall, so exactly one party sees
 //!   "Detached with no uses" for the first time: who detached, or the last to leave. That party *completes*. (R1-R3)
 //! * the last put goes to Detached in the same step; a get that comes later finds it so and makes a new one. (R31)
+//! * an invalidation takes its use and is counted as started in the same step, so that begin and retry each read the word once: who finds
+//!   it live, unused and as often started as before has been disturbed by nobody. (R9)
 //!
 //! Every step is an AcqRel read-modify-write of this one word, so they are totally ordered, and who completes has
 //! seen everything that the callbacks did. No other location takes part in the argument.
@@ -34,10 +36,25 @@ pub(crate) enum State {
 const STATE: u64 = 0b111;
 /// Somebody asked for it by name, as against exit: a second time is a mistake of the caller.
 const UNREGISTERED: u64 = 1 << 4;
-const SHARE: u64 = 1 << 8;
-const SHARES: u64 = 0xff_ffff << 8;
-const USE: u64 = 1 << 32;
-const USES: u64 = 0xffff_ffff << 32;
+/// It was made to be shared.
+const SHARED: u64 = 1 << 5;
+/// Invalidations that were in progress when it was published may not have found it.
+const MISSED: u64 = 1 << 6;
+/// At most one for each invalidation that can be in progress, and one for the insertion.
+const USE: u64 = 1 << 8;
+const USES: u64 = 0x7f << 8;
+const SHARE: u64 = 1 << 15;
+const SHARES: u64 = 0x7fff << 15;
+/// At the top, where it wraps and disturbs nothing. 34 bits: a fault would have to wait, between begin and retry, for exactly as many
+/// invalidations of its registration, which are hours.
+const STARTED: u64 = 1 << 30;
+const STARTED_SHIFT: u32 = 30;
+const _: () = assert!(crate::active::SLOTS < 0x7f);
+
+/// How many of `started` came after `seen`.
+pub(crate) fn started_since(started: u64, seen: u64) -> u64 {
+    started.wrapping_sub(seen) & (u64::MAX >> STARTED_SHIFT)
+}
 
 /// A copy of the word.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -55,11 +72,31 @@ impl Snapshot {
     }
 
     pub(crate) fn uses(self) -> u64 {
-        (self.0 & USES) >> 32
+        (self.0 & USES) / USE
     }
 
     fn shares(self) -> u64 {
-        (self.0 & SHARES) >> 8
+        (self.0 & SHARES) / SHARE
+    }
+
+    /// How many invalidations have started.
+    pub(crate) fn started(self) -> u64 {
+        self.0 >> STARTED_SHIFT
+    }
+
+    /// Live, and no invalidation is in progress that it would have to know of.
+    pub(crate) fn is_calm(self) -> bool {
+        self.0 & (STATE | USES | MISSED) == State::Live as u64
+    }
+
+    /// Invalidations that are older than it may be in progress.
+    pub(crate) fn has_missed(self) -> bool {
+        self.0 & MISSED != 0
+    }
+
+    /// Made by get, ended by the last put.
+    pub(crate) fn is_shared(self) -> bool {
+        self.0 & SHARED != 0
     }
 
     /// No callback begins any more.
@@ -104,7 +141,7 @@ impl StateWord {
 
     /// One that a first share already holds.
     pub(crate) fn shared() -> Self {
-        Self(AtomicU64::new(State::Prepared as u64 | SHARE))
+        Self(AtomicU64::new(State::Prepared as u64 | SHARED | SHARE))
     }
 
     pub(crate) fn load(&self) -> Snapshot {
@@ -149,12 +186,23 @@ impl StateWord {
             self.update(|word| (word.state() == State::Inserting).then(|| word.with(State::Live)));
     }
 
-    /// Takes a use, if callbacks may still begin.
-    pub(crate) fn enter(&self) -> bool {
-        self.update(|word| {
-            matches!(word.state(), State::Inserting | State::Live).then_some(Snapshot(word.0 + USE))
-        })
-        .is_ok()
+    /// Takes a use for an invalidation that starts, if callbacks may still begin: its number.
+    pub(crate) fn enter(&self) -> Option<u64> {
+        let next = |word: Snapshot| Snapshot(word.0.wrapping_add(STARTED) + USE);
+        let before = self.update(|word| {
+            matches!(word.state(), State::Inserting | State::Live).then(|| next(word))
+        });
+        before.ok().map(|before| next(before).started())
+    }
+
+    /// Before it goes live: older invalidations are in progress.
+    pub(crate) fn note_missed(&self) {
+        self.0.fetch_or(MISSED, Ordering::AcqRel);
+    }
+
+    /// They have ended.
+    pub(crate) fn clear_missed(&self) {
+        self.0.fetch_and(!MISSED, Ordering::AcqRel);
     }
 
     /// Gives a use back; true if the caller was the last one of a detached registration: it completes.
@@ -202,7 +250,7 @@ impl StateWord {
                 State::Prepared | State::Inserting | State::Live
             );
             // With as many shares as can be counted the newcomer makes a registration of its own.
-            (joinable && (1..SHARES >> 8).contains(&word.shares()) || planted!("r31"))
+            (joinable && (1..SHARES / SHARE).contains(&word.shares()) || planted!("r31"))
                 .then_some(Snapshot(word.0 + SHARE))
         })
         .is_ok()
@@ -246,16 +294,42 @@ mod tests {
         let word = live();
         assert_eq!(word.detach(true), Detach::Complete);
         assert!(word.load().is_quiet());
-        assert!(!word.enter(), "nobody enters after detach");
+        assert!(word.enter().is_none(), "nobody enters after detach");
     }
 
     #[test]
     fn the_last_to_leave_a_detached_one_completes() {
         let word = live();
-        assert!(word.enter() && word.enter());
+        assert_eq!([word.enter(), word.enter()], [Some(1), Some(2)]);
         assert_eq!(word.detach(true), Detach::InUse);
         assert!(!word.leave());
         assert!(word.leave());
+    }
+
+    #[test]
+    fn it_is_calm_while_nothing_runs_and_counts_what_has_started() {
+        let word = live();
+        assert!(word.load().is_calm());
+        word.note_missed();
+        assert!(!word.load().is_calm());
+        word.clear_missed();
+        assert!(word.enter().is_some());
+        assert!(!word.load().is_calm());
+        assert!(!word.leave());
+        assert!(word.load().is_calm());
+        assert_eq!(word.load().started(), 1);
+    }
+
+    #[test]
+    fn counts_of_the_started_wrap_and_leave_the_rest_alone() {
+        let word = live();
+        let most = u64::MAX >> STARTED_SHIFT;
+        word.0.fetch_or(most << STARTED_SHIFT, Ordering::Relaxed);
+        let seen = word.load();
+        assert!(seen.is_calm() && seen.started() == most);
+        assert_eq!(word.enter(), Some(0));
+        assert_eq!(word.load().uses(), 1);
+        assert_eq!(started_since(word.load().started(), seen.started()), 1);
     }
 
     #[test]

@@ -1,138 +1,256 @@
 //! The index of registrations: overlapping ranges, walked without a lock.
 //!
-//! An immutable B+ tree, sorted by start and then by number, with the largest last address of each subtree, so that a walk
-//! skips what ends before its range and stops where starts lie behind it. A writer copies the path from the root to
-//! the leaf that changes, publishes the new root by one store, and retires the old root through the [`Srcu`]; versions
-//! share what did not change. So a walk sees one consistent version (R10), is never blocked by a writer, and writes to
-//! nothing that another walk reads. Writers take turns on a mutex; only they allocate and free.
+//! An immutable B+ tree ([`node`]), sorted by start and then by number, with the largest last address of each subtree, so that a walk
+//! skips what ends before its range and what starts behind it; and beside it a [`summary`] that says for most ranges that hit nothing
+//! that the tree need not be looked at. A writer copies the path from the root to the leaf that changes, once for all changes
+//! of a batch, publishes the new root by one store, and retires what that has replaced ([`Retired`]); versions share what did
+//! not change. So a walk sees one consistent version (R10), is never blocked by a writer, and writes to nothing that
+//! another walk reads. Writers take turns on a mutex; only they allocate and free.
 //!
-//! Every version that holds an entry holds a strong count of its value, and a version outlives the sections that may see
-//! it: a walker may turn the `&T` that it is shown into a use of its own (R5).
+//! The index holds a strong count of each value. It is retired with the nodes: a walker may turn the value that it is shown into a use
+//! of its own (R5).
 //!
-//! The root's hull is looked at first. A summary of occupied regions would go beside it, in [`Tree`], and be published with it.
+//! A walk is the first part of a claim ([`Active`]), whose fence is the walk's own.
 
 #[cfg(all(any(test, fuzzing), not(loom)))]
 pub(crate) mod fuzz;
-mod node;
+pub(crate) mod node;
+mod summary;
 #[cfg(test)]
 mod tests;
 
 use std::ops::ControlFlow;
 
-use self::node::{Entry, Node};
+pub(crate) use self::node::{Entry, Found};
+use self::node::{Link, Node, Nodes, key};
+use self::summary::{Marks, Summary, Table};
+use crate::active::{Active, Claim};
 use crate::addr::Range;
 use crate::primitive::atomic::{AtomicPtr, Ordering};
-use crate::primitive::{Arc, Mutex};
-use crate::srcu::Srcu;
+use crate::primitive::{Arc, Backoff, Mutex};
+use crate::srcu::{Garbage, Retired};
 
-/// One version.
-struct Tree<T> {
-    hull: Option<Range>,
-    root: Arc<Node<T>>,
+/// What a change has unlinked.
+struct Unlinked<T> {
+    nodes: Vec<Link<T>>,
+    values: Vec<Arc<T>>,
+    tables: Vec<Table>,
 }
 
-/// Overlapping ranges, each with a number and a value.
-pub(crate) struct Registry<T> {
-    /// Made by `Box::into_raw`; never null.
-    tree: AtomicPtr<Tree<T>>,
-    writer: Mutex<()>,
-    srcu: Srcu<Box<Tree<T>>>,
+impl<T> Default for Unlinked<T> {
+    fn default() -> Self {
+        Self {
+            nodes: Vec::new(),
+            values: Vec::new(),
+            tables: Vec::new(),
+        }
+    }
 }
 
-// SAFETY: a registry is its trees, whose values are shared by reference between threads and dropped on any of them,
-// which `T: Send + Sync` allows; the raw pointer is only a way to publish a `Box<Tree<T>>`.
-unsafe impl<T: Send + Sync> Send for Registry<T> {}
+impl<T> Garbage for Unlinked<T> {
+    fn is_empty(&self) -> bool {
+        self.nodes.is_empty() && self.values.is_empty() && self.tables.is_empty()
+    }
+
+    fn append(&mut self, more: &mut Self) {
+        self.nodes.append(&mut more.nodes);
+        self.values.append(&mut more.values);
+        self.tables.append(&mut more.tables);
+    }
+}
+
+/// Values and tables that nobody sees any more: to be dropped when the writer's lock is let go, as the last count of a value may be
+/// among them, and with it whatever a driver drops.
+type Free<T> = (Vec<Arc<T>>, Vec<Table>);
+
+struct Writer<T> {
+    nodes: Nodes<T>,
+    marks: Marks,
+    values: Vec<Arc<T>>,
+    retired: Retired<Unlinked<T>>,
+    /// Kept for their room.
+    unlinked: Unlinked<T>,
+    free: Unlinked<T>,
+}
+
+/// Overlapping ranges.
+pub(crate) struct Registry<T: Entry> {
+    /// A [`Link`].
+    root: AtomicPtr<Node<T>>,
+    summary: Summary,
+    active: Active,
+    writer: Mutex<Writer<T>>,
+}
+
+// SAFETY: a registry is its entries, which are shared by reference between threads and dropped on any of them, as `T: Send + Sync`
+// allows; the raw pointers are ways to share nodes that are not changed, and that nobody else frees.
+unsafe impl<T: Entry + Send + Sync> Send for Registry<T> {}
 // SAFETY: as above.
-unsafe impl<T: Send + Sync> Sync for Registry<T> {}
+unsafe impl<T: Entry + Send + Sync> Sync for Registry<T> {}
 
-impl<T> Registry<T> {
+impl<T: Entry> Registry<T> {
     pub(crate) fn new() -> Self {
         Self {
-            tree: AtomicPtr::new(Box::into_raw(Self::tree(Arc::new(Node::empty())))),
-            writer: Mutex::new(()),
-            srcu: Srcu::new(),
+            root: AtomicPtr::new(Node::leaf().as_ptr()),
+            summary: Summary::new(),
+            active: Active::new(),
+            writer: Mutex::new(Writer {
+                nodes: Nodes::new(),
+                marks: Marks::default(),
+                values: Vec::new(),
+                retired: Retired::new(),
+                unlinked: Unlinked::default(),
+                free: Unlinked::default(),
+            }),
         }
     }
 
-    fn tree(root: Arc<Node<T>>) -> Box<Tree<T>> {
-        Box::new(Tree {
-            hull: root.hull(),
-            root,
-        })
+    /// What is in progress over it.
+    pub(crate) fn active(&self) -> &Active {
+        &self.active
     }
 
-    /// Shows every entry that overlaps `range`, by start and then number, until `visit` breaks. One read section: `visit`
-    /// must be short and may not wait.
-    pub(crate) fn walk(&self, range: Range, mut visit: impl FnMut(Range, &T) -> ControlFlow<()>) {
-        let _section = self.srcu.read();
-        // Acquire, with the Release in `publish`: the nodes are complete.
-        let tree = self.tree.load(Ordering::Acquire);
-        // SAFETY: the pointer came from `Box::into_raw`. It was current after the section began, so `retire` keeps it
-        // until the section is over.
-        let tree = unsafe { &*tree };
-        if tree.hull.is_some_and(|hull| hull.overlaps(range)) {
-            let _ = tree.root.walk(range, &mut visit);
+    /// Shows every entry that overlaps `range`, which `claim` was made for, by start and then number, until `visit` breaks; and ends
+    /// the walk of `claim`. `visit` must be short and may not wait.
+    pub(crate) fn walk(
+        &self,
+        claim: Claim,
+        range: Range,
+        mut visit: impl FnMut(Found<'_, T>) -> ControlFlow<()>,
+    ) {
+        debug_assert!(self.active.is_walking(claim), "a claim walks once");
+        if self.summary.may_hit(range) {
+            // Acquire, with the Release in `publish`: the nodes are complete.
+            let root = self.root.load(Ordering::Acquire);
+            let bounds = (range.start().get(), range.last().get());
+            // SAFETY: a link that was current after the walk began, so that `publish` retires it only for later.
+            let _ = unsafe { &*root }.walk(bounds, &mut visit);
         }
+        self.active.walked(claim);
     }
 
-    /// Adds an entry. `id` is unique.
-    pub(crate) fn insert(&self, range: Range, id: u64, value: Arc<T>) {
+    /// Shows all entries to somebody who is no invalidation. Writers wait: `visit` may not write to the index.
+    pub(crate) fn each(&self, mut visit: impl FnMut(Found<'_, T>)) {
         let writer = self.writer.lock();
-        let root = self.current().insert(&Entry { range, id, value });
-        let free = self.publish(Arc::new(root));
-        // The last count of a value may be among it, and with it whatever a driver drops.
+        let root = self.root(&writer);
+        // SAFETY: the current root, which only writers unlink.
+        let root = unsafe { root.as_ref() };
+        let _ = root.walk((0, u64::MAX), &mut |found| {
+            visit(found);
+            ControlFlow::Continue(())
+        });
+    }
+
+    /// Adds entries, all in one version.
+    pub(crate) fn insert(&self, values: impl IntoIterator<Item = Arc<T>>) {
+        let mut writer = self.writer.lock();
+        let old = self.root(&writer);
+        let mut root = old;
+        for value in values {
+            self.summary.mark(&mut writer.marks, value.range());
+            root = writer.nodes.insert(root, value);
+        }
+        let free = self.publish(&mut writer, root);
         drop(writer);
         drop(free);
     }
 
-    /// Takes an entry away; whether it was there.
-    pub(crate) fn remove(&self, range: Range, id: u64) -> bool {
-        let writer = self.writer.lock();
-        let Some(root) = self.current().remove((range.start(), id)) else {
-            return false;
-        };
-        let free = self.publish(root);
+    /// Takes entries away, all in one version; how many were there.
+    pub(crate) fn remove<'a>(&self, entries: impl IntoIterator<Item = &'a T>) -> usize
+    where
+        T: 'a,
+    {
+        let mut writer = self.writer.lock();
+        let mut root = self.root(&writer);
+        let first = writer.values.len();
+        for entry in entries {
+            if let Some((without, value)) = writer.nodes.remove(root, key(entry)) {
+                root = without;
+                writer.values.push(value);
+            }
+        }
+        let removed = writer.values.len() - first;
+        let free = self.publish(&mut writer, root);
         drop(writer);
         drop(free);
-        true
+        removed
     }
 
-    /// The current version; the writer's lock must be held, or a section be open.
-    fn current(&self) -> &Node<T> {
-        // Relaxed: only writers store, and they take turns on the lock.
-        let tree = self.tree.load(Ordering::Relaxed);
-        // SAFETY: from `Box::into_raw`; only `publish` retires it, and the caller holds the writer's lock.
-        unsafe { &(*tree).root }
+    /// The current root, as only writers replace it.
+    fn root(&self, _: &Writer<T>) -> Link<T> {
+        let root = self.root.load(Ordering::Relaxed);
+        Link::new(root).expect("a root is never null")
     }
 
-    /// Drops all old versions, and with them the values that were removed; waits for the walks that may still see them.
-    pub(crate) fn reclaim(&self) {
-        self.srcu.reclaim();
-    }
-
-    /// Gives back old versions that nobody sees any more.
-    fn publish(&self, root: Arc<Node<T>>) -> Vec<(u64, Box<Tree<T>>)> {
+    /// Makes `root` the version that walks see from here on. Gives back what nobody sees any more.
+    fn publish(&self, writer: &mut Writer<T>, root: Link<T>) -> Free<T> {
+        writer.nodes.seal();
         if planted!("r10") {
             // In two steps, as whoever changes an index in place.
-            drop(self.replace(Arc::new(Node::empty())));
+            let nothing = Node::leaf();
+            self.root.store(nothing.as_ptr(), Ordering::Release);
+            writer.nodes.unlinked.push(nothing);
         }
-        self.replace(root)
+        // Release, with the Acquire in `walk`.
+        self.root.store(root.as_ptr(), Ordering::Release);
+        // Not before the tree is without them.
+        for value in &writer.values {
+            self.summary.unmark(&mut writer.marks, value.range());
+        }
+        let unlinked = &mut writer.unlinked;
+        unlinked.nodes.append(&mut writer.nodes.unlinked);
+        unlinked.values.append(&mut writer.values);
+        unlinked.tables.append(&mut writer.marks.unlinked);
+        self.sweep(writer)
     }
 
-    fn replace(&self, root: Arc<Node<T>>) -> Vec<(u64, Box<Tree<T>>)> {
-        let new = Box::into_raw(Self::tree(root));
-        // Release, with the Acquire in `walk`.
-        let old = self.tree.swap(new, Ordering::Release);
-        // SAFETY: `old` came from `Box::into_raw` and was unlinked by this swap, once. Readers may still see it:
-        // `retire` gives it back when none can.
-        self.srcu.retire([unsafe { Box::from_raw(old) }])
+    fn sweep(&self, writer: &mut Writer<T>) -> Free<T> {
+        let Writer {
+            nodes,
+            retired,
+            unlinked,
+            free,
+            ..
+        } = writer;
+        retired.retire(&self.active, unlinked, free);
+        nodes.reuse(&mut free.nodes);
+        (
+            std::mem::take(&mut free.values),
+            std::mem::take(&mut free.tables),
+        )
+    }
+
+    /// Drops the values that were removed; waits for the walks that may still see them.
+    pub(crate) fn reclaim(&self) {
+        let mut backoff = Backoff::new();
+        loop {
+            let mut writer = self.writer.lock();
+            let free = self.sweep(&mut writer);
+            let done = writer.retired.is_empty();
+            drop(writer);
+            drop(free);
+            if done {
+                return;
+            }
+            backoff.wait();
+        }
+    }
+
+    #[cfg(all(any(test, fuzzing), not(loom)))]
+    fn check(&self) -> usize {
+        let writer = self.writer.lock();
+        node::check(self.root(&writer))
     }
 }
 
-impl<T> Drop for Registry<T> {
+impl<T: Entry> Drop for Registry<T> {
     fn drop(&mut self) {
-        let tree = self.tree.load(Ordering::Relaxed);
-        // SAFETY: from `Box::into_raw`, and `&mut self` means that no section is open.
-        drop(unsafe { Box::from_raw(tree) });
+        let root = self.root.load(Ordering::Relaxed);
+        let root = Link::new(root).expect("a root is never null");
+        // SAFETY: `&mut self` means that no walk goes on. Older versions share what is below with this one, or have it among what they
+        // retired; those nodes are freed with the writer, one by one.
+        unsafe { Node::free(root) };
+        let mut writer = self.writer.lock();
+        let _ = self.sweep(&mut writer);
     }
 }

@@ -1,12 +1,11 @@
 //! The space itself: its parts, its completions, its exit.
 
+use std::collections::HashMap;
 use std::fmt;
-use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc as StdArc;
 
 use super::{Deadlines, ExitError, MapLock};
-use crate::active::{Active, SLOTS};
 use crate::addr::Range;
 use crate::context::{self, InCallback};
 use crate::engine::{self, DeviceOp, Hit, InvalidateError};
@@ -17,8 +16,8 @@ use crate::managed::Table;
 use crate::memory::Memory;
 use crate::notifier::{Cause, Notifier};
 use crate::plan;
-use crate::pool::{CHUNK, Pool};
-use crate::primitive::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use crate::pool::Pool;
+use crate::primitive::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use crate::primitive::{Arc, Mutex};
 use crate::recorder::{Kind, Recorder};
 use crate::registration::state::StateWord;
@@ -46,7 +45,6 @@ pub(crate) struct Space {
     pub(crate) map_lock: MapLock,
     pub(crate) deadlines: Deadlines,
     pub(crate) registry: Registry<Inner>,
-    pub(crate) active: Active,
     pub(crate) events: Events,
     pub(crate) hits: Pool<Hit>,
     pub(crate) device_ops: Pool<DeviceOp>,
@@ -60,9 +58,10 @@ pub(crate) struct Space {
     exit_begun: AtomicBool,
     pub(super) owners: AtomicUsize,
     numbers: AtomicU64,
-    /// Registrations that were made and not dropped, and the device targets of those; they size the pools.
+    /// Registrations that were made and not dropped: an invalidation may hit all of them.
     made: AtomicUsize,
-    targets: AtomicUsize,
+    /// The devices that those name, by their keys, and how often: an invalidation may have to flush each of them.
+    devices: Mutex<HashMap<usize, usize>>,
     /// Complete, and not released yet.
     completed: List<Inner>,
     /// What devices that are in quarantine may still reach through registrations that are over.
@@ -87,8 +86,9 @@ impl PutOff for Space {
     }
 }
 
-/// Entries of the pools beyond twice what is registered: a chunk for each invalidation that can be in progress.
-const SPARE: usize = SLOTS * CHUNK;
+/// Hits, and devices, that an invalidation has room for without asking anybody.
+const HITS: usize = 16;
+const DEVICES: usize = 2;
 
 impl Space {
     pub(super) fn new(memory: Option<StdArc<dyn Memory>>, deadlines: Deadlines) -> Self {
@@ -98,17 +98,16 @@ impl Space {
             || NEXT.fetch_add(1, StdOrdering::Relaxed),
             |memory| memory.id(),
         );
-        let space = Self {
+        Self {
             id,
             table: Table::new(memory.as_ref().map(|memory| memory.arena())),
             memory,
             map_lock: MapLock::new(),
             deadlines,
             registry: Registry::new(),
-            active: Active::new(),
             events: Events::new(),
-            hits: Pool::new(),
-            device_ops: Pool::new(),
+            hits: Pool::new(HITS),
+            device_ops: Pool::new(DEVICES),
             stats: Counters::new(),
             recorder: Recorder::new(),
             watch: Watch::new(id, deadlines.callback),
@@ -119,16 +118,13 @@ impl Space {
             owners: AtomicUsize::new(1),
             numbers: AtomicU64::new(1),
             made: AtomicUsize::new(0),
-            targets: AtomicUsize::new(0),
+            devices: Mutex::new(HashMap::new()),
             completed: List::new(),
             ghosts: Ghosts::new(),
             exit_wanted: AtomicBool::new(false),
             put_off: AtomicBool::new(false),
-            next_put_off: Mutex::new(None),
-        };
-        space.hits.reserve(SPARE);
-        space.device_ops.reserve(SPARE);
-        space
+            next_put_off: Link::new(),
+        }
     }
 
     pub(crate) fn next_registration(&self) -> u64 {
@@ -139,9 +135,9 @@ impl Space {
         self.lifecycle.lock().exiting
     }
 
-    /// The same without the lock: what follows may still meet an exit that begins.
+    /// The same without the lock: what follows may still meet an exit that begins, unless it is ordered otherwise.
     pub(crate) fn exit_has_begun(&self) -> bool {
-        // Relaxed: a hint.
+        // Relaxed: who has seen anything that exit did, as that a registration is detached, sees this, which was before.
         self.exit_begun.load(Ordering::Relaxed)
     }
 
@@ -150,18 +146,39 @@ impl Space {
         self.lifecycle.lock().registered
     }
 
-    /// Sets aside what invalidations of one more registration, with `targets` devices, can need; until [`Space::unreserve`].
-    pub(crate) fn reserve(&self, targets: usize) {
+    /// Sets aside what invalidations of one more registration can need, until [`Space::unreserve`]: room for one that hits everything,
+    /// beside the chunk that each can have.
+    pub(crate) fn reserve(&self, targets: &[Target]) {
         // Relaxed: each sees its own share counted, which is all that it relies on.
         let made = self.made.fetch_add(1, Ordering::Relaxed) + 1;
-        let named = self.targets.fetch_add(targets, Ordering::Relaxed) + targets;
-        self.hits.reserve(2 * made + SPARE);
-        self.device_ops.reserve(2 * named + SPARE);
+        self.hits.reserve(made);
+        if targets.is_empty() {
+            return;
+        }
+        let mut devices = self.devices.lock();
+        for target in targets {
+            *devices.entry(target.device.key()).or_default() += 1;
+        }
+        let named = devices.len();
+        drop(devices);
+        self.device_ops.reserve(named);
     }
 
-    pub(crate) fn unreserve(&self, targets: usize) {
+    pub(crate) fn unreserve(&self, targets: &[Target]) {
         self.made.fetch_sub(1, Ordering::Relaxed);
-        self.targets.fetch_sub(targets, Ordering::Relaxed);
+        if targets.is_empty() {
+            return;
+        }
+        let mut devices = self.devices.lock();
+        for target in targets {
+            let key = target.device.key();
+            if let Some(count) = devices.get_mut(&key) {
+                *count -= 1;
+                if *count == 0 {
+                    devices.remove(&key);
+                }
+            }
+        }
     }
 
     /// Counts a registration as inserted, and takes the insertion's use of it, unless the space is exiting. The lock is what exit
@@ -179,8 +196,9 @@ impl Space {
     }
 
     /// Puts what was admitted into the index.
-    pub(crate) fn index(&self, range: Range, id: u64, inner: Arc<Inner>) {
-        self.registry.insert(range, id, inner);
+    pub(crate) fn index(&self, inner: Arc<Inner>) {
+        let (id, range) = (inner.id, inner.range);
+        self.registry.insert([inner]);
         self.recorder
             .record(Kind::Insert, id, range.start().get(), range.last().get());
     }
@@ -211,8 +229,8 @@ impl Space {
 
     fn release(&self, inner: Arc<Inner>) {
         // Before it leaves the index: a device that does not answer any more may hold entries of its range for ever.
-        self.ghosts.add(inner.range, &inner.targets);
-        self.registry.remove(inner.range, inner.id);
+        self.ghosts.add(inner.range, inner.targets());
+        self.registry.remove([&*inner]);
         {
             let _watched = self.watch.enter_release(inner.id, inner.name);
             let _callback = InCallback::release();
@@ -225,9 +243,10 @@ impl Space {
         self.stats.add(Counter::Releases, 1);
         inner.word.released();
         // A shared one is not known under its key any more, or its handler would live on.
-        self.shared
-            .lock()
-            .retain(|(_, one)| !Arc::ptr_eq(one, &inner));
+        if inner.word.load().is_shared() {
+            let mut shared = self.shared.lock();
+            shared.retain(|(_, one)| !Arc::ptr_eq(one, &inner));
+        }
         {
             let mut lifecycle = self.lifecycle.lock();
             lifecycle.registered -= 1;
@@ -239,7 +258,7 @@ impl Space {
     pub(crate) fn note_panic(&self, inner: &Inner, op: u64) {
         self.stats.add(Counter::Panics, 1);
         self.recorder.record(Kind::Panicked, op, inner.id, 0);
-        for target in &inner.targets {
+        for target in inner.targets() {
             target.device.quarantine();
         }
     }
@@ -282,15 +301,9 @@ impl Space {
                 reached |= !SegmentInner::end_at_exit(segment, this);
             }
             reached |= !Self::shoot_down(this, Range::ALL, &[]);
-            this.registry.walk(Range::ALL, |_, inner| {
-                if planted!("r3") {
-                    inner.word.detach(false);
-                    Space::complete(inner.count());
-                } else {
-                    inner.detach_for_exit();
-                }
-                ControlFlow::Continue(())
-            });
+            // With the one of a newcomer, between its insertion and its look at the mark.
+            fence(Ordering::SeqCst);
+            this.registry.each(|found| Inner::detach_for_exit(&found));
         }
         loop {
             context::leave();

@@ -42,8 +42,8 @@ pub(crate) const TABLE: &[Entry] = &[
     ),
     model(
         "R5",
-        "r5-fence",
-        "a reader fences between its slot and the root (srcu)",
+        "r8",
+        "a walk fences between its slot and the root (active)",
         "registry::tests::model::a_walk_never_sees_a_reclaimed_entry",
     ),
     model(
@@ -73,7 +73,13 @@ pub(crate) const TABLE: &[Entry] = &[
     model(
         "R8",
         "r8",
-        "a claim and a newcomer fence before they look for each other (active)",
+        "a claim fences before it walks the index (active)",
+        "model::a_claim_and_a_newcomer_do_not_miss_each_other",
+    ),
+    model(
+        "R8",
+        "r8-newcomer",
+        "a newcomer fences before it looks for claims (active)",
         "model::a_claim_and_a_newcomer_do_not_miss_each_other",
     ),
     model(
@@ -87,6 +93,12 @@ pub(crate) const TABLE: &[Entry] = &[
         "r9",
         "retry is checked under the lock that quiesce takes (fault)",
         "model::a_fault_beside_an_invalidation_installs_nothing_stale",
+    ),
+    model(
+        "R9",
+        "r9-note",
+        "what a slot remembers is read whole or not at all (notes)",
+        "notes::model::a_note_is_read_as_it_was_written_or_not_at_all",
     ),
     pair(
         "R9",
@@ -108,6 +120,12 @@ pub(crate) const TABLE: &[Entry] = &[
         "r10",
         "a new version of the index is published by one store (registry)",
         "registry::tests::model::a_walk_beside_a_change_sees_one_consistent_version",
+    ),
+    model(
+        "R10",
+        "r10-count",
+        "what entries have in common is counted in the summary (registry::summary)",
+        "registry::tests::model::a_walk_beside_another_entry_of_the_page_finds_the_lasting_one",
     ),
     model(
         "R11",
@@ -138,7 +156,7 @@ pub(crate) const TABLE: &[Entry] = &[
     test(
         "R14",
         "r14-fault",
-        "what the log has forgotten counts as overlapping (registration::recent)",
+        "what the slots have forgotten counts as overlapping (registration::disturbed)",
         "guards",
         "a_fault_of_an_old_mapping_installs_nothing_in_the_new_one",
     ),

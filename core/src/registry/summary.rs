@@ -1,0 +1,372 @@
+//! Where there is an entry at all: what makes an invalidation that hits nothing cheap, however many there are.
+//!
+//! Addresses are divided as a page table does it, with 6 bits a level: a *granule* of level 0 is a page of 4 KiB, one of the next
+//! level 64 of those. A *word* has one bit for each of 64 granules that lie side by side. An entry is covered by
+//! the fewest granules that are aligned to their size, so by two words a level at most, and their bits are set. A range
+//! overlaps an entry, to the page, if a bit of the granules that it lies in is set on any level: for a few pages that is one word
+//! for each level that is in use, whose position follows from the address.
+//!
+//! The words are in an open-addressed table, found by level and address. Walks read it beside a writer: a cell's key is set once,
+//! its bits are stored as a whole. A table that is full of words, or of words that were, is replaced by another, by one
+//! store. Nothing in it is ever too little for an entry that a walk has to find:
+//! * bits are set before the insertion returns, so before the fence by which newcomers and walks meet (R8);
+//! * they are taken away when it is no longer in the tree, and only where no other entry is counted. Where entries overlap the writer counts
+//!   them, for each bit of the word; where they do not it keeps nothing.
+//!
+//! A walk that reads too much only goes to the tree for nothing.
+
+use std::collections::HashMap;
+
+use crate::addr::Range;
+use crate::primitive::atomic::{AtomicPtr, AtomicU64, Ordering};
+
+const PAGE_SHIFT: u32 = 12;
+const LEVEL_SHIFT: u32 = 6;
+const LEVELS: u32 = 9;
+/// Words of a level that are looked at for one range; larger ones go to the tree.
+const LOOKED_AT: u64 = 4;
+const LEAST: usize = if cfg!(loom) { 4 } else { 64 };
+
+/// Level and place of a word; never 0.
+fn key(level: u32, word: u64) -> u64 {
+    word << 4 | u64::from(level + 1)
+}
+
+/// Bits of granules, in one word.
+fn mask(first: u64, last: u64) -> u64 {
+    (u64::MAX << (first % 64)) & (u64::MAX >> (63 - last % 64))
+}
+
+/// Shows words and bits of the granules that cover `range`.
+fn cover(range: Range, mut show: impl FnMut(u32, u64, u64)) {
+    let mut first = range.start().get() >> PAGE_SHIFT;
+    let mut last = range.last().get() >> PAGE_SHIFT;
+    for level in 0..LEVELS {
+        let (left, right) = (first / 64, last / 64);
+        if left == right {
+            show(level, left, mask(first, last));
+            return;
+        }
+        // The ends stay here, whole words go up. There are words in between, or none: `right` is after `left`.
+        let ends = (!first.is_multiple_of(64), last % 64 != 63);
+        if ends.0 {
+            show(level, left, mask(first, 63));
+        }
+        if ends.1 {
+            show(level, right, mask(0, last));
+        }
+        let (next, end) = (left + u64::from(ends.0), right + u64::from(!ends.1));
+        if next == end {
+            return;
+        }
+        (first, last) = (next, end - 1);
+    }
+    unreachable!("the last level has one word");
+}
+
+#[derive(Debug)]
+#[repr(align(16))]
+struct Cell {
+    /// 0 while it is empty.
+    key: AtomicU64,
+    bits: AtomicU64,
+}
+
+#[derive(Debug)]
+pub(super) struct Table {
+    cells: Box<[Cell]>,
+    /// Levels that have, or have had, a word.
+    levels: AtomicU64,
+}
+
+impl Table {
+    fn new(cells: usize) -> Box<Self> {
+        let cell = |_| Cell {
+            key: AtomicU64::new(0),
+            bits: AtomicU64::new(0),
+        };
+        Box::new(Self {
+            cells: (0..cells).map(cell).collect(),
+            levels: AtomicU64::new(0),
+        })
+    }
+
+    /// The cell of `key`, or the empty one where it would be.
+    fn find(&self, key: u64) -> &Cell {
+        let mask = self.cells.len() - 1;
+        // The upper bits of a product depend on all of the key's.
+        let hash = key.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mut at = (hash >> 32) as usize & mask;
+        loop {
+            let cell = &self.cells[at];
+            // Acquire, with the Release that sets it: the bits go with it.
+            let found = cell.key.load(Ordering::Acquire);
+            if found == key || found == 0 {
+                return cell;
+            }
+            at = (at + 1) & mask;
+        }
+    }
+
+    fn bits(&self, key: u64) -> u64 {
+        // Acquire: who finds bits taken away sees what its entry left behind. An empty cell has none.
+        self.find(key).bits.load(Ordering::Acquire)
+    }
+
+    /// Whether an entry may overlap `range`.
+    fn may_hit(&self, range: Range) -> bool {
+        // Acquire, as for the bits.
+        let mut levels = self.levels.load(Ordering::Acquire);
+        while levels != 0 {
+            let level = levels.trailing_zeros();
+            levels &= levels - 1;
+            let shift = PAGE_SHIFT + level * LEVEL_SHIFT;
+            let (first, last) = (range.start().get() >> shift, range.last().get() >> shift);
+            let (left, right) = (first / 64, last / 64);
+            if left == right {
+                if self.bits(key(level, left)) & mask(first, last) != 0 {
+                    return true;
+                }
+                continue;
+            }
+            if right - left >= LOOKED_AT {
+                return true;
+            }
+            let hit = (left..=right).any(|word| {
+                let first = if word == left { first } else { 0 };
+                let last = if word == right { last } else { 63 };
+                self.bits(key(level, word)) & mask(first, last) != 0
+            });
+            if hit {
+                return true;
+            }
+        }
+        false
+    }
+}
+
+/// What walks see.
+#[derive(Debug)]
+pub(super) struct Summary {
+    /// From `Box::into_raw`; never null.
+    table: AtomicPtr<Table>,
+}
+
+/// What the writer knows besides.
+#[derive(Debug, Default)]
+pub(super) struct Marks {
+    /// Cells that have a key, in the current table.
+    used: usize,
+    /// Of words in which entries overlap: how many for each bit.
+    counts: HashMap<u64, Box<[u32; 64]>>,
+    /// Replaced: walks may see them.
+    pub(super) unlinked: Vec<Table>,
+}
+
+impl Summary {
+    pub(super) fn new() -> Self {
+        Self {
+            table: AtomicPtr::new(Box::into_raw(Table::new(LEAST))),
+        }
+    }
+
+    fn table(&self) -> &Table {
+        // Acquire, with the Release in `grow`: the cells are complete.
+        let table = self.table.load(Ordering::Acquire);
+        // SAFETY: from `Box::into_raw`. The caller is a walk that began before it was replaced, so that the parent has not freed it yet;
+        // or the writer, who alone replaces it.
+        unsafe { &*table }
+    }
+
+    /// Whether an entry may overlap `range`. Inside of a walk.
+    pub(super) fn may_hit(&self, range: Range) -> bool {
+        self.table().may_hit(range)
+    }
+
+    /// An entry of `range` is about to be published.
+    pub(super) fn mark(&self, marks: &mut Marks, range: Range) {
+        cover(range, |level, word, mask| {
+            let key = key(level, word);
+            let mut table = self.table();
+            let mut cell = table.find(key);
+            if cell.key.load(Ordering::Relaxed) == 0 {
+                if (marks.used + 1) * 8 > table.cells.len() * 5 {
+                    table = self.grow(marks);
+                    cell = table.find(key);
+                }
+                marks.used += 1;
+            }
+            let levels = table.levels.load(Ordering::Relaxed);
+            if levels & 1 << level == 0 {
+                // Release, with the walk's Acquire.
+                table.levels.store(levels | 1 << level, Ordering::Release);
+            }
+            let bits = cell.bits.load(Ordering::Relaxed);
+            if bits & mask != 0 || !marks.counts.is_empty() && marks.counts.contains_key(&key) {
+                let counts = marks.counts.entry(key).or_insert_with(|| {
+                    Box::new(std::array::from_fn(|bit| (bits >> bit) as u32 & 1))
+                });
+                each(mask, |bit| counts[bit] += 1);
+            }
+            cell.bits.store(bits | mask, Ordering::Release);
+            cell.key.store(key, Ordering::Release);
+        });
+    }
+
+    /// An entry of `range` is no longer in the tree.
+    pub(super) fn unmark(&self, marks: &mut Marks, range: Range) {
+        cover(range, |level, word, mask| {
+            let key = key(level, word);
+            let cell = self.table().find(key);
+            let bits = cell.bits.load(Ordering::Relaxed);
+            let mut gone = mask;
+            if !marks.counts.is_empty()
+                && !planted!("r10-count")
+                && let Some(counts) = marks.counts.get_mut(&key)
+            {
+                each(mask, |bit| {
+                    counts[bit] -= 1;
+                    gone &= !(u64::from(counts[bit] > 0) << bit);
+                });
+                if counts.iter().all(|count| *count <= 1) {
+                    marks.counts.remove(&key);
+                }
+            }
+            // Release: who finds them gone sees what was done before.
+            cell.bits.store(bits & !gone, Ordering::Release);
+        });
+    }
+
+    /// Another table, with the words that have bits and room for as many again.
+    fn grow(&self, marks: &mut Marks) -> &Table {
+        let old = self.table();
+        let live = |cell: &&Cell| cell.bits.load(Ordering::Relaxed) != 0;
+        let words = old.cells.iter().filter(live).count();
+        let room = (words + words / 4 + 2) * 8 / 5;
+        let new = Table::new(room.next_power_of_two().max(LEAST));
+        let mut levels = 0;
+        for cell in old.cells.iter().filter(live) {
+            let key = cell.key.load(Ordering::Relaxed);
+            levels |= 1 << ((key & 0xf) - 1);
+            let copy = new.find(key);
+            let bits = cell.bits.load(Ordering::Relaxed);
+            copy.bits.store(bits, Ordering::Relaxed);
+            copy.key.store(key, Ordering::Relaxed);
+        }
+        new.levels.store(levels, Ordering::Relaxed);
+        marks.used = words;
+        // Release, with the Acquire in `table`. Whoever still reads the old one began before the entry that made it grow is published.
+        let old = self.table.swap(Box::into_raw(new), Ordering::Release);
+        // SAFETY: from `Box::into_raw`, and unlinked by this swap, once.
+        marks.unlinked.push(*unsafe { Box::from_raw(old) });
+        self.table()
+    }
+}
+
+/// Shows the numbers of the bits of `mask`.
+fn each(mut mask: u64, mut show: impl FnMut(usize)) {
+    while mask != 0 {
+        show(mask.trailing_zeros() as usize);
+        mask &= mask - 1;
+    }
+}
+
+impl Drop for Summary {
+    fn drop(&mut self) {
+        // SAFETY: from `Box::into_raw`, and `&mut self` means that no walk reads it.
+        drop(unsafe { Box::from_raw(self.table.load(Ordering::Relaxed)) });
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn range() -> impl Strategy<Value = Range> {
+        let len = (0u32..64, any::<u64>()).prop_map(|(shift, len)| len >> shift);
+        (any::<u64>(), len)
+            .prop_map(|(start, len)| Range::inclusive(start, start.saturating_add(len)).unwrap())
+    }
+
+    /// Hugging the borders of granules, where mistakes are.
+    fn near() -> impl Strategy<Value = Range> {
+        let edge = (0u32..9, 0u64..4, -2i64..3).prop_map(|(level, nth, off)| {
+            let shift = PAGE_SHIFT + level * LEVEL_SHIFT;
+            let at = nth.checked_shl(shift).unwrap_or(0);
+            at.wrapping_add_signed(off << PAGE_SHIFT)
+        });
+        (edge.clone(), edge).prop_map(|(a, b)| Range::inclusive(a.min(b), a.max(b)).unwrap())
+    }
+
+    fn pages(range: Range) -> (u64, u64) {
+        (range.start().get() >> 12, range.last().get() >> 12)
+    }
+
+    proptest! {
+        #[test]
+        fn the_granules_cover_the_pages_of_a_range_and_no_other(range in prop_oneof![range(), near()]) {
+            let mut runs = Vec::new();
+            let mut words = 0;
+            cover(range, |level, word, mask| {
+                words += 1;
+                let shift = level * LEVEL_SHIFT;
+                each(mask, |bit| {
+                    let first = (word * 64 + bit as u64) << shift;
+                    runs.push((first, first + ((1 << shift) - 1)));
+                });
+            });
+            prop_assert!(words <= 2 * LEVELS);
+            runs.sort_unstable();
+            let gapless = runs.windows(2).all(|two| two[0].1 + 1 == two[1].0);
+            prop_assert!(gapless);
+            prop_assert_eq!((runs[0].0, runs[runs.len() - 1].1), pages(range));
+        }
+
+        #[test]
+        fn it_agrees_with_a_naive_list_to_the_page(
+            steps in prop::collection::vec((any::<bool>(), prop_oneof![range(), near()], any::<usize>()), 1..120),
+            asked in prop::collection::vec(prop_oneof![range(), near()], 1..40),
+        ) {
+            let (summary, mut marks) = (Summary::new(), Marks::default());
+            let mut naive: Vec<Range> = Vec::new();
+            for (insert, range, nth) in steps {
+                if insert || naive.is_empty() {
+                    summary.mark(&mut marks, range);
+                    naive.push(range);
+                } else {
+                    let gone = naive.swap_remove(nth % naive.len());
+                    summary.unmark(&mut marks, gone);
+                }
+            }
+            for range in asked {
+                let (first, last) = pages(range);
+                let hit = naive.iter().any(|one| {
+                    let (from, to) = pages(*one);
+                    from <= last && to >= first
+                });
+                let told = summary.may_hit(range);
+                prop_assert!(told || !hit, "{range} is overlapped");
+                // Large ones are not looked for.
+                prop_assert!(!told || hit || last - first > 64, "{range} is not overlapped");
+            }
+            naive.into_iter().for_each(|range| summary.unmark(&mut marks, range));
+            prop_assert!(marks.counts.is_empty());
+            prop_assert!(!summary.may_hit(Range::new(0u64, 1u64 << 12).unwrap()));
+        }
+    }
+
+    #[test]
+    fn words_that_come_and_go_do_not_make_it_grow_for_ever() {
+        let (summary, mut marks) = (Summary::new(), Marks::default());
+        for nth in 0..100_000u64 {
+            let range = Range::new(nth << 20, 1u64 << 16).unwrap();
+            summary.mark(&mut marks, range);
+            assert!(summary.may_hit(range));
+            summary.unmark(&mut marks, range);
+            assert!(!summary.may_hit(range));
+        }
+        assert_eq!(summary.table().cells.len(), LEAST);
+    }
+}

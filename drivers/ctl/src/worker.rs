@@ -392,7 +392,8 @@ impl<'s> Worker<'s> {
     fn end(&mut self, buffer: Range) {
         // Best where the last work was, as that chiplet has its page; the same bytes again and again, until the page goes.
         let count = self.segments.len();
-        let recent = self.recent.filter(|(nth, _)| *nth < count);
+        let there = |(nth, at): &(usize, Addr)| *nth < count && buffer.holds(*at);
+        let recent = self.recent.filter(there);
         let again = recent.map(|(_, at)| {
             let bytes = CHUNK * 8;
             Instruction::vload(at, 0, Element::Byte, bytes).stride(0)

@@ -101,7 +101,7 @@ mod watch;
 pub use addr::{Addr, PageSize, PageSizes, Range, RangeError};
 pub use context::{Place, Refused};
 pub use device::{DeviceError, DmaWindow, Interrupts, Registers};
-pub use engine::{ExternalInvalidation, InvalidateError};
+pub use engine::{ExternalInvalidation, InvalidateError, SinkError};
 pub use exclude::{ExcludeError, Excluded};
 pub use fault::{Fault, FaultError};
 pub use lock::{NotifierGuard, NotifierLock};

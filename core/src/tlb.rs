@@ -388,8 +388,9 @@ impl Device {
             .fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Puts the device into quarantine; whether it was healthy before.
-    pub(crate) fn quarantine(&self) -> bool {
+    /// Puts the device into quarantine, as the framework does with one that misses its last deadline: for a driver that has reset it
+    /// for a reason of its own, and failed. Whether it was healthy before. Neither waits nor allocates; any lock may be held.
+    pub fn quarantine(&self) -> bool {
         // AcqRel: the winner counts; Release orders what led here before what others conclude from it.
         let next = |health: u32| {
             let step = if health.is_multiple_of(2) { 1 } else { 2 };

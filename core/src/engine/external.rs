@@ -16,7 +16,7 @@ pub struct ExternalInvalidation<'s> {
 impl std::fmt::Debug for ExternalInvalidation<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_tuple("ExternalInvalidation")
-            .field(&self.invalidation.core)
+            .field(&self.invalidation.desk.as_ref().map(|desk| desk.core))
             .finish()
     }
 }
@@ -27,14 +27,18 @@ impl ExternalInvalidation<'_> {
     /// # Errors
     /// [`InvalidateError::HandlerPanicked`](crate::InvalidateError::HandlerPanicked) if an `end` did; everybody else has been told.
     pub fn end(mut self, outcome: Outcome) -> Result<(), InvalidateError> {
-        self.invalidation.end(outcome);
-        self.invalidation.panic_at_end()
+        let panicked = self.invalidation.end(outcome).panic_at_end();
+        panicked.map_err(|error| error.with(None))
     }
 }
 
 impl crate::AddressSpace {
     /// Shoots `range` down because somebody else is about to change its pages: on return no device reaches them, until the
     /// guard is ended. Also for spaces without process memory. Legal with the map lock held.
+    ///
+    /// What callbacks have put off, releases above all, runs on this thread when the guard is dropped, and an error may hold the last
+    /// count of a device: not for a thread that holds the allocator's lock, as a hook of an allocator does (R18). Such a one is a
+    /// [`Source`](crate::Source): what [`Sink::begin`](crate::Sink::begin) gives hands all that over, and frees nothing.
     ///
     /// # Errors
     /// The pages must not change then. [`Refused`](crate::Refused) inside a callback and with a `NotifierLock` held;

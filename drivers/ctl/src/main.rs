@@ -3,6 +3,7 @@
 //!
 //! Exit status: 0 passed, 1 a violation was found, 2 wrong usage, 3 this machine lacks something.
 
+mod accelerator;
 mod attach;
 mod audit;
 mod campaign;

@@ -75,6 +75,9 @@ pub(crate) struct Options {
     /// Accelerators (GRU chiplets, 16 contexts each, two a blade).
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) devices: u32,
+    /// Page-table accelerators beside them, on the same memory; none where there is a --source.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=16))]
+    pub(crate) accelerators: u32,
     /// Segments that the threads hold together; at least one a thread. More than 16 a device steal each other's contexts.
     #[arg(long, default_value_t = 72, value_parser = clap::value_parser!(u64).range(1..=960))]
     pub(crate) segments: u64,

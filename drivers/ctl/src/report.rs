@@ -5,6 +5,7 @@ use std::fmt;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
+use crate::accelerator;
 use crate::audit;
 use crate::faults::Faults;
 use crate::foreign;
@@ -82,6 +83,7 @@ pub(crate) struct Report {
     pub(crate) plant: Option<Planted>,
     pub(crate) interrupted: bool,
     pub(crate) device_ops: u64,
+    pub(crate) accelerators: Option<accelerator::Report>,
     pub(crate) device_accesses: u64,
     pub(crate) bytes_verified: u64,
     pub(crate) data_mismatches: u64,
@@ -238,6 +240,9 @@ impl fmt::Display for Report {
             "  leaked: {} frames, {} registrations, {} contexts, {} ASIDs",
             l.frames, l.registrations, l.contexts, l.asids
         )?;
+        if let Some(accelerators) = &self.accelerators {
+            write!(f, "{accelerators}")?;
+        }
         write!(f, "{}{}{}", self.faults, self.soak, self.gru)?;
         for finding in &self.findings {
             writeln!(f, "\nfound: {finding}")?;

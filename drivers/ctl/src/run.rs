@@ -14,8 +14,10 @@ use shootdown_gru::{
 };
 use shootdown_hw_model::gru::{ChipletConfig, FaultPlan, Latency, Model};
 use shootdown_hw_model::{Bus, ModelError, ModelMemory};
+use shootdown_pta::PtaError;
 use thiserror::Error;
 
+use crate::accelerator::Accelerators;
 use crate::audit::{Audit, AuditError};
 use crate::faults::{Fault, Faults};
 use crate::foreign::{Foreign, SourceName};
@@ -34,6 +36,8 @@ use crate::worker::{BLOCKS, CHUNK, Worker};
 pub(crate) enum RunError {
     #[error("the model's memory could not be made: {0}")]
     Model(#[from] ModelError),
+    #[error("an accelerator does not come up: {0}")]
+    Accelerator(#[from] PtaError),
     #[error(transparent)]
     Source(#[from] SourceError),
     #[error(transparent)]
@@ -52,7 +56,11 @@ impl RunError {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::NoTrace { .. } | Self::NothingToLearn { .. } => 2,
-            Self::Model(_) | Self::Source(_) | Self::Audit(_) | Self::Trace { .. } => 3,
+            Self::Model(_)
+            | Self::Accelerator(_)
+            | Self::Source(_)
+            | Self::Audit(_)
+            | Self::Trace { .. } => 3,
         }
     }
 }
@@ -218,10 +226,13 @@ pub(crate) fn run(
         .map_or(Operations::CALLS, Foreign::operations);
     let gru = Gru::attach(ports.collect(), driver(plant, operations));
     let kernel = Kernel::new(&gru, ModelMemory::new(&bus, KERNEL_ARENA)?);
+    // Their driver has to be told in time, which not every source does.
+    let accelerators = options.source.map_or(options.accelerators, |_| 0);
     let shared = Shared {
         kernel: Some(kernel),
         bus: bus.clone(),
         gru: gru.clone(),
+        accelerators: Accelerators::new(&bus, options.devices, accelerators, options.threads)?,
         space,
         arena,
         faulty: !faults.is_empty() || plant.is_some_and(|plant| !plant.must_be_found()),
@@ -268,7 +279,7 @@ pub(crate) fn run(
                     segments / options.threads + u64::from(nth < segments % options.threads);
                 let worker = Worker::new(
                     &shared,
-                    options.seed.wrapping_mul(1009) ^ nth,
+                    (nth, options.seed.wrapping_mul(1009) ^ nth),
                     share as usize,
                     shared
                         .foreign
@@ -474,6 +485,8 @@ fn finish(report: &mut Report, mut shared: Shared, gru: &Gru, model: &Model) {
         };
         report.faults.quarantines += stats.quarantined;
     }
+    report.accelerators = shared.accelerators.report();
+    report.device_ops += report.accelerators.map_or(0, |one| one.commands);
     for chiplet in model.chiplets() {
         report.device_ops += chiplet.counts().instructions;
     }

@@ -9,6 +9,7 @@ use shootdown::{AddressSpace, Device, FaultError, Health, InvalidateError, MapEr
 use shootdown_gru::{Gru, GruError, Instruction, Kernel, Segment};
 use shootdown_hw_model::Bus;
 
+use crate::accelerator::Accelerators;
 use crate::churn::Releases;
 use crate::foreign::Foreign;
 
@@ -21,6 +22,7 @@ pub(crate) struct Shared {
     pub(crate) kernel: Option<Kernel>,
     pub(crate) bus: Bus,
     pub(crate) gru: Arc<Gru>,
+    pub(crate) accelerators: Accelerators,
     pub(crate) space: AddressSpace,
     pub(crate) arena: Range,
     /// Devices fail on purpose.

@@ -12,6 +12,8 @@ use shootdown::{
 };
 use shootdown_gru::{Atomic, Element, GruError, Instruction, MissMode, Segment, SegmentOptions};
 
+use shootdown_pta::Queue;
+
 use crate::churn;
 use crate::foreign::Stranger;
 use crate::shared::{Shared, is_quarantine};
@@ -35,8 +37,12 @@ pub(crate) const BLOCKS: usize = 8;
 
 pub(crate) struct Worker<'s> {
     pub(crate) shared: &'s Shared,
+    /// Its number among the threads.
+    pub(crate) nth: u64,
     pub(crate) rng: SmallRng,
     pub(crate) segments: Vec<Segment>,
+    /// Of an accelerator.
+    queue: Option<Queue>,
     /// Makes foreign calls for this thread.
     pub(crate) stranger: Option<Stranger>,
     wanted: usize,
@@ -55,14 +61,16 @@ pub(crate) struct Worker<'s> {
 impl<'s> Worker<'s> {
     pub(crate) fn new(
         shared: &'s Shared,
-        seed: u64,
+        (nth, seed): (u64, u64),
         segments: usize,
         stranger: Option<Stranger>,
     ) -> Self {
         Self {
             shared,
+            nth,
             rng: SmallRng::seed_from_u64(seed),
             segments: Vec::new(),
+            queue: None,
             stranger,
             wanted: segments,
             measured: Measured {
@@ -207,6 +215,11 @@ impl<'s> Worker<'s> {
         for _ in 0..self.rng.random_range(2..10) {
             self.work(buffer);
         }
+        if self.accelerates() {
+            let queue = self.queue.take();
+            let queue = queue.or_else(|| self.queue(&self.shared.space));
+            self.queue = queue.filter(|queue| self.lost || self.accelerate(queue, buffer));
+        }
         self.change(buffer);
         self.foreign(buffer);
         self.end(buffer);
@@ -241,8 +254,13 @@ impl<'s> Worker<'s> {
         }
     }
 
+    /// Whether an accelerator takes part in this round.
+    fn accelerates(&self) -> bool {
+        self.rounds % 4 == 2
+    }
+
     /// A part of the buffer: whole double words.
-    fn part(&mut self, buffer: Range) -> (Addr, u32) {
+    pub(crate) fn part(&mut self, buffer: Range) -> (Addr, u32) {
         let words = (buffer.len() / 8) as u64;
         let count = self.rng.random_range(1..=u64::from(CHUNK).min(words));
         let first = self.rng.random_range(0..=words - count);
@@ -413,6 +431,8 @@ impl<'s> Worker<'s> {
                 blocks = 2;
             }
         }
+        let queue = self.queue.as_ref().filter(|_| self.accelerates());
+        let reads = queue.is_some_and(|queue| Self::accelerate_beside(queue, buffer).is_ok());
         let half = buffer.pages(PageSize::FourKiB) / 2 * PageSize::FourKiB.bytes();
         let whole = match self.rng.random_range(0..4) {
             0 if half > 0 => {
@@ -435,6 +455,9 @@ impl<'s> Worker<'s> {
             && let Err(error) = self.shared.settle(&self.segments[nth], blocks)
         {
             self.lose(nth, error, "a load beside an unmap");
+        }
+        if reads && let Some(queue) = self.queue.take() {
+            self.queue = Some(queue).filter(|queue| self.settle_accelerator(queue));
         }
     }
 

@@ -87,7 +87,7 @@ pub(crate) struct User {
 pub(crate) struct Context {
     pub(crate) chiplet: Arc<Chiplet>,
     /// The chiplet, as the framework knows it.
-    device: Device,
+    pub(crate) device: Device,
     /// An address space's; none for one of the driver's own, which names memory itself.
     pub(crate) user: Option<User>,
     pub(crate) options: SegmentOptions,

@@ -86,6 +86,11 @@ pub(super) struct Slot {
 }
 
 impl Slot {
+    /// It has its translations, and will access memory.
+    fn is_in_flight(&self) -> bool {
+        matches!(self.phase, Phase::Latched(_))
+    }
+
     fn is_performing(&self) -> bool {
         matches!(self.phase, Phase::Latched(latch) if latch.performing)
     }
@@ -228,21 +233,21 @@ impl State {
         self.end(place, ERROR, cause);
     }
 
-    /// Ends the commands of queues that may not run any more, but for those whose access is being performed.
+    /// Ends the commands of queues that may not run any more, but for those that have an access in flight.
     pub(super) fn stop_disabled(&mut self) {
         for place in self.active.clone() {
             let queue = &self.queues[place.0];
-            if !self.runs(queue) && !queue.slots[place.1].is_performing() {
+            if !self.runs(queue) && !queue.slots[place.1].is_in_flight() {
                 self.fail(place, DISABLED);
             }
         }
     }
 
-    /// Whether an access is being performed for a queue that `of` says so of.
+    /// Whether an access is in flight for a queue that `of` says so of.
     pub(super) fn is_busy(&self, of: impl Fn(usize, &Queue) -> bool) -> bool {
         self.active.iter().any(|&(number, slot)| {
             let queue = &self.queues[number];
-            of(number, queue) && queue.slots[slot].is_performing()
+            of(number, queue) && queue.slots[slot].is_in_flight()
         })
     }
 
@@ -310,7 +315,11 @@ impl State {
     pub(super) fn settle(&mut self, now: Instant) {
         self.settle_invalidations(now);
         let due = self.resetting.is_some_and(|due| due <= now);
-        if due && !self.is_busy(|_, _| true) {
+        // What has not begun by now never does.
+        let mut places = self.active.iter();
+        let performing =
+            places.any(|&(queue, slot)| self.queues[queue].slots[slot].is_performing());
+        if due && !performing {
             self.resetting = None;
             self.active.clear();
             self.queues.fill(Queue::default());

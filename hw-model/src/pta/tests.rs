@@ -332,10 +332,10 @@ fn an_entry_stays_until_it_is_invalidated_whatever_the_page_table_says() {
 fn an_entry_that_was_left_in_the_page_table_is_found_though_the_frame_comes_back() {
     let rig = rig(PtaConfig::default());
     let page = rig.page(0);
+    let before = rig.memory.translate(page.start());
     rig.memory.unmap(page).unwrap();
-    rig.memory
-        .map(page, PageSize::FourKiB, Rights::READ_WRITE)
-        .unwrap();
+    rig.mapped(0);
+    assert_eq!(rig.memory.translate(page.start()), before);
     rig.fill(page, 1).unwrap();
     assert_eq!(rig.stale(), 1);
 }
@@ -452,6 +452,20 @@ fn a_queue_that_is_disabled_ends_its_commands_and_is_busy_with_an_access() {
     assert_eq!(rig.wait(0), Err(DISABLED));
     assert_eq!(BUSY.get(rig.read(QUEUE_CONTROL)), 0);
     assert_eq!(rig.fill(rig.nth(0), 1), Err(DISABLED));
+    // Not before the access is over.
+    let page = rig.page(1);
+    rig.write(QUEUE_CONTROL, PASID.put(1, 1));
+    rig.pta.hold(true);
+    rig.start(0, FILL, [0, page.start().get(), 8192, 7]);
+    while rig.pta.works_at(rig.memory.id(), page).is_none() {
+        std::thread::yield_now();
+    }
+    rig.write(QUEUE_CONTROL, 0);
+    assert_eq!(BUSY.get(rig.read(QUEUE_CONTROL)), 1);
+    rig.pta.hold(false);
+    assert_eq!(rig.wait(0), Err(DISABLED));
+    assert_eq!(BUSY.get(rig.read(QUEUE_CONTROL)), 0);
+    assert_eq!(load(page), 7);
     // So does a PASID.
     rig.write(QUEUE_CONTROL, PASID.put(1, 1));
     rig.write(PASID_TABLE + 16, 0);

@@ -79,6 +79,15 @@ impl DeviceTlb for Tlb {
     }
 }
 
+/// Lets the first change go on, also when an assertion fails meanwhile.
+struct GoOn<'a>(&'a AtomicBool);
+
+impl Drop for GoOn<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, SeqCst);
+    }
+}
+
 struct Plain;
 impl Notifier for Plain {}
 
@@ -104,6 +113,7 @@ fn who_changes_the_other_part_of_a_page_that_is_being_cut_flushes_small_ones_too
     let part = |nth: u64| Range::new(page.start().get() + nth * 4096, 4096).unwrap();
     std::thread::scope(|scope| {
         let first = scope.spawn(|| space.protect(part(0), Rights::READ));
+        let go_on = GoOn(&pages.may_go_on);
         while !pages.is_cut.load(SeqCst) {
             std::thread::yield_now();
         }
@@ -113,7 +123,7 @@ fn who_changes_the_other_part_of_a_page_that_is_being_cut_flushes_small_ones_too
         let mut both = take();
         both.sort();
         assert_eq!(both, [PageSize::FourKiB, PageSize::TwoMiB]);
-        pages.may_go_on.store(true, SeqCst);
+        drop(go_on);
         first.join().unwrap().unwrap();
     });
     space.discard(part(100)).unwrap();

@@ -48,6 +48,8 @@ pub(crate) struct Worker<'s> {
     wanted: usize,
     pub(crate) measured: Measured,
     rounds: u64,
+    /// The segment that worked last, and where.
+    recent: Option<(usize, Addr)>,
     /// A device was lost in this round. What it was at work on it may go on with, if it survived.
     lost: bool,
     /// Changes that were refused, or failed.
@@ -78,6 +80,7 @@ impl<'s> Worker<'s> {
                 findings: Vec::new(),
             },
             rounds: 0,
+            recent: None,
             lost: false,
             refused: 0,
             left: Vec::new(),
@@ -176,6 +179,7 @@ impl<'s> Worker<'s> {
 
     fn round(&mut self) {
         self.lost = false;
+        self.recent = None;
         self.unmap_left();
         while self.segments.len() < self.wanted {
             let options = self.segment_options();
@@ -315,6 +319,7 @@ impl<'s> Worker<'s> {
             return;
         };
         let (at, count) = self.part(buffer);
+        self.recent = Some((nth, at));
         let value: u64 = self.rng.random();
         if !self.device(nth, &[Instruction::vset(at, value, Element::Double, count)]) {
             return;
@@ -403,7 +408,16 @@ impl<'s> Worker<'s> {
 
     /// Takes the buffer away, often with an instruction in flight, in one piece or in two, with the lock held or not.
     fn end(&mut self, buffer: Range) {
-        let nth = self.any_segment();
+        // Best where the last work was, as that chiplet has its page; the same bytes again and again, until the page goes.
+        let count = self.segments.len();
+        let there = |(nth, at): &(usize, Addr)| *nth < count && buffer.holds(*at);
+        let recent = self.recent.filter(there);
+        let again = recent.map(|(_, at)| {
+            let bytes = CHUNK * 8;
+            Instruction::vload(at, 0, Element::Byte, bytes).stride(0)
+        });
+        let nth = recent.map(|(nth, _)| nth).or_else(|| self.any_segment());
+        let mut blocks = 0;
         if let Some(nth) = nth {
             // In flight when the buffer goes: it ends with the data or an exception, whoever is first. It only reads, as another thread
             // may map the same address before it ends.
@@ -411,6 +425,11 @@ impl<'s> Worker<'s> {
             let load =
                 Instruction::vload(buffer.start(), 0, Element::Double, CHUNK).stride(stride.max(1));
             let _ = self.segments[nth].submit(0, &load);
+            blocks = 1;
+            if let Some(again) = again {
+                let _ = self.segments[nth].submit(1, &again);
+                blocks = 2;
+            }
         }
         let queue = self.queue.as_ref().filter(|_| self.accelerates());
         let reads = queue.is_some_and(|queue| Self::accelerate_beside(queue, buffer).is_ok());
@@ -433,7 +452,7 @@ impl<'s> Worker<'s> {
             self.unmap(whole);
         }
         if let Some(nth) = nth
-            && let Err(error) = self.shared.settle(&self.segments[nth], 1)
+            && let Err(error) = self.shared.settle(&self.segments[nth], blocks)
         {
             self.lose(nth, error, "a load beside an unmap");
         }

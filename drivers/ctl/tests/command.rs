@@ -119,10 +119,16 @@ fn a_run_with_every_fault_passes_and_accounts_for_each() {
     assert_eq!(code, Some(0), "{report:#}");
     assert_eq!(stderr, "");
     let faults = &report["faults"];
-    assert_eq!(faults["given"].as_array().map(Vec::len), Some(8));
+    assert_eq!(faults["given"].as_array().map(Vec::len), Some(10));
     assert!(faults["injected"].as_u64() > Some(0));
     assert_eq!(faults["injected"], faults["accounted"]);
-    for kind in ["reordered", "duplicated", "purge_in_miss", "delayed"] {
+    for kind in [
+        "reordered",
+        "duplicated",
+        "purge_in_miss",
+        "delayed",
+        "nack",
+    ] {
         assert!(faults["by_kind"][kind].as_u64() > Some(0), "{kind}");
     }
     assert_eq!(
@@ -154,9 +160,8 @@ fn a_run_says_what_it_has_of_threads_descriptors_and_memory() {
     let report = object(&stdout);
     let soak = &report["soak"];
     let threads = |when: &str| soak[when]["threads"].as_u64().expect("a number");
-    // The workers; a chiplet's faults and its executor, an accelerator's; the watchdog.
-    let devices = 2 * 2 + 2;
-    assert_eq!(threads("at_end"), threads("at_start") + 3 + devices + 1);
+    // The workers; a chiplet's faults and its executor; the page-table accelerator's two; the watchdog.
+    assert_eq!(threads("at_end"), threads("at_start") + 3 + 2 * 2 + 2 + 1);
     assert_eq!(threads("after"), threads("at_start") + 1);
     assert_eq!(
         soak["after"]["descriptors"],
@@ -183,7 +188,9 @@ fn the_list_of_faults_names_each_and_what_it_is() {
             "duplicated",
             "purge-in-miss",
             "delayed",
-            "survives-reset"
+            "survives-reset",
+            "error",
+            "nack"
         ]
     );
 }

@@ -55,9 +55,15 @@ impl Ghosts {
         fence(Ordering::SeqCst);
     }
 
+    /// Whether there are some, or have been.
+    #[inline]
+    pub(crate) fn are_there(&self) -> bool {
+        self.some.load(Ordering::Relaxed)
+    }
+
     /// A device in quarantine that may still reach something of `range`. Allocates nothing.
     pub(crate) fn find(&self, range: Range) -> Option<Device> {
-        if !self.some.load(Ordering::Relaxed) {
+        if !self.are_there() {
             return None;
         }
         let all = self.all.lock();

@@ -26,7 +26,8 @@ impl ExternalInvalidation<'_> {
     /// # Errors
     /// [`InvalidateError::HandlerPanicked`](crate::InvalidateError::HandlerPanicked) if an `end` did; everybody else has been told.
     pub fn end(mut self, outcome: Outcome) -> Result<(), InvalidateError> {
-        self.invalidation.end(outcome).panic_at_end()
+        let ended = self.invalidation.end(outcome);
+        ended.map_or(Ok(()), |ended| ended.panic_at_end())
     }
 }
 
@@ -57,6 +58,7 @@ impl crate::AddressSpace {
         self.external(range, cause, Mode::Try)
     }
 
+    #[inline]
     fn external(
         &self,
         range: Range,

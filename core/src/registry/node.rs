@@ -145,7 +145,7 @@ impl<T: Entry> Node<T> {
     /// The child that `key` belongs to.
     fn towards(&self, key: Key) -> usize {
         let before = self.before(key);
-        let own = before < self.len && self.key(before) == key;
+        let own = before < self.len && self.first[before] == key.0 && self.key(before) == key;
         if own {
             before
         } else {

@@ -16,6 +16,7 @@
 //! A walk that reads too much only goes to the tree for nothing.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 
 use crate::addr::Range;
 use crate::primitive::atomic::{AtomicPtr, AtomicU64, Ordering};
@@ -94,9 +95,8 @@ impl Table {
     /// The cell of `key`, or the empty one where it would be.
     fn find(&self, key: u64) -> &Cell {
         let cells = self.cells.len();
-        // Spreads the keys over 2^64, of which each cell has its part: so tables need not be powers of two.
-        let hash = key.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let mut at = ((u128::from(hash) * cells as u128) >> 64) as usize;
+        // Of 2^64 each cell has its part: so tables need not be powers of two.
+        let mut at = ((u128::from(spread(key)) * cells as u128) >> 64) as usize;
         loop {
             let cell = &self.cells[at];
             // Acquire, with the Release that sets it: the bits go with it.
@@ -160,13 +160,39 @@ pub(super) struct Summary {
 #[derive(Debug)]
 pub(super) struct Old(#[expect(dead_code, reason = "it is dropped")] Box<Table>);
 
+/// The table's own hash: the keys are nobody's input.
+#[derive(Debug, Default)]
+struct Spread(u64);
+
+impl Hasher for Spread {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes
+            .iter()
+            .for_each(|byte| self.write_u64(u64::from(*byte)));
+    }
+
+    fn write_u64(&mut self, key: u64) {
+        // What a map of the standard library looks at is at both ends.
+        self.0 = spread(self.0 ^ key).rotate_left(32);
+    }
+}
+
+/// Spreads keys over 2^64: the upper bits of the product depend on all of theirs, and come first.
+fn spread(key: u64) -> u64 {
+    key.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
 /// What the writer knows besides.
 #[derive(Debug, Default)]
 pub(super) struct Marks {
     /// Cells that have a key, in the current table.
     used: usize,
     /// Of words in which entries overlap: how many for each bit.
-    counts: HashMap<u64, Box<[u32; 64]>>,
+    counts: HashMap<u64, Box<[u32; 64]>, BuildHasherDefault<Spread>>,
     /// Replaced: walks may see them.
     pub(super) unlinked: Vec<Old>,
 }

@@ -4,10 +4,8 @@
 //! count, fences, checks; an ender changes the state, fences, looks at the count. One of them sees the other; the mutex
 //! closes the gap between a waiter's check and its sleep.
 
-use std::time::Instant;
-
 use crate::primitive::atomic::{AtomicUsize, Ordering, fence};
-use crate::primitive::{Condvar, Mutex, now};
+use crate::primitive::{Condvar, Instant, Mutex, now};
 
 #[derive(Debug)]
 pub(crate) struct Events {
@@ -27,7 +25,9 @@ impl Events {
 
     /// Something has ended: the caller has already changed the state.
     pub(crate) fn ended(&self) {
-        fence(Ordering::SeqCst);
+        if !planted!("r4-event") {
+            fence(Ordering::SeqCst);
+        }
         self.ended_and_fenced();
     }
 

@@ -13,14 +13,14 @@
 //! `begin` is given the *whole* entry that is to be installed: a 2 MiB entry beside an unmap of 4 KiB of it has to see that
 //! unmap (R34). It waits for overlapping invalidations only, and blocks rather than spins.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use thiserror::Error;
 
 use crate::addr::Range;
 use crate::context::{self, Refused};
 use crate::lock::NotifierGuard;
-use crate::primitive::now;
+use crate::primitive::{Instant, now};
 use crate::registration::state::State;
 use crate::registration::{Inner, Registration, Target};
 use crate::stats::Counter;

@@ -14,6 +14,7 @@
 //! * [`Segment`]: a device context ([`DeviceContext`]) behind a mapping of the space, which ends with that mapping.
 //! * [`Source`]: tells of changes that others make. [`Unotify`] stops foreign calls until the devices are flushed, [`Uffd`] is told late;
 //!   [`AddressSpace::watch`] starts one, [`Notifier::needs`] says what a driver can do with.
+//! * [`Excluded`]: pages that the CPU does not reach until it touches one.
 //! * [`Fault`]: begin and retry, for installing a translation beside invalidations.
 //!
 //! # The protocol
@@ -67,7 +68,11 @@ mod context;
 mod device;
 mod engine;
 mod events;
+mod exclude;
 mod fault;
+#[cfg(all(any(test, fuzzing), not(loom)))]
+#[cfg_attr(fuzzing, allow(missing_docs))]
+pub mod fuzz;
 mod ghosts;
 mod list;
 mod lock;
@@ -77,6 +82,7 @@ mod memory;
 mod model;
 mod notes;
 mod notifier;
+mod plan;
 mod pool;
 mod primitive;
 mod process;
@@ -95,12 +101,16 @@ mod watch;
 pub use addr::{Addr, PageSize, PageSizes, Range, RangeError};
 pub use context::{Place, Refused};
 pub use device::{DeviceError, DmaWindow, Interrupts, Registers};
-pub use engine::{ExternalInvalidation, InvalidateError};
+pub use engine::{ExternalInvalidation, InvalidateError, SinkError};
+pub use exclude::{ExcludeError, Excluded};
 pub use fault::{Fault, FaultError};
 pub use lock::{NotifierGuard, NotifierLock};
 pub use managed::{Map, MapError};
-pub use memory::{Frame, Memory, MemoryError, Rights, Translation};
+pub use memory::{Exclusion, Frame, Memory, MemoryError, Rights, Touched, Translation};
 pub use notifier::{Cause, CutOffFailed, Drain, Gather, Issued, Notifier, Op, Outcome, WouldBlock};
+/// For the guards of other crates.
+#[cfg(planted)]
+pub use planted::is as is_planted;
 pub use process::ProcessMemory;
 pub use recorder::{Kind, Record};
 pub use registration::{
@@ -109,8 +119,8 @@ pub use registration::{
 pub use segment::{DeviceContext, Segment, UnloadFailed};
 pub use share::Share;
 pub use source::{
-    ExternalChange, Needs, Operation, Operations, Seen, Sees, SelfTest, Shortfall, Sink, Source,
-    SourceError, Tried, Uffd, Unotify, Watched,
+    ExternalChange, Needs, Observed, Observer, Operation, Operations, Seen, Sees, SelfTest,
+    Shortfall, Sink, Source, SourceError, Tried, Uffd, Unotify, Watched, own_call,
 };
 pub use space::{AddressSpace, Deadlines, ExitError, MapReadGuard, MapWriteGuard, SpacePin};
 pub use stats::Stats;

@@ -68,6 +68,14 @@ pub enum MemoryError {
         /// What was asked for.
         page: PageSize,
     },
+    /// It is not told when the CPU touches a page.
+    #[error("nobody tells when the CPU touches {range}: {reason}")]
+    TouchNotSeen {
+        /// What the CPU was to be kept away from.
+        range: Range,
+        /// What is lacking.
+        reason: &'static str,
+    },
     /// It panicked in the middle of a change: nobody knows what it has done, and the pages are in quarantine for good.
     #[error("the memory panicked in the middle of a change: the pages are in quarantine for good")]
     Panicked,
@@ -132,4 +140,23 @@ pub trait Memory: Send + Sync + 'static {
     /// [`begin`](crate::Registration::begin) and [`retry`](crate::Fault::retry) are for. `None`: nothing is mapped
     /// at `addr`, or this memory shows no page table.
     fn translate(&self, addr: Addr) -> Option<Translation>;
+
+    /// Takes the pages of `range` away from the CPU, whose next access to one of them waits until `touched`, called with that page on
+    /// a thread of the memory's own, has returned. Devices are not its business.
+    ///
+    /// # Errors
+    /// [`MemoryError::TouchNotSeen`], as long as an implementer says nothing else.
+    fn exclude(&self, range: Range, touched: Touched) -> Result<Box<dyn Exclusion>, MemoryError> {
+        let _ = touched;
+        Err(MemoryError::TouchNotSeen {
+            range,
+            reason: "this memory has no means to see it",
+        })
+    }
 }
+
+/// What is called when the CPU touches a page that it is kept away from.
+pub type Touched = std::sync::Arc<dyn Fn(Range) + Send + Sync>;
+
+/// Pages that the CPU is kept away from. Dropping it lets whoever waits go on, and gives the pages back.
+pub trait Exclusion: Send + Sync {}

@@ -297,7 +297,8 @@ pub trait Notifier: Send + Sync + 'static {
     fn release(&self) {}
 
     /// What it needs to be told of changes that others make; read once, by `prepare`. A registration on a space whose sources tell
-    /// less is refused. On a space that nothing watches it does not matter, unless [`Needs::FOREIGN`] is among it.
+    /// less is refused; of a registration of more than the space's arena the arena counts. On a space that nothing watches it does
+    /// not matter, unless [`Needs::FOREIGN`] is among it.
     fn needs(&self) -> Needs {
         Needs::BEFORE_AND_BARRIER
     }

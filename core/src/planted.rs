@@ -12,8 +12,9 @@ macro_rules! planted {
     }};
 }
 
+/// Whether the guard `name` is taken out.
 #[cfg(planted)]
-pub(crate) fn is(name: &str) -> bool {
+pub fn is(name: &str) -> bool {
     static PLANTED: std::sync::OnceLock<String> = std::sync::OnceLock::new();
     let planted = PLANTED.get_or_init(|| std::env::var("SHOOTDOWN_PLANTED").unwrap_or_default());
     planted == name

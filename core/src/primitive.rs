@@ -1,4 +1,4 @@
-//! Every atomic, lock, thread-local and yield of this crate goes through this module: the standard library's by default, the
+//! Every atomic, lock, thread-local and yield of this crate goes through this module: those of `shootdown_primitive` by default, the
 //! model checker's under `--cfg loom`, so that the checker runs the code that ships.
 //!
 //! Locks are the standard library's on purpose. On Linux they are one futex word each and never allocate, neither when they
@@ -6,13 +6,12 @@
 //! the shootdown path may not. Poisoning is ignored: whoever panics under a lock here is contained by the engine, and what the lock
 //! protects is changed in steps that each leave it whole.
 
-use std::time::{Duration, Instant};
+pub(crate) use shootdown_primitive::time::{Duration, Instant};
 
 #[cfg(not(loom))]
 mod imp {
-    pub(crate) use std::hint;
-    pub(crate) use std::sync::{Arc, Condvar, Mutex, MutexGuard, atomic};
-    pub(crate) use std::{thread, thread_local};
+    pub(crate) use shootdown_primitive::sync::{Arc, Condvar, Mutex, MutexGuard, atomic};
+    pub(crate) use shootdown_primitive::{hint, thread, thread_local};
 }
 
 #[cfg(loom)]
@@ -190,7 +189,7 @@ impl Backoff {
         } else if self.round < Self::SPIN_ROUNDS {
             (0..1 << self.round).for_each(|_| hint::spin_loop());
         } else {
-            std::thread::sleep(Self::NAP);
+            shootdown_primitive::thread::sleep(Self::NAP);
         }
         self.round = self.round.saturating_add(1);
     }

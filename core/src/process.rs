@@ -10,8 +10,10 @@ use memmap2::{MmapMut, MmapOptions};
 
 use crate::addr::{Addr, PageSize, PageSizes, Range};
 use crate::memory::{Memory, MemoryError, Rights, Translation};
+use crate::source::own_call;
 
-/// Anonymous private 4 KiB pages of this process. It shows no page table: devices that walk one use the
+/// Anonymous private 4 KiB pages of this process. Its addresses are its own: where a source watches, others who unmap there leave them
+/// reserved ([`Unotify`](crate::Unotify)). Kept out of children. It shows no page table: devices that walk one use the
 /// hardware model's memory, devices behind an IOMMU need none.
 #[derive(Debug)]
 pub struct ProcessMemory {
@@ -41,11 +43,8 @@ impl ProcessMemory {
         Ok(this)
     }
 
-    fn bytes(range: Range) -> (*mut libc::c_void, usize) {
-        (
-            range.start().get() as *mut libc::c_void,
-            range.len() as usize,
-        )
+    fn bytes(range: Range) -> (usize, usize) {
+        (range.start().get() as usize, range.len() as usize)
     }
 
     fn protection(rights: Rights) -> libc::c_int {
@@ -66,26 +65,53 @@ impl ProcessMemory {
     fn over(&self, range: Range, protection: libc::c_int) -> Result<(), MemoryError> {
         let (start, len) = Self::bytes(range);
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
+        let args = [
+            start,
+            len,
+            protection as usize,
+            flags as usize,
+            usize::MAX,
+            0,
+        ];
         // SAFETY: the range lies in the arena, which belongs to this value; Rust references into it are the users' own
         // business, who got raw addresses only.
-        let at = unsafe { libc::mmap(start, len, protection, flags, -1, 0) };
-        if at == libc::MAP_FAILED {
-            return Err(failed("mmap", range));
-        }
+        unsafe { call("mmap", libc::SYS_mmap, range, args) }?;
         if !planted!("r30") {
             // SAFETY: as above. Best effort: the flag of the reservation is lost with its pages.
-            unsafe { libc::madvise(start, len, libc::MADV_DONTFORK) };
+            let _ = unsafe { advise(range, libc::MADV_DONTFORK) };
         }
         Ok(())
     }
 }
 
-fn failed(call: &'static str, range: Range) -> MemoryError {
-    MemoryError::System {
-        call,
-        range,
-        errno: io::Error::last_os_error().kind(),
+/// A call that changes `range`: the space has shot it down, and no source is to stop it once more.
+///
+/// # Safety
+/// As the call itself.
+unsafe fn call(
+    name: &'static str,
+    nr: libc::c_long,
+    range: Range,
+    args: [usize; 6],
+) -> Result<(), MemoryError> {
+    // SAFETY: the caller's promise.
+    match unsafe { own_call(nr, args) } {
+        Ok(_) => Ok(()),
+        Err(errno) => Err(MemoryError::System {
+            call: name,
+            range,
+            errno: io::Error::from_raw_os_error(errno).kind(),
+        }),
     }
+}
+
+/// # Safety
+/// As the advice.
+unsafe fn advise(range: Range, advice: libc::c_int) -> Result<(), MemoryError> {
+    let (start, len) = ProcessMemory::bytes(range);
+    let args = [start, len, advice as usize, 0, 0, 0];
+    // SAFETY: the caller's promise.
+    unsafe { call("madvise", libc::SYS_madvise, range, args) }
 }
 
 impl Memory for ProcessMemory {
@@ -113,33 +139,25 @@ impl Memory for ProcessMemory {
     }
 
     fn discard(&self, range: Range) -> Result<(), MemoryError> {
-        let (start, len) = Self::bytes(range);
         // SAFETY: the range lies in the arena; private anonymous pages read as zero afterwards.
-        match unsafe { libc::madvise(start, len, libc::MADV_DONTNEED) } {
-            0 => Ok(()),
-            _ => Err(failed("madvise", range)),
-        }
+        unsafe { advise(range, libc::MADV_DONTNEED) }
     }
 
     fn protect(&self, range: Range, rights: Rights) -> Result<(), MemoryError> {
         let (start, len) = Self::bytes(range);
+        let args = [start, len, Self::protection(rights) as usize, 0, 0, 0];
         // SAFETY: the range lies in the arena.
-        match unsafe { libc::mprotect(start, len, Self::protection(rights)) } {
-            0 => Ok(()),
-            _ => Err(failed("mprotect", range)),
-        }
+        unsafe { call("mprotect", libc::SYS_mprotect, range, args) }
     }
 
     fn remap(&self, from: Range, to: Range) -> Result<(), MemoryError> {
         let (start, len) = Self::bytes(from);
         let (target, _) = Self::bytes(to);
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+        let args = [start, len, len, flags as usize, target, 0];
         // SAFETY: both lie in the arena, the target has nothing mapped. DONTUNMAP keeps the old addresses reserved, so that no
         // other mmap of the process can take them.
-        let at = unsafe { libc::mremap(start, len, len, flags, target) };
-        if at == libc::MAP_FAILED {
-            return Err(failed("mremap", from));
-        }
+        unsafe { call("mremap", libc::SYS_mremap, from, args) }?;
         // The pages have moved: that the hole reads as zero instead of faulting is no reason to call it a failure.
         let _ = self.over(from, libc::PROT_NONE);
         Ok(())

@@ -7,10 +7,10 @@
 //! path: all of it by [`AddressSpace::drain`](crate::AddressSpace::drain), the newest part by itself after something went wrong. Invalidations that hit nothing are not recorded.
 
 use std::fmt;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::primitive::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-use crate::primitive::{home, now, ticks};
+use crate::primitive::{Instant, home, now, ticks};
 
 const SHARDS: usize = 8;
 /// Records that a dump shows.

@@ -6,8 +6,9 @@
 //! and what it finds unchanged for longer than [`Deadlines::callback`](crate::Deadlines) it reports, once: as a `tracing` error and
 //! in [`Stats::overdue`](crate::Stats). It takes no lock that a callback can hold, and holds nothing of a space but its posts.
 
-use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use shootdown_primitive::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use shootdown_primitive::thread;
+use shootdown_primitive::time::{Duration, Instant};
 
 use crate::active::SLOTS;
 use crate::primitive::atomic::{AtomicU64, Ordering, fence};
@@ -268,10 +269,10 @@ static WATCHDOG: Mutex<Watchdog> = Mutex::new(Watchdog {
 /// The thread, and what it has not taken up yet.
 struct Watchdog {
     new: Vec<Weak<Watch>>,
-    thread: Option<std::thread::Thread>,
+    thread: Option<thread::Thread>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Changed by single pushes and assignments.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -284,7 +285,7 @@ impl Watchdog {
             // Awake at once if this one has a shorter deadline than those that it sleeps for.
             Some(thread) => thread.unpark(),
             None => {
-                let spawned = std::thread::Builder::new()
+                let spawned = thread::Builder::new()
                     .name("shootdown-watchdog".to_owned())
                     .spawn(Self::run);
                 match spawned {
@@ -318,8 +319,8 @@ impl Watchdog {
                 true
             });
             match nap {
-                Some(nap) => std::thread::park_timeout(nap),
-                None => std::thread::park(),
+                Some(nap) => thread::park_timeout(nap),
+                None => thread::park(),
             }
         }
     }

@@ -407,3 +407,105 @@ fn a_tlb_that_panics_is_quarantined_and_the_caller_told() {
         two.unregister().unwrap();
     }
 }
+
+/// Where a handler calls back, and which of its calls were not refused.
+struct Reenters {
+    space: AddressSpace,
+    own: std::sync::OnceLock<Range>,
+    asked: AtomicU64,
+    granted: std::sync::Mutex<Vec<(Site, &'static str)>>,
+}
+
+impl Reenters {
+    /// Everything that a callback may not do.
+    fn call(&self, site: Site) {
+        let Some(own) = self.own.get().copied() else {
+            return;
+        };
+        let space = &self.space;
+        self.asked.fetch_add(1, SeqCst);
+        let calls: [(&'static str, bool); 10] = [
+            ("map", space.map(Map::anonymous(1 << 12)).is_ok()),
+            ("unmap", space.unmap(own).is_ok()),
+            ("discard", space.discard(own).is_ok()),
+            (
+                "protect",
+                space.protect(own, shootdown::Rights::READ).is_ok(),
+            ),
+            ("remap", space.remap(own, own.start()).is_ok()),
+            ("lock for writing", space.lock_write().is_ok()),
+            ("lock for reading", space.lock_read().is_ok()),
+            (
+                "try to lock",
+                space.try_lock_read().is_ok_and(|held| held.is_some()),
+            ),
+            (
+                "invalidate",
+                space
+                    .begin_invalidation(own, shootdown::Cause::External)
+                    .is_ok(),
+            ),
+            ("exit", space.exit().is_ok()),
+        ];
+        let granted = calls.into_iter().filter(|(_, granted)| *granted);
+        let mut all = self.granted.lock().unwrap();
+        all.extend(granted.map(|(what, _)| (site, what)));
+    }
+}
+
+impl Notifier for Reenters {
+    fn quiesce<'o>(&self, op: &Op<'o>) -> Result<Drain<'o>, WouldBlock> {
+        self.call(Site::Quiesce);
+        Ok(op.drain())
+    }
+    fn drained(&self, _: &Op<'_>) -> bool {
+        self.call(Site::Drained);
+        true
+    }
+    fn flush<'o>(&self, _: &Op<'o>, gather: Gather<'o>) -> Issued<'o> {
+        self.call(Site::Flush);
+        gather.all()
+    }
+    fn cut_off(&self, _: &Op<'_>) -> Result<(), CutOffFailed> {
+        self.call(Site::CutOff);
+        Ok(())
+    }
+    fn end(&self, _: &Op<'_>, _: Outcome) {
+        self.call(Site::End);
+    }
+    fn release(&self) {
+        self.call(Site::Release);
+    }
+}
+
+/// Nothing is granted in any callback, nobody waits for himself, and the space is as before.
+#[test]
+fn a_handler_that_calls_everything_from_everywhere_is_refused_and_costs_nobody_anything() {
+    let space = space();
+    let (buffer, other) = (page(&space), page(&space));
+    let (device, _) = fake("of the handler");
+    let handler = Arc::new(Reenters {
+        space: space.clone(),
+        own: buffer.into(),
+        asked: AtomicU64::new(0),
+        granted: Default::default(),
+    });
+    let one = space
+        .register(buffer, handler.clone(), &on(&device))
+        .unwrap();
+    let begun = Instant::now();
+    space.discard(buffer).unwrap();
+    one.unregister().unwrap();
+    assert!(begun.elapsed() < most(&short()), "it has waited for itself");
+    assert_eq!(*handler.granted.lock().unwrap(), []);
+    assert_eq!(handler.asked.load(SeqCst), 6, "in each callback");
+    assert_eq!(
+        (device.health(), space.stats().panics),
+        (Health::Healthy, 0)
+    );
+    assert_eq!(space.registrations(), 0);
+    for range in [buffer, other] {
+        space.unmap(range).unwrap();
+    }
+    space.exit().unwrap();
+}

@@ -72,6 +72,15 @@ impl Notifier for Driver {
 
 fn register(space: &AddressSpace, needs: Needs, operations: Operations) -> Result<(), InsertError> {
     let range = Range::new(0x10_0000u64, 0x1000).unwrap();
+    register_at(space, range, needs, operations)
+}
+
+fn register_at(
+    space: &AddressSpace,
+    range: Range,
+    needs: Needs,
+    operations: Operations,
+) -> Result<(), InsertError> {
     let driver = Arc::new(Driver(needs, operations));
     space.register(range, driver, &[]).map(|_| ())
 }
@@ -148,6 +157,23 @@ fn only_what_is_watched_counts() {
     let _watched = space.watch(fake, elsewhere).unwrap();
     let refused = shortfall(register(&space, Needs::BEFORE, Operations::BRK));
     assert_eq!(refused.sees, Sees::empty());
+}
+
+#[test]
+fn a_driver_that_registers_everything_needs_the_arena_to_be_watched() {
+    let memory = Arc::new(ProcessMemory::reserve(1 << 30).unwrap());
+    let arena = memory.arena();
+    let space = AddressSpace::managed(memory, short());
+    let part = Range::new(arena.start(), 1 << 29).unwrap();
+    let beyond = Range::new(arena.last().get() - 0xfff, 0x2000).unwrap();
+    let all = |range| register_at(&space, range, Needs::BEFORE, Operations::BRK);
+    let watch = |range| space.watch(Fake::new(|_| Sees::TOLD | Sees::BEFORE), range);
+    let half = watch(part).unwrap();
+    shortfall(all(Range::ALL));
+    drop(half);
+    let _whole = watch(arena).unwrap();
+    all(Range::ALL).unwrap();
+    shortfall(all(beyond));
 }
 
 #[test]

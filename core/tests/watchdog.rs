@@ -8,7 +8,10 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use shootdown::{AddressSpace, CutOffFailed, Deadlines, Map, Notifier, Op, ProcessMemory, Range};
+use shootdown::{
+    AddressSpace, CutOffFailed, Deadlines, Drain, Gather, Issued, Map, Notifier, Op, Outcome,
+    ProcessMemory, Range, WouldBlock,
+};
 
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
@@ -23,32 +26,49 @@ impl Write for Log {
     }
 }
 
-/// Stays in `cut_off`, or in `release`, until it is told to go on.
-#[derive(Default)]
+/// Stays in one callback until it is told to go on.
 struct Blocks {
-    in_release: bool,
+    at: &'static str,
     go_on: AtomicBool,
 }
 
 impl Blocks {
-    fn block(&self) {
-        while !self.go_on.load(SeqCst) {
+    fn new(at: &'static str) -> Arc<Self> {
+        Arc::new(Self {
+            at,
+            go_on: AtomicBool::new(false),
+        })
+    }
+
+    fn block(&self, at: &str) {
+        while self.at == at && !self.go_on.load(SeqCst) {
             thread::sleep(Duration::from_millis(1));
         }
     }
 }
 
 impl Notifier for Blocks {
+    fn quiesce<'o>(&self, op: &Op<'o>) -> Result<Drain<'o>, WouldBlock> {
+        self.block("quiesce");
+        Ok(op.drain())
+    }
+    fn drained(&self, _: &Op<'_>) -> bool {
+        self.block("drained");
+        true
+    }
+    fn flush<'o>(&self, _: &Op<'o>, gather: Gather<'o>) -> Issued<'o> {
+        self.block("flush");
+        gather.all()
+    }
     fn cut_off(&self, _: &Op<'_>) -> Result<(), CutOffFailed> {
-        if !self.in_release {
-            self.block();
-        }
+        self.block("cut_off");
         Ok(())
     }
+    fn end(&self, _: &Op<'_>, _: Outcome) {
+        self.block("end");
+    }
     fn release(&self) {
-        if self.in_release {
-            self.block();
-        }
+        self.block("release");
     }
 }
 
@@ -91,9 +111,6 @@ fn a_callback_that_blocks_is_named_once_and_stalls_only_what_overlaps() {
     let space = watched();
     let buffer = space.map(Map::anonymous(2 << 12)).unwrap();
     let page = move |nth: u64| Range::new(buffer.start().get() + (nth << 12), 1 << 12).unwrap();
-    let blocks = Arc::new(Blocks::default());
-    let registration = space.register(page(0), blocks.clone(), &[]).unwrap();
-    space.unmap(page(1)).unwrap();
     thread::sleep(4 * AFTER);
     assert_eq!(
         (space.stats().overdue, text().as_str()),
@@ -101,36 +118,42 @@ fn a_callback_that_blocks_is_named_once_and_stalls_only_what_overlaps() {
         "nothing blocks"
     );
 
-    let unmapping = {
-        let space = space.clone();
-        named("unmapper", move || space.unmap(page(0)).unwrap())
-    };
-    wait_for("it is named", || space.stats().overdue == 1);
-    thread::sleep(4 * AFTER);
-    assert_eq!(space.stats().overdue, 1, "once");
-    let said = text();
-    for part in [
-        "ERROR",
-        "watchdog::Blocks",
-        "cut_off",
-        "unmapper",
-        "does not return",
-    ] {
-        assert!(said.contains(part), "{part} in {said}");
+    const CALLBACKS: [&str; 5] = ["quiesce", "drained", "flush", "cut_off", "end"];
+    for (named_before, at) in (0..).zip(CALLBACKS) {
+        let blocks = Blocks::new(at);
+        let registration = space.register(page(0), blocks.clone(), &[]).unwrap();
+        let discarding = {
+            let space = space.clone();
+            named("discarder", move || space.discard(page(0)).unwrap())
+        };
+        wait_for("it is named", || space.stats().overdue == named_before + 1);
+        thread::sleep(4 * AFTER);
+        assert_eq!(space.stats().overdue, named_before + 1, "once");
+        let said = text();
+        let line = said.lines().last().unwrap();
+        for part in [
+            "ERROR",
+            "watchdog::Blocks",
+            at,
+            "discarder",
+            "does not return",
+        ] {
+            assert!(line.contains(part), "{part} in {line}");
+        }
+        // What does not overlap is done meanwhile, beside it and elsewhere.
+        space.discard(page(1)).unwrap();
+        let other = space.map(Map::anonymous(1 << 12)).unwrap();
+        space.unmap(other).unwrap();
+        assert!(!discarding.is_finished(), "it does not overlap: {at}");
+        blocks.go_on.store(true, SeqCst);
+        discarding.join().unwrap();
+        registration.unregister().unwrap();
     }
-    let other = space.map(Map::anonymous(1 << 12)).unwrap();
-    space.unmap(other).unwrap();
-    blocks.go_on.store(true, SeqCst);
-    unmapping.join().unwrap();
-    registration.unregister().unwrap();
 
-    let blocks = Arc::new(Blocks {
-        in_release: true,
-        ..Blocks::default()
-    });
+    let blocks = Blocks::new("release");
     let registration = space.register(page(0), blocks.clone(), &[]).unwrap();
     let releasing = named("releaser", move || drop(registration));
-    wait_for("the release is named", || space.stats().overdue == 2);
+    wait_for("the release is named", || space.stats().overdue == 6);
     let said = text();
     assert!(
         said.contains("\"release\"") && said.contains("releaser"),

@@ -205,7 +205,8 @@ impl Buddy {
         self.push(first, order);
     }
 
-    fn is_used(&self, frame: u64) -> bool {
+    /// Whether the frame, which exists, has an owner.
+    pub(crate) fn is_used(&self, frame: u64) -> bool {
         self.used[frame as usize / 64] & (1 << (frame % 64)) != 0
     }
 

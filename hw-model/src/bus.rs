@@ -91,6 +91,54 @@ impl Bus {
             self.physical.update(access.frame, offset, width, op)
         })
     }
+
+    /// [`Bus::read`] through no translation: the address is one of memory itself. There is nothing then that could be stale, and
+    /// the space and the stamp say nothing; an access to a frame that nobody has is wrong all the same.
+    ///
+    /// # Panics
+    /// As [`Bus::read`].
+    pub fn read_unmapped(&self, access: &Access, into: &mut [u8]) {
+        let offset = check(access, into.len(), false);
+        if self.is_owned(access) {
+            self.physical.read(access.frame, offset, into);
+        } else {
+            into.fill(0xff);
+        }
+    }
+
+    /// [`Bus::write`] through no translation, as [`Bus::read_unmapped`].
+    ///
+    /// # Panics
+    /// As [`Bus::write`].
+    pub fn write_unmapped(&self, access: &Access, from: &[u8]) {
+        let offset = check(access, from.len(), true);
+        if self.is_owned(access) {
+            self.physical.write(access.frame, offset, from);
+        }
+    }
+
+    /// [`Bus::atomic`] through no translation, as [`Bus::read_unmapped`].
+    ///
+    /// # Panics
+    /// As [`Bus::atomic`].
+    pub fn atomic_unmapped(&self, access: &Access, op: &mut dyn FnMut(u64) -> Option<u64>) -> u64 {
+        let width = access.len as usize;
+        let offset = check(access, width, true);
+        if self.is_owned(access) {
+            return self.physical.update(access.frame, offset, width, op);
+        }
+        u64::MAX >> (64 - 8 * width.clamp(1, 8))
+    }
+
+    /// Whether there is such a frame, and it is not free. If not, that is recorded, and nothing is accessed.
+    fn is_owned(&self, access: &Access) -> bool {
+        if !self.physical.has(access.frame) {
+            self.oracle.no_such_frame(access);
+            return false;
+        }
+        self.oracle
+            .watch_unmapped(access, self.physical.is_used(access.frame))
+    }
 }
 
 /// Where in its frame the access begins.
@@ -212,6 +260,26 @@ mod tests {
             .map(|found| found.kind)
             .collect();
         assert_eq!(kinds, [FindingKind::NoFrame; 3]);
+    }
+
+    #[test]
+    fn an_unmapped_access_reaches_a_frame_that_somebody_has_and_no_other() {
+        let (bus, memory, access) = one_page(Rights::READ_WRITE);
+        let access = Access { space: 0, ..access };
+        bus.write_unmapped(&access, &7_u64.to_ne_bytes());
+        assert_eq!(bus.atomic_unmapped(&access, &mut |old| Some(old + 1)), 7);
+        let mut bytes = [0; 8];
+        let read = Access {
+            write: false,
+            ..access
+        };
+        bus.read_unmapped(&read, &mut bytes);
+        assert_eq!(u64::from_ne_bytes(bytes), 8);
+        assert_eq!(bus.oracle().stale_accesses(), 0);
+        drop(memory);
+        bus.read_unmapped(&read, &mut bytes);
+        assert_eq!(bytes, [0xff; 8]);
+        assert_eq!(bus.oracle().findings()[0].kind, FindingKind::FreeFrame);
     }
 
     #[test]

@@ -8,11 +8,10 @@ mod iommu;
 #[cfg(test)]
 mod tests;
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
-
 use shootdown::{Addr, DeviceError, Interrupts, Registers};
+use shootdown_primitive::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use shootdown_primitive::thread::{self, JoinHandle};
+use shootdown_primitive::time::{Duration, Instant};
 
 pub use iommu::{IommuFault, ModelIommu};
 
@@ -127,7 +126,7 @@ impl Edu {
             changed: Condvar::new(),
         });
         let engine = core.clone();
-        let thread = std::thread::Builder::new()
+        let thread = thread::Builder::new()
             .name("edu".to_owned())
             .spawn(move || engine.run())
             .expect("a thread for the DMA engine");

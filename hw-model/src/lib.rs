@@ -18,6 +18,11 @@
 //! - [`ModelMemory`]: a [`shootdown::Memory`], real mappings of those frames with a page table of its own.
 //! - [`Bus`]: how devices access frames; [`Oracle`]: sees each of these accesses and knows what is really mapped.
 //!
+//! # Devices
+//! - [`gru`]: chiplets with a TLB that software fills entry by entry, and misses that users poll for.
+//! - [`pta`]: a page-table accelerator, which walks tables that software writes, by PASID, and makes page requests.
+//! - [`edu`]: QEMU's, behind an IOMMU without a device TLB.
+//!
 //! None of these knows a registration, a notifier or the engine: they cannot be wrong in the same way as what they judge.
 //!
 //! # Locks
@@ -34,10 +39,14 @@ mod buddy;
 mod bus;
 pub mod edu;
 mod error;
+#[cfg(any(test, fuzzing))]
+#[cfg_attr(fuzzing, allow(missing_docs))]
+pub mod fuzz;
 pub mod gru;
 mod memory;
 mod oracle;
 mod physical;
+pub mod pta;
 mod shadow;
 mod table;
 

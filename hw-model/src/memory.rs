@@ -27,20 +27,25 @@
 //! They inherit none of the pages (`MADV_DONTFORK`): the parent's devices and notifiers could not follow them there.
 
 mod arena;
+mod kernel;
 mod page_table;
 #[cfg(test)]
 mod tests;
+mod touch;
 mod vma;
 
 use std::io::ErrorKind;
 use std::sync::Arc;
 
 use shootdown::{
-    Addr, Frame, Memory, MemoryError, PageSize, PageSizes, Range, Rights, Translation,
+    Addr, Exclusion, Frame, Memory, MemoryError, PageSize, PageSizes, Range, Rights, Touched,
+    Translation,
 };
 
 use self::arena::Arena;
+use self::kernel::Kernel;
 use self::page_table::{Backing, Entry, PageTable, Run, runs};
+use self::touch::Sight;
 pub use self::vma::VmaBudget;
 use crate::bus::Bus;
 use crate::error::ModelError;
@@ -61,6 +66,9 @@ pub struct ModelMemory {
     table: PageTable,
     budget: Arc<VmaBudget>,
     id: u64,
+    /// Asked in every walk, where others change the memory too.
+    kernel: Option<Kernel>,
+    touches: Sight,
 }
 
 impl ModelMemory {
@@ -82,8 +90,55 @@ impl ModelMemory {
         arena_bytes: u64,
         budget: Arc<VmaBudget>,
     ) -> Result<Arc<Self>, ModelError> {
+        Self::with(bus, Arena::reserve, arena_bytes, budget, None)
+    }
+
+    /// A memory that others change too, by system calls of their own. What [`Memory`]'s methods are told meanwhile is what the
+    /// model knows: whoever makes a foreign call tells the memory when it has returned, by the same change, called on the
+    /// memory itself: [`Memory::unmap`] after a `munmap` or a `mmap` over it, and so on. From then on the oracle counts the
+    /// old pages as gone. A walk finds the page gone at once, as it also asks the kernel.
+    ///
+    /// The arena lies where the kernel places nothing by itself, so that a hole in it stays one until the memory is told.
+    ///
+    /// # Errors
+    /// As [`ModelMemory::new`]; [`ModelError::System`] on a kernel that cannot be asked what is mapped: PROCMAP_QUERY, Linux
+    /// 6.11.
+    pub fn open_to_others(bus: &Bus, arena_bytes: u64) -> Result<Arc<Self>, ModelError> {
+        let kernel = Kernel::new(bus.physical().fd()).map_err(|error| ModelError::System {
+            call: "PROCMAP_QUERY (Linux 6.11)",
+            bytes: arena_bytes,
+            errno: error.kind(),
+        })?;
+        let budget = VmaBudget::process();
+        Self::with(bus, Arena::reserve_aside, arena_bytes, budget, Some(kernel))
+    }
+
+    /// A memory of its own with the same addresses, as a process has that was forked off: a device reaches either at an address by the
+    /// PASID, or ASID, that it is given. Nothing of it is mapped; what a fork leaves in it is the caller's to copy. This process has
+    /// it elsewhere, see [`ModelMemory::view`].
+    ///
+    /// # Errors
+    /// As [`ModelMemory::new`].
+    pub fn twin(&self) -> Result<Arc<Self>, ModelError> {
+        let bytes = self.arena().len() as u64;
+        let reserve = |_| Arena::reserve_twin(&self.arena);
+        Self::with(&self.bus, reserve, bytes, Arc::clone(&self.budget), None)
+    }
+
+    /// Where this process has what is at `addr` for devices: there, but in a [twin](ModelMemory::twin).
+    pub fn view(&self, addr: Addr) -> Addr {
+        self.arena.view(addr)
+    }
+
+    fn with(
+        bus: &Bus,
+        reserve: impl FnOnce(u64) -> Result<Arena, ModelError>,
+        arena_bytes: u64,
+        budget: Arc<VmaBudget>,
+        kernel: Option<Kernel>,
+    ) -> Result<Arc<Self>, ModelError> {
         let reservation = budget.reserve(OWN_MAPPINGS)?;
-        let arena = Arena::reserve(arena_bytes)?;
+        let arena = reserve(arena_bytes)?;
         let table = PageTable::new(arena.range()).map_err(|error| ModelError::System {
             call: "mmap",
             bytes: arena_bytes,
@@ -97,6 +152,8 @@ impl ModelMemory {
             table,
             budget,
             id,
+            kernel,
+            touches: Sight::default(),
         }))
     }
 
@@ -387,7 +444,25 @@ impl Memory for ModelMemory {
     }
 
     fn translate(&self, addr: Addr) -> Option<Translation> {
-        self.table.translate(addr)
+        let mut found = self.table.translate(addr)?;
+        if let Some(kernel) = &self.kernel {
+            found.rights &= kernel.rights(&found)?;
+        }
+        Some(found)
+    }
+
+    fn exclude(&self, range: Range, touched: Touched) -> Result<Box<dyn Exclusion>, MemoryError> {
+        let call = "UFFDIO_REGISTER";
+        self.check(call, range, PageSize::FourKiB)?;
+        if self.table.backed(range).count() as u64 != range.pages(PageSize::FourKiB) {
+            let errno = ErrorKind::NotFound;
+            return Err(MemoryError::System { call, range, errno });
+        }
+        let touches = self.touches.get(&self.budget, range)?;
+        let view = Range::new(self.view(range.start()), range.len() as u64);
+        let view = view.expect("as long as another, where this process has it");
+        let taken = touches.watch((range, view), touched, || self.arena.forget(range))?;
+        Ok(Box::new(taken))
     }
 }
 

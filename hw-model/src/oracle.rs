@@ -20,11 +20,12 @@
 //! is allocated beforehand and does not grow; the count goes on when it is full.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
 use shootdown::{Addr, Frame, Range, Rights};
+use shootdown_primitive::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
+use shootdown_primitive::sync::{Mutex, MutexGuard, PoisonError};
+use shootdown_primitive::thread;
+use shootdown_primitive::time::{Duration, Instant};
 
 use crate::error::ModelError;
 pub use crate::shadow::Stamp;
@@ -77,6 +78,8 @@ pub enum FindingKind {
     Rights,
     /// There is no such frame. Nothing was accessed.
     NoFrame,
+    /// Nobody has the frame that an unmapped access names. Nothing was accessed.
+    FreeFrame,
 }
 
 /// A wrong access. Its `Display` is a sentence.
@@ -121,6 +124,7 @@ impl fmt::Display for Finding {
             }
             FindingKind::Rights => "without the right to do so",
             FindingKind::NoFrame => "which does not exist",
+            FindingKind::FreeFrame => "which is free",
         })?;
         match self.mapped {
             _ if !self.space_exists => f.write_str(": the space is gone")?,
@@ -275,6 +279,15 @@ impl Oracle {
         self.record(access, FindingKind::NoFrame, behind);
     }
 
+    /// Counts an access through no translation, and records it if its frame is not `owned`, which it returns.
+    pub(crate) fn watch_unmapped(&self, access: &Access, owned: bool) -> bool {
+        self.count();
+        if !owned {
+            self.record(access, FindingKind::FreeFrame, Behind::NoSpace);
+        }
+        owned
+    }
+
     fn count(&self) {
         thread_local! {
             static SHARD: usize = {
@@ -305,7 +318,7 @@ impl Oracle {
                 Behind::Nothing | Behind::NoSpace => None,
             },
             space_exists: behind != Behind::NoSpace,
-            thread: std::thread::current().name().map(str::to_owned),
+            thread: thread::current().name().map(str::to_owned),
             at: self.start.elapsed(),
         });
     }

@@ -17,11 +17,12 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
+// Not the primitive ones: these are words of the devices' memory, and nothing is decided by them.
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 use shootdown::{Frame, MemoryError};
+use shootdown_primitive::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::buddy::{Buddy, Chain, FreeError};
 use crate::error::ModelError;
@@ -90,8 +91,9 @@ impl Physical {
         self.buddy().free()
     }
 
-    /// The memfd, to map frames from: frame `n` begins at byte `n * 4096`.
-    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+    /// The memfd, to map frames from, or to read and write as a file: frame `n` begins at byte `n * 4096`. Whoever writes to frames
+    /// that are not theirs destroys somebody's data, as a device does.
+    pub fn fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
 
@@ -127,6 +129,11 @@ impl Physical {
     /// Whether there is such a frame.
     pub(crate) fn has(&self, frame: Frame) -> bool {
         frame.0 < self.frames
+    }
+
+    /// Whether somebody has the frame.
+    pub(crate) fn is_used(&self, frame: Frame) -> bool {
+        self.buddy().is_used(frame.0)
     }
 
     /// Copies the frame's bytes from `offset` on. They lie within the frame.

@@ -27,10 +27,9 @@
 //! is under way when a space goes reads memory that is still there. The identifier is read before and after the
 //! entry; identifiers are never used twice, so an equal pair means that the entry was of that space.
 
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
-
 use shootdown::{Addr, Frame, PageSize, Range, Rights};
+use shootdown_primitive::sync::OnceLock;
+use shootdown_primitive::sync::atomic::{AtomicU64, Ordering, fence};
 
 use crate::table::Table;
 

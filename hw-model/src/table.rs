@@ -3,8 +3,9 @@
 //! Page table and shadow need one word for every 4 KiB of an arena that is mostly empty. The array is an anonymous
 //! mapping, so that its pages appear on first use and can be given back while readers look on.
 
+use shootdown_primitive::sync::atomic::{AtomicU64, Ordering};
+
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use memmap2::{MmapOptions, MmapRaw, UncheckedAdvice};
 

@@ -1,9 +1,9 @@
 //! One device in one invalidation: its commands, its doorbell, its acknowledgement, its deadline.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::pool::Chain;
-use crate::primitive::{Backoff, now};
+use crate::primitive::{Backoff, Instant, now};
 use crate::tlb::{BATCH, Completion, Device, FlushCommand, Health, Issue, Scope, Ticket};
 
 /// One device in one invalidation.

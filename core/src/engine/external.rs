@@ -1,9 +1,10 @@
 //! Invalidations that somebody outside drives.
 
 use super::{InvalidateError, Invalidation, Mode, What};
-use crate::addr::{PageSizes, Range};
+use crate::addr::Range;
 use crate::context;
 use crate::notifier::{Cause, Outcome};
+use crate::plan;
 
 /// An invalidation that somebody outside drives: the pages change between [`begin`](crate::AddressSpace::begin_invalidation)
 /// and [`ExternalInvalidation::end`]. Bound to its thread; on it everything counts as inside a callback meanwhile.
@@ -27,13 +28,18 @@ impl ExternalInvalidation<'_> {
     /// [`InvalidateError::HandlerPanicked`](crate::InvalidateError::HandlerPanicked) if an `end` did; everybody else has been told.
     pub fn end(mut self, outcome: Outcome) -> Result<(), InvalidateError> {
         let ended = self.invalidation.end(outcome);
-        ended.map_or(Ok(()), |ended| ended.panic_at_end())
+        let panicked = ended.map_or(Ok(()), |ended| ended.panic_at_end());
+        panicked.map_err(|error| error.with(None))
     }
 }
 
 impl crate::AddressSpace {
     /// Shoots `range` down because somebody else is about to change its pages: on return no device reaches them, until the
     /// guard is ended. Also for spaces without process memory. Legal with the map lock held.
+    ///
+    /// What callbacks have put off, releases above all, runs on this thread when the guard is dropped, and an error may hold the last
+    /// count of a device: not for a thread that holds the allocator's lock, as a hook of an allocator does (R18). Such a one is a
+    /// [`Source`](crate::Source): what [`Sink::begin`](crate::Sink::begin) gives hands all that over, and frees nothing.
     ///
     /// # Errors
     /// The pages must not change then. [`Refused`](crate::Refused) inside a callback and with a `NotifierLock` held;
@@ -71,7 +77,7 @@ impl crate::AddressSpace {
         }
         let what = What {
             range,
-            sizes: PageSizes::all(),
+            pieces: &plan::unknown,
             cause,
             segments: &[],
         };

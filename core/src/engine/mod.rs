@@ -12,6 +12,11 @@
 //! Each phase is over for all devices before the next begins. From start to end nothing is allocated or freed, and no lock is
 //! taken but the short ones of this crate; the lists come from pools.
 
+#![allow(
+    clippy::result_large_err,
+    reason = "nothing may be allocated here, and an error is rare"
+)]
+
 mod desk;
 mod device_op;
 mod error;
@@ -25,7 +30,7 @@ pub(crate) use self::desk::Desks;
 use self::desk::{Desk, Work};
 pub(crate) use self::device_op::DeviceOp;
 use self::device_op::{Ack, Deadline, Known, sync};
-pub use self::error::InvalidateError;
+pub use self::error::{InvalidateError, SinkError};
 use self::escalate::{GONE, call, dead, reset_all};
 pub use self::external::ExternalInvalidation;
 use crate::active::SLOTS;
@@ -34,14 +39,16 @@ use crate::context::{self, OpenInvalidation};
 use crate::memory::MemoryError;
 use crate::notes::Note;
 use crate::notifier::{Cause, Gather, Op, OpCore, Outcome, WouldBlock};
+use crate::plan::{FlushPlan, Pieces};
 use crate::pool::Chain;
 use crate::primitive::{Arc, Backoff};
 use crate::recorder::Kind;
 use crate::registration::{Inner, Use};
 use crate::segment::SegmentInner;
+use crate::source::Change;
 use crate::space::Space;
 use crate::stats::Counter;
-use crate::tlb::{Device, FlushCommand, FlushPlan, Health};
+use crate::tlb::{Device, FlushCommand, Health};
 use crate::watch::{Name, Stage, Watch};
 
 /// Whether handlers may wait for locks.
@@ -83,14 +90,21 @@ struct Trouble {
     not_drained: bool,
     /// Whose handler it was, for the last two.
     handler: &'static str,
-    /// The first that may still reach the pages, and why.
-    device: Option<(Device, &'static str)>,
+    /// Why a device may still reach the pages.
+    reached: Option<&'static str>,
+    /// The first such device, if it is kept.
+    device: Option<Device>,
+    /// Whoever is told keeps counts of those that may still reach the pages, and may drop them.
+    keeps: bool,
 }
 
 impl Trouble {
     fn device(&mut self, device: &Device, reason: &'static str) {
         self.any = true;
-        self.device.get_or_insert_with(|| (device.clone(), reason));
+        if self.reached.is_none() {
+            self.reached = Some(reason);
+            self.device = self.keeps.then(|| device.clone());
+        }
     }
 
     fn would_block(&mut self) {
@@ -123,6 +137,8 @@ pub(crate) struct Ended<'s> {
     space: &'s Arc<Space>,
     /// Whose handler panicked, and over which range.
     panicked: Option<(&'static str, Range)>,
+    /// The first device that may still reach the pages.
+    first: Option<Device>,
     devices: Chain<DeviceOp>,
     hits: Chain<Hit>,
 }
@@ -132,15 +148,16 @@ impl<'s> Ended<'s> {
         Self {
             space,
             panicked: None,
+            first: None,
             devices: Chain::new(),
             hits: Chain::new(),
         }
     }
 
     /// A handler that panicked in `end` is told to the caller too; the pages have changed by then.
-    pub(crate) fn panic_at_end(&self) -> Result<(), InvalidateError> {
+    pub(crate) fn panic_at_end(&self) -> Result<(), SinkError> {
         self.panicked.map_or(Ok(()), |(handler, range)| {
-            Err(InvalidateError::HandlerPanicked {
+            Err(SinkError::HandlerPanicked {
                 range,
                 handler,
                 changed: true,
@@ -183,20 +200,29 @@ pub(crate) struct Invalidation<'s> {
     /// Until the end.
     desk: Option<Desk<'s>>,
     space: &'s Arc<Space>,
+    /// From the end of the phases on.
+    change: Option<Change>,
     // Dropped last but one: callbacks of `end` are inside it. Then what was put off runs.
     _open: OpenInvalidation,
-    _leave: crate::lock::Leave,
+    _leave: Option<crate::lock::Leave>,
 }
 
 /// What is invalidated.
 #[derive(Clone, Copy)]
 pub(crate) struct What<'a> {
     pub(crate) range: Range,
-    /// The page sizes of the mappings in the range; all where that is not known.
-    pub(crate) sizes: PageSizes,
+    /// What is mapped in the range.
+    pub(crate) pieces: Pieces<'a>,
     pub(crate) cause: Cause,
     /// Segments whose own addresses go: their contexts are unloaded.
     pub(crate) segments: &'a [Arc<SegmentInner>],
+}
+
+/// The sizes of all pages in `range`.
+fn sizes_of(range: Range, pieces: Pieces<'_>) -> PageSizes {
+    let mut all = PageSizes::empty();
+    pieces(range, &mut |_, sizes| all |= sizes);
+    all
 }
 
 /// Runs all phases, with `change` as the fifth.
@@ -218,7 +244,10 @@ pub(crate) fn run<'s>(
                 return Ok(());
             };
             let panicked = ended.panic_at_end();
-            return panicked.map_err(|error| Failed { error, ended });
+            return panicked.map_err(|error| Failed {
+                error: error.with(None),
+                ended,
+            });
         }
         Err(error) => error,
     };
@@ -240,62 +269,95 @@ impl<'s> Invalidation<'s> {
         what: What<'_>,
         mode: Mode,
     ) -> Result<Self, Failed<'s>> {
-        let mut this = Self {
+        let mut this = Self::new(space, Some(crate::lock::Leave));
+        match this.phases(what, mode, true) {
+            Ok(()) => Ok(this),
+            Err((error, mut ended)) => {
+                let error = error.with(ended.first.take());
+                Err(Failed { error, ended })
+            }
+        }
+    }
+
+    /// The same for whoever may be waited for by somebody that holds the allocator's lock: not even an error frees anything, and what
+    /// was put off is handed over by its owner.
+    pub(crate) fn begin_for_others(
+        space: &'s Arc<Space>,
+        what: What<'_>,
+    ) -> Result<Self, SinkError> {
+        let mut this = Self::new(space, None);
+        let begun = this.phases(what, Mode::Blocking, planted!("r18-failed"));
+        begun.map(|()| this).map_err(|(error, _)| error)
+    }
+
+    fn new(space: &'s Arc<Space>, leave: Option<crate::lock::Leave>) -> Self {
+        Self {
             desk: None,
             space,
+            change: None,
             _open: OpenInvalidation::enter(),
-            _leave: crate::lock::Leave,
-        };
+            _leave: leave,
+        }
+    }
+
+    #[inline]
+    fn phases(
+        &mut self,
+        what: What<'_>,
+        mode: Mode,
+        keeps: bool,
+    ) -> Result<(), (SinkError, Ended<'s>)> {
         // Most hit nothing: then there is no more to it than the claim.
-        let desk = Desk::claim(space, what.range);
+        let desk = Desk::claim(self.space, what.range);
         let nothing = |desk: &Desk<'_>| what.segments.is_empty() && desk.hits_nothing(what.range);
         if desk.as_ref().is_some_and(nothing) {
-            this.desk = desk;
-            return Ok(this);
+            self.desk = desk;
+            self.change = self.space.sources.change(what.range);
+            return Ok(());
         }
-        this.phases(desk, what, mode)?;
-        Ok(this)
+        self.all_phases(desk, what, mode, keeps)
     }
 
     #[inline(never)]
-    fn phases(
+    fn all_phases(
         &mut self,
         desk: Option<Desk<'s>>,
         what: What<'_>,
         mode: Mode,
-    ) -> Result<(), Failed<'s>> {
+        keeps: bool,
+    ) -> Result<(), (SinkError, Ended<'s>)> {
         let space = self.space;
-        let desk = match start(space, desk, what, mode) {
+        let desk = match start(space, desk, what, mode, keeps) {
             Ok(desk) => self.desk.insert(desk),
-            Err(error) => {
-                let ended = Ended::without_trouble(space);
-                return Err(Failed { error, ended });
-            }
+            Err(error) => return Err((error, Ended::without_trouble(space))),
         };
         if !desk.hits.is_empty() || !what.segments.is_empty() {
+            desk.core.sizes = sizes_of(what.range, what.pieces);
             desk.quiesce();
             if !desk.trouble.would_block {
                 desk.drain();
-                desk.flush();
+                desk.flush(what.pieces);
                 desk.cut_off();
                 desk.unload(what.segments);
             }
         }
         if !desk.trouble.any {
+            self.change = space.sources.change(what.range);
             return Ok(());
         }
         let error = desk.error();
         let ended = self.end(match error {
-            InvalidateError::WouldBlock { .. } => Outcome::Unchanged,
+            SinkError::WouldBlock { .. } => Outcome::Unchanged,
             _ => Outcome::Quarantined,
         });
         let ended = ended.unwrap_or_else(|| Ended::without_trouble(space));
-        Err(Failed { error, ended })
+        Err((error, ended))
     }
 
     /// The last phase; what is left where somebody was hit.
     #[inline]
     pub(crate) fn end(&mut self, outcome: Outcome) -> Option<Ended<'s>> {
+        self.change = None;
         let desk = self.desk.take()?;
         if desk.busy {
             return Some(desk.end(outcome));
@@ -313,7 +375,8 @@ fn start<'s>(
     mut desk: Option<Desk<'s>>,
     what: What<'_>,
     mode: Mode,
-) -> Result<Desk<'s>, InvalidateError> {
+    keeps: bool,
+) -> Result<Desk<'s>, SinkError> {
     let range = what.range;
     let limit = space.deadlines.room;
     let mut deadline = Deadline::new(limit);
@@ -322,11 +385,12 @@ fn start<'s>(
         if let Some(mut desk) = desk {
             let claim = desk.claim;
             desk.busy = true;
+            desk.trouble.keeps = keeps;
             desk.core = OpCore {
                 id: claim.id(),
                 range,
                 cause: what.cause,
-                sizes: what.sizes,
+                sizes: PageSizes::empty(),
                 may_block: mode == Mode::Blocking,
                 drain: space.deadlines.drain,
                 post: Watch::post(claim.slot()),
@@ -338,10 +402,10 @@ fn start<'s>(
             desk.end(Outcome::Unchanged);
         }
         if mode == Mode::Try {
-            return Err(InvalidateError::WouldBlock { range });
+            return Err(SinkError::WouldBlock { range });
         }
         if deadline.is_over(&backoff) {
-            return Err(InvalidateError::NoRoom {
+            return Err(SinkError::NoRoom {
                 range,
                 waited: limit,
                 limit: SLOTS,
@@ -419,9 +483,8 @@ impl<'s> Desk<'s> {
                 ControlFlow::Break(())
             }
         });
-        if let Some(device) = space.ghosts.find(range) {
-            trouble.device(&device, GONE);
-        }
+        let ghosts = &space.ghosts;
+        ghosts.find(range, |device| trouble.device(device, GONE));
         if count > 0 && room {
             let (start, last) = (range.start().get(), range.last().get());
             space.recorder.record(Kind::Start, core.id, start, last);
@@ -516,7 +579,7 @@ impl<'s> Desk<'s> {
         }
     }
 
-    fn flush(&mut self) {
+    fn flush(&mut self, pieces: Pieces<'_>) {
         let space = self.space;
         let Work {
             core,
@@ -544,8 +607,8 @@ impl<'s> Desk<'s> {
                 let Some(one) = at.and_then(|at| devices.get_mut(at)) else {
                     continue;
                 };
-                let plan = FlushPlan::new(range, core.sizes, target.device.limits());
-                for scope in plan.scopes() {
+                let plan = FlushPlan::new(range, pieces, &target.device);
+                for &scope in plan.scopes() {
                     one.add(FlushCommand {
                         tag: target.tag,
                         scope,
@@ -597,28 +660,22 @@ impl<'s> Desk<'s> {
     }
 
     /// What the trouble is.
-    fn error(&self) -> InvalidateError {
+    fn error(&self) -> SinkError {
         let range = self.core.range;
         let trouble = &self.trouble;
+        let handler = trouble.handler;
         if trouble.panicked {
-            InvalidateError::HandlerPanicked {
+            SinkError::HandlerPanicked {
                 range,
-                handler: trouble.handler,
+                handler,
                 changed: false,
             }
         } else if trouble.would_block {
-            InvalidateError::WouldBlock { range }
-        } else if let Some((device, reason)) = &trouble.device {
-            InvalidateError::Quarantined {
-                range,
-                device: device.clone(),
-                reason,
-            }
+            SinkError::WouldBlock { range }
+        } else if let Some(reason) = trouble.reached {
+            SinkError::Reached { range, reason }
         } else {
-            InvalidateError::NotDrained {
-                range,
-                handler: trouble.handler,
-            }
+            SinkError::NotDrained { range, handler }
         }
     }
 
@@ -637,8 +694,9 @@ impl<'s> Desk<'s> {
         } = &mut *self;
         *busy = false;
         let hit_any = !hits.is_empty();
+        let kept = quarantined && trouble.keeps;
         if hit_any {
-            if !quarantined {
+            if !kept {
                 // Before the uses are given back: while they last, a registration holds each device, and no count here is the last.
                 devices.clear(&space.device_ops);
             }
@@ -653,18 +711,21 @@ impl<'s> Desk<'s> {
                         hit.failed |= trouble.panicked(&used);
                     }
                 }
-                if quarantined && hit.failed {
+                if kept && hit.failed {
                     hit.who = Who::Kept(used.count());
                 }
                 used.leave();
             });
         }
-        if quarantined {
+        if kept {
+            ended.first = trouble.device.take();
             ended.devices = std::mem::take(devices);
             ended.hits = std::mem::take(hits);
-            space.stats.add(Counter::Quarantined, 1);
         } else if hit_any {
             hits.clear(&space.hits);
+        }
+        if quarantined {
+            space.stats.add(Counter::Quarantined, 1);
         }
         let id = core.id;
         let mut spoilt = None;

@@ -330,8 +330,11 @@ impl Prepared {
             // What is yet to be told of an earlier mapping is not told to this one (R29).
             inner.space.sources.settle(inner.range);
         }
+        // The space translates what lies in its arena: a driver that registers everything needs no more than that to be watched.
+        let all = |arena: &Range| inner.range.contains(*arena);
+        let watched = inner.space.table.arena.filter(all).unwrap_or(inner.range);
         let sources = &inner.space.sources;
-        sources.check(inner.range, self.needs, self.operations)?;
+        sources.check(watched, self.needs, self.operations)?;
         if !inner.space.admit(inner) {
             return Err(InsertError::Exiting { range: inner.range });
         }

@@ -12,6 +12,8 @@
 //!
 //! A walk is the first part of a claim ([`Active`]), whose fence is the walk's own.
 
+#[cfg(all(any(test, fuzzing), not(loom)))]
+pub(crate) mod fuzz;
 pub(crate) mod node;
 mod summary;
 #[cfg(test)]
@@ -244,7 +246,7 @@ impl<T: Entry> Registry<T> {
         }
     }
 
-    #[cfg(all(test, not(loom)))]
+    #[cfg(all(any(test, fuzzing), not(loom)))]
     fn check(&self) -> usize {
         let writer = self.writer.lock();
         node::check(self.root(&writer))

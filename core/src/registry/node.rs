@@ -467,7 +467,7 @@ impl<T> Drop for Nodes<T> {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(any(test, fuzzing), not(loom)))]
 pub(super) fn check<T: Entry>(root: Link<T>) -> usize {
     fn depth<T: Entry>(node: &Node<T>) -> usize {
         let keys: Vec<_> = (0..node.len).map(|at| node.key(at)).collect();

@@ -56,72 +56,12 @@ mod real {
 
     use super::*;
 
-    #[derive(Clone, Debug)]
-    enum Step {
-        Insert(Vec<Range>),
-        Remove(Vec<usize>),
-        Walk(Range),
-    }
-
-    /// In few pages, at many places, across the borders of large ones, and without an end.
-    fn range() -> impl Strategy<Value = Range> {
-        let new = |start: u64, len: u64| Range::new(start, len).unwrap();
-        prop_oneof![
-            4 => (0u64..4000, 1u64..200).prop_map(move |(start, len)| new(start, len)),
-            6 => (0u64..600, 1u64..20).prop_map(move |(page, pages)| new(page << 12, pages << 12)),
-            2 => (0u64..9, 1u64..4, 0u64..4, 1u64..4).prop_map(move |(level, nth, page, pages)| {
-                let start = (nth << (12 + 6 * level).min(61)) + (page << 12);
-                new(start - (2 << 12).min(start), pages << 12)
-            }),
-            1 => (0u64..4000, 0u32..40).prop_map(move |(start, shift)| new(start << 12, 1 << (12 + shift))),
-            1 => (0u64..4000).prop_map(|start| Range::inclusive(start << 12, u64::MAX).unwrap()),
-        ]
-    }
-
-    fn step() -> impl Strategy<Value = Step> {
-        prop_oneof![
-            4 => prop::collection::vec(range(), 1..8).prop_map(Step::Insert),
-            3 => prop::collection::vec(any::<usize>(), 1..8).prop_map(Step::Remove),
-            4 => range().prop_map(Step::Walk),
-        ]
-    }
-
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(128))]
+
         #[test]
-        fn it_agrees_with_a_naive_list(steps in prop::collection::vec(step(), 1..100)) {
-            let registry = Registry::new();
-            let mut naive: Vec<Arc<One<()>>> = Vec::new();
-            let mut next = 0;
-            for step in steps {
-                match step {
-                    Step::Insert(ranges) => {
-                        let new: Vec<_> = ranges.into_iter().map(|range| {
-                            next += 1;
-                            one(range, next, ())
-                        }).collect();
-                        registry.insert(new.iter().cloned());
-                        naive.extend(new);
-                    }
-                    Step::Remove(which) => {
-                        let mut gone = Vec::new();
-                        for nth in which {
-                            if !naive.is_empty() {
-                                gone.push(naive.swap_remove(nth % naive.len()));
-                            }
-                        }
-                        let entries = || gone.iter().map(|one| &**one);
-                        prop_assert_eq!(registry.remove(entries()), gone.len());
-                        prop_assert_eq!(registry.remove(entries()), 0, "a second removal finds nothing");
-                    }
-                    Step::Walk(range) => {
-                        let mut want: Vec<_> = naive.iter().filter(|one| one.range.overlaps(range)).collect();
-                        want.sort_by_key(|one| (one.range.start(), one.number));
-                        let want: Vec<u64> = want.into_iter().map(|one| one.number).collect();
-                        prop_assert_eq!(hits(&registry, range), want);
-                    }
-                }
-                registry.check();
-            }
+        fn it_agrees_with_a_naive_list(bytes in prop::collection::vec(any::<u8>(), 0..3000)) {
+            crate::fuzz::registry(&bytes);
         }
     }
 

@@ -4,12 +4,12 @@
 //! allocated or freed, as callbacks insert registrations and ask here (R18).
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use thiserror::Error;
 
 use super::operation::{Needs, Operation, Operations, Sees};
-use super::{BUILT_IN, Source};
+use super::{BUILT_IN, Observer, Source};
 use crate::active::SLOTS;
 use crate::addr::Range;
 
@@ -38,8 +38,8 @@ impl Table {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("{range} is not watched well enough: of {operation} the driver needs {needs}, and what watches the space gives \"{sees}\"; {}",
     match would_do {
-        Some(source) => format!("the source {source} would do"),
-        None => "no source of this crate would do: leave the operation out of its `operations`, or declare that it tolerates faults".to_owned(),
+        Some(source) => format!("the source {source} would do, or `needs` that ask for less"),
+        None => "no other source of this crate would do: leave the operation out of `operations`, let `needs` ask for less, or declare there that it tolerates faults".to_owned(),
     })]
 pub struct Shortfall {
     /// What was to be registered.
@@ -50,7 +50,8 @@ pub struct Shortfall {
     pub needs: Needs,
     /// What the sources of the space give, together.
     pub sees: Sees,
-    /// The source of this crate that meets all the needs.
+    /// The source of this crate that meets all the needs; none that watches the range already, and gives less on this machine than it
+    /// declares.
     pub would_do: Option<&'static str>,
 }
 
@@ -60,6 +61,13 @@ struct Entry {
     range: Range,
     table: Table,
     source: Arc<dyn Source>,
+}
+
+/// A range that an operation of the space itself changes, and on which thread.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct OwnRange {
+    range: Range,
+    thread: u32,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -72,7 +80,8 @@ pub(crate) struct Sources {
     /// Raised and lowered under the lock, so that the many spaces without a source pay one load.
     count: AtomicUsize,
     /// What the space's own operations are about to change: a source is told of it too, and has nothing to tell.
-    own: Mutex<[Option<Range>; SLOTS]>,
+    own: Mutex<[Option<OwnRange>; SLOTS]>,
+    observer: OnceLock<Arc<dyn Observer>>,
 }
 
 impl Sources {
@@ -81,6 +90,7 @@ impl Sources {
             entries: Mutex::new([const { None }; SOURCES]),
             count: AtomicUsize::new(0),
             own: Mutex::new([None; SLOTS]),
+            observer: OnceLock::new(),
         }
     }
 
@@ -149,11 +159,13 @@ impl Sources {
             return Ok(());
         };
         let sees = sees(operation);
-        drop(entries);
-        let would_do = BUILT_IN.iter().find(|(_, declares)| {
-            operations
-                .each()
-                .all(|operation| !needs.lacks(declares(operation)))
+        let watches = |name: &str| {
+            let mut covering = entries.iter().flatten();
+            covering.any(|one| one.range.contains(range) && one.source.name() == name)
+        };
+        let would_do = BUILT_IN.iter().find(|(name, declares)| {
+            let mut operations = operations.each();
+            !watches(name) && operations.all(|operation| !needs.lacks(declares(operation)))
         });
         Err(Shortfall {
             range,
@@ -183,34 +195,52 @@ impl Sources {
         }
     }
 
+    pub(super) fn observe(&self, observer: Arc<dyn Observer>) -> Result<(), Arc<dyn Observer>> {
+        self.observer.set(observer)
+    }
+
+    /// Pages of `range` may change until the value is dropped. None where nobody observes it.
+    #[inline]
+    pub(crate) fn change(&self, range: Range) -> Option<Change> {
+        let observer = self.observer.get()?.clone();
+        observer.may_change(range);
+        Some(Change { observer, range })
+    }
+
     /// The space's own operation is about to change these ranges; until the value is dropped.
     pub(crate) fn own(&self, ranges: [Option<Range>; 2]) -> Own<'_> {
+        let changes = ranges.map(|range| range.and_then(|range| self.change(range)));
         if self.is_empty() {
             return Own {
                 sources: self,
                 ranges: [None; 2],
+                _changes: changes,
             };
         }
+        // SAFETY: no arguments.
+        let thread = unsafe { libc::syscall(libc::SYS_gettid) } as u32;
         let mut own = lock(&self.own);
         for range in ranges.into_iter().flatten() {
             if let Some(free) = own.iter_mut().find(|one| one.is_none()) {
-                *free = Some(range);
+                *free = Some(OwnRange { range, thread });
             }
         }
         Own {
             sources: self,
             ranges,
+            _changes: changes,
         }
     }
 
-    /// Whether exactly this is being changed by an operation of the space itself, which has shot it down.
-    pub(crate) fn is_own(&self, range: Range) -> bool {
-        lock(&self.own).iter().flatten().any(|one| *one == range)
+    /// Whether exactly this is being changed, on this thread, by an operation of the space itself, which has shot it down.
+    pub(crate) fn is_own(&self, range: Range, thread: u32) -> bool {
+        let asked = OwnRange { range, thread };
+        lock(&self.own).iter().flatten().any(|one| *one == asked)
     }
 
     /// What the space's own operations are changing.
     pub(crate) fn owned(&self) -> [Option<Range>; SLOTS] {
-        *lock(&self.own)
+        lock(&self.own).map(|one| one.map(|one| one.range))
     }
 }
 
@@ -218,6 +248,19 @@ impl Sources {
 pub(crate) struct Own<'s> {
     sources: &'s Sources,
     ranges: [Option<Range>; 2],
+    _changes: [Option<Change>; 2],
+}
+
+/// Pages may change for as long as this lives, and the observer, if there is one, knows.
+pub(crate) struct Change {
+    observer: Arc<dyn Observer>,
+    range: Range,
+}
+
+impl Drop for Change {
+    fn drop(&mut self) {
+        self.observer.changed(self.range);
+    }
 }
 
 impl Own<'_> {
@@ -241,7 +284,10 @@ impl Drop for Own<'_> {
         }
         let mut own = lock(&self.sources.own);
         for range in self.ranges.into_iter().flatten() {
-            if let Some(one) = own.iter_mut().find(|one| **one == Some(range)) {
+            if let Some(one) = own
+                .iter_mut()
+                .find(|one| one.is_some_and(|one| one.range == range))
+            {
                 *one = None;
             }
         }

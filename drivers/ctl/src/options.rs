@@ -6,7 +6,9 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::attach::AttachOptions;
 use crate::devices::DevicesOptions;
+use crate::foreign::SourceName;
 use crate::sources::SourcesOptions;
+use crate::status::StatusOptions;
 
 /// Shootdown of user-space accelerators' TLBs, run against model hardware.
 #[derive(Debug, Parser)]
@@ -33,8 +35,18 @@ pub(crate) enum Command {
     Devices(DevicesOptions),
     /// Attaches a real device through VFIO, checks it, and proves the shootdown on it.
     Attach(AttachOptions),
+    /// Looks at the GRUs of a run that is at work.
+    #[command(subcommand)]
+    Gru(GruCommand),
     /// Lists what tells of changes that others make to memory on this machine: what each source sees, and what it costs.
     Sources(SourcesOptions),
+}
+
+/// What there is of the GRUs of a run.
+#[derive(Debug, Subcommand)]
+pub(crate) enum GruCommand {
+    /// Shows blades, chiplets, contexts, ASIDs, TLB occupancy and pending faults of a run that is at work.
+    Status(StatusOptions),
 }
 
 /// What `plants` does.
@@ -60,11 +72,11 @@ pub(crate) struct Options {
     /// Threads that change memory and give work to the devices.
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=64))]
     pub(crate) threads: u64,
-    /// Accelerators (GRU chiplets, 16 contexts each).
+    /// Accelerators (GRU chiplets, 16 contexts each, two a blade).
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) devices: u32,
-    /// Segments (contexts) that the threads hold together; at least one a thread, at most 15 a device.
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=960))]
+    /// Segments that the threads hold together; at least one a thread. More than 16 a device steal each other's contexts.
+    #[arg(long, default_value_t = 72, value_parser = clap::value_parser!(u64).range(1..=960))]
     pub(crate) segments: u64,
     /// Fixes the workload and the faults (not the interleaving).
     #[arg(long, default_value_t = 1)]
@@ -75,6 +87,12 @@ pub(crate) struct Options {
     /// Injects faults into the devices, from the seed: `all`, or names with commas between them; `list` prints them.
     #[arg(long, value_name = "NAMES", conflicts_with = "plant")]
     pub(crate) faults: Option<String>,
+    /// Others change the memory too, by raw system calls, and this tells of them.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) source: Option<SourceName>,
+    /// Compares the kernel's own invalidations of the arena with what was told (root, /dev/kvm).
+    #[arg(long)]
+    pub(crate) audit: bool,
     /// Prints the report as one JSON object.
     #[arg(long)]
     pub(crate) json: bool,

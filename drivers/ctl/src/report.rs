@@ -5,7 +5,10 @@ use std::fmt;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
+use crate::audit;
 use crate::faults::Faults;
+use crate::foreign;
+use crate::gru::Hardware;
 use crate::plant::Planted;
 use crate::soak::Soak;
 
@@ -98,6 +101,9 @@ pub(crate) struct Report {
     pub(crate) quarantined: u64,
     pub(crate) escalations: Escalations,
     pub(crate) faults: Faults,
+    pub(crate) gru: Hardware,
+    pub(crate) foreign: Option<foreign::Report>,
+    pub(crate) audit: Option<audit::Report>,
     pub(crate) soak: Soak,
     pub(crate) latency_ns: Latencies,
     pub(crate) findings: Vec<String>,
@@ -186,6 +192,12 @@ impl fmt::Display for Report {
                 "  {name:<20} {p50:>9.1}  {p99:>9.1}  {p999:>9.1}  {max:>9.1}"
             )?;
         }
+        if let Some(foreign) = &self.foreign {
+            write!(f, "{foreign}")?;
+        }
+        if let Some(audit) = &self.audit {
+            write!(f, "{audit}")?;
+        }
         let most = self
             .histogram
             .iter()
@@ -226,7 +238,7 @@ impl fmt::Display for Report {
             "  leaked: {} frames, {} registrations, {} contexts, {} ASIDs",
             l.frames, l.registrations, l.contexts, l.asids
         )?;
-        write!(f, "{}{}", self.faults, self.soak)?;
+        write!(f, "{}{}{}", self.faults, self.soak, self.gru)?;
         for finding in &self.findings {
             writeln!(f, "\nfound: {finding}")?;
         }

@@ -8,19 +8,24 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use shootdown::{AddressSpace, Deadlines, ExitError, Memory};
-use shootdown_gru::{ChipletPorts, Config, Gru, GruStats};
+use shootdown::{AddressSpace, Deadlines, ExitError, Memory, Operations, SourceError, Watched};
+use shootdown_gru::{
+    ChipletPorts, Config, Gru, GruStats, Kernel, MissMode, SegmentOptions, SelfTestFailed, Steal,
+};
 use shootdown_hw_model::gru::{ChipletConfig, FaultPlan, Latency, Model};
 use shootdown_hw_model::{Bus, ModelError, ModelMemory};
 use thiserror::Error;
 
+use crate::audit::{Audit, AuditError};
 use crate::faults::{Fault, Faults};
+use crate::foreign::{Foreign, SourceName};
 use crate::options::Options;
 use crate::plant::Plant;
 use crate::recovery::Recovery;
 use crate::report::{Escalations, Latencies, Leaked, Report, Unregisters};
 use crate::shared::{Shared, Spaces};
-use crate::soak::Sampler;
+use crate::soak::{Count, Sampler};
+use crate::status::{Server, Snapshot};
 use crate::trace;
 use crate::worker::{BLOCKS, CHUNK, Worker};
 
@@ -29,14 +34,14 @@ use crate::worker::{BLOCKS, CHUNK, Worker};
 pub(crate) enum RunError {
     #[error("the model's memory could not be made: {0}")]
     Model(#[from] ModelError),
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error(transparent)]
+    Audit(#[from] AuditError),
     #[error(
-        "{segments} segments are more than {devices} devices have room for beside those of short-lived spaces: at most {most}"
+        "--source none finds stale accesses whatever else is wrong: {with} says nothing beside it; name a source that tells in time"
     )]
-    TooManySegments {
-        segments: u64,
-        devices: u32,
-        most: u64,
-    },
+    NothingToLearn { with: &'static str },
     #[error("no trace can be written to {path}: {error}")]
     NoTrace { path: String, error: std::io::Error },
     #[error("the trace could not be written to {path}: {error}")]
@@ -46,8 +51,8 @@ pub(crate) enum RunError {
 impl RunError {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
-            Self::TooManySegments { .. } | Self::NoTrace { .. } => 2,
-            Self::Model(_) | Self::Trace { .. } => 3,
+            Self::NoTrace { .. } | Self::NothingToLearn { .. } => 2,
+            Self::Model(_) | Self::Source(_) | Self::Audit(_) | Self::Trace { .. } => 3,
         }
     }
 }
@@ -76,6 +81,8 @@ const FRAME_BYTES: u64 = 4096;
 /// 256 MiB.
 const FRAMES: u64 = 1 << 16;
 const ARENA: u64 = 1 << 30;
+/// For the driver's own memory.
+const KERNEL_ARENA: u64 = 4 << 20;
 
 pub(crate) fn deadlines() -> Deadlines {
     Deadlines {
@@ -110,14 +117,24 @@ fn chiplets(options: &Options, plant: Option<Plant>, faults: &[Fault]) -> Chiple
     config
 }
 
-fn driver(plant: Option<Plant>) -> Config {
+fn driver(plant: Option<Plant>, foreign: Operations) -> Config {
     let mut config = Config {
         // One more than there are contexts, so that they wrap often and are enough.
         asids: 8..=8 * 17,
-        control_blocks: BLOCKS,
-        data_bytes: CHUNK as usize * 8,
+        first_asid: Some(8 * 14),
+        segment: SegmentOptions {
+            control_blocks: BLOCKS,
+            data_bytes: CHUNK as usize * 8,
+            misses: MissMode::default(),
+        },
+        // Short, so that they are stolen often.
+        steal: Steal {
+            window: Duration::from_millis(1),
+            retry: Duration::from_micros(100),
+        },
         // For the flush when they wrap, too, which is waited for with a chiplet's lock held.
         handle_deadline: Duration::from_millis(300),
+        foreign,
         ..Config::default()
     };
     if let Some(plant) = plant {
@@ -147,14 +164,15 @@ pub(crate) fn run(
 ) -> Result<(Report, Result<(), RunError>), RunError> {
     let time = Duration::from_secs(options.seconds);
     let mut sampler = Sampler::new(time);
-    let most = u64::from(options.devices) * 15;
     let segments = options.segments.max(options.threads);
-    if segments > most {
-        return Err(RunError::TooManySegments {
-            segments,
-            devices: options.devices,
-            most,
-        });
+    if options.source == Some(SourceName::None) {
+        let beside = [
+            (plant.is_some(), "--plant"),
+            (!faults.is_empty(), "--faults"),
+        ];
+        if let Some((_, with)) = beside.into_iter().find(|(given, _)| *given) {
+            return Err(RunError::NothingToLearn { with });
+        }
     }
     // Before the run, which would be for nothing otherwise.
     let trace = match &options.trace {
@@ -172,16 +190,39 @@ pub(crate) fn run(
         .enumerate()
         .map(|(nth, chiplet)| ChipletPorts {
             name: format!("gru{nth}"),
+            blade: nth as u32 / 2,
             registers: chiplet.clone(),
             interrupts: chiplet.clone(),
         });
-    let gru = Gru::attach(ports.collect(), driver(plant));
-    let memory = ModelMemory::new(&bus, ARENA)?;
+    let memory = match options.source {
+        None => ModelMemory::new(&bus, ARENA)?,
+        Some(_) => ModelMemory::open_to_others(&bus, ARENA)?,
+    };
     let arena = memory.arena();
+    let space = AddressSpace::managed(memory.clone(), deadlines());
+    let start = || Audit::start(&space, arena);
+    let audit = options.audit.then(start).transpose()?;
+    let observer = audit.as_ref().map(Audit::observer);
+    let (foreign, watches) = match options.source {
+        None => (None, None),
+        Some(source) => {
+            let before = Count::now();
+            let (foreign, watched) = Foreign::start(source, &space, memory.clone(), observer)?;
+            sampler.keeps(before, Count::now());
+            (Some(foreign), watched)
+        }
+    };
+    drop(memory);
+    let operations = foreign
+        .as_ref()
+        .map_or(Operations::CALLS, Foreign::operations);
+    let gru = Gru::attach(ports.collect(), driver(plant, operations));
+    let kernel = Kernel::new(&gru, ModelMemory::new(&bus, KERNEL_ARENA)?);
     let shared = Shared {
+        kernel: Some(kernel),
         bus: bus.clone(),
         gru: gru.clone(),
-        space: AddressSpace::managed(memory, deadlines()),
+        space,
         arena,
         faulty: !faults.is_empty() || plant.is_some_and(|plant| !plant.must_be_found()),
         stop: AtomicBool::new(false),
@@ -193,6 +234,7 @@ pub(crate) fn run(
         short_lived: Spaces::default(),
         kept: AtomicU64::new(0),
         releases: Arc::default(),
+        foreign,
     };
     let mut report = Report {
         seed: options.seed,
@@ -207,6 +249,14 @@ pub(crate) fn run(
         ..Report::default()
     };
 
+    self_test(&mut report, &shared);
+    let status = match Server::open() {
+        Ok(server) => Some(server),
+        Err(error) => {
+            tracing::warn!(%error, "`shootdown gru status` will not find this run");
+            None
+        }
+    };
     let begun = Instant::now();
     let ends = begun + time;
     let progress = bar(options);
@@ -220,6 +270,10 @@ pub(crate) fn run(
                     &shared,
                     options.seed.wrapping_mul(1009) ^ nth,
                     share as usize,
+                    shared
+                        .foreign
+                        .as_ref()
+                        .map(|foreign| foreign.stranger(scope)),
                 );
                 scope.spawn(move || worker.run())
             })
@@ -238,6 +292,10 @@ pub(crate) fn run(
             );
             recovery.tick();
             sampler.look(begun.elapsed());
+            if let Some(status) = &status {
+                let seconds = begun.elapsed().as_secs_f64();
+                status.answer(|| Snapshot::new(&gru, &model, seconds));
+            }
             progress.set_position(begun.elapsed().as_millis() as u64 / 100);
             progress.set_message(format!(
                 "{} shootdowns",
@@ -255,6 +313,7 @@ pub(crate) fn run(
     });
     report.seconds = begun.elapsed().as_secs_f64();
     report.interrupted = interrupted.load(Ordering::Relaxed);
+    drop(status);
     progress.finish_and_clear();
     if !recovery.finish() {
         let findings = &mut report.findings;
@@ -270,6 +329,7 @@ pub(crate) fn run(
 
     let mut shootdown = None;
     let mut unregister = None;
+    let mut foreign = None;
     for one in measured {
         let add = |sum: &mut Option<hdrhistogram::Histogram<u64>>,
                    more: hdrhistogram::Histogram<u64>| match sum {
@@ -279,6 +339,7 @@ pub(crate) fn run(
         };
         add(&mut shootdown, one.shootdown);
         add(&mut unregister, one.unregister);
+        add(&mut foreign, one.foreign);
         report.findings.extend(one.findings);
     }
     let latency = |one: &Option<hdrhistogram::Histogram<u64>>| {
@@ -293,6 +354,7 @@ pub(crate) fn run(
         unregister: latency(&unregister),
         fault: latency(&faults),
     };
+    report.foreign = (shared.foreign.as_ref()).map(|one| one.report(latency(&foreign)));
     if let Some(histogram) = &shootdown {
         report.histogram = histogram
             .iter_log(1000, 4.0)
@@ -309,6 +371,15 @@ pub(crate) fn run(
         }
         _ => Ok(()),
     };
+    if let Some(audit) = audit.map(Audit::finish) {
+        report.findings.extend(audit.findings());
+        report.audit = Some(audit);
+    }
+    if let Some(Err((_, refused))) = watches.map(Watched::stop) {
+        report
+            .findings
+            .push(format!("the source does not stop: {refused}"));
+    }
     finish(&mut report, shared, &gru, &model);
     drop((gru, model, bus));
     drop(watched);
@@ -319,8 +390,21 @@ pub(crate) fn run(
     Ok((report, trace))
 }
 
+/// The driver's own tests of its chiplets, before the work begins.
+fn self_test(report: &mut Report, shared: &Shared) {
+    let Some(kernel) = &shared.kernel else { return };
+    report.gru.blades = kernel.blades().count();
+    report.gru.chiplets = report.devices as usize;
+    match kernel.self_test() {
+        Ok(passed) => report.gru.self_tests = passed,
+        Err(SelfTestFailed::Error { error, .. }) if shared.is_lost(&error) => {}
+        Err(failed) => report.findings.push(failed.to_string()),
+    }
+}
+
 /// Ends the space, and counts what is left.
-fn finish(report: &mut Report, shared: Shared, gru: &Gru, model: &Model) {
+fn finish(report: &mut Report, mut shared: Shared, gru: &Gru, model: &Model) {
+    drop(shared.kernel.take());
     let Shared {
         bus,
         space,
@@ -395,6 +479,7 @@ fn finish(report: &mut Report, shared: Shared, gru: &Gru, model: &Model) {
     }
     let stats = account(&mut report.faults, gru, model);
     report.findings.extend(report.faults.unaccounted());
+    report.gru.count(gru, &stats);
     report.faults_resolved = stats.faults_resolved;
     report.fault_retries = stats.fault_retries;
     report.leaked = Leaked {

@@ -6,16 +6,19 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use shootdown::{AddressSpace, Device, FaultError, Health, InvalidateError, MapError, Range};
-use shootdown_gru::{Gru, GruError, Instruction, Segment};
+use shootdown_gru::{Gru, GruError, Instruction, Kernel, Segment};
 use shootdown_hw_model::Bus;
 
 use crate::churn::Releases;
+use crate::foreign::Foreign;
 
 /// Any instruction ends sooner, or its device is dead.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What all threads share.
 pub(crate) struct Shared {
+    /// The driver's own services, until the end of the run.
+    pub(crate) kernel: Option<Kernel>,
     pub(crate) bus: Bus,
     pub(crate) gru: Arc<Gru>,
     pub(crate) space: AddressSpace,
@@ -32,6 +35,8 @@ pub(crate) struct Shared {
     /// Bytes that the exits of short-lived spaces had to keep.
     pub(crate) kept: AtomicU64,
     pub(crate) releases: Releases,
+    /// Others change the memory too.
+    pub(crate) foreign: Option<Foreign>,
 }
 
 impl Shared {
@@ -56,7 +61,12 @@ impl Shared {
     pub(crate) fn is_lost(&self, error: &GruError) -> bool {
         match error {
             GruError::ContextLost { .. } | GruError::Timeout { .. } | GruError::Fault(_) => true,
-            GruError::HandleTimeout { .. } | GruError::NoContext { .. } => self.faulty,
+            GruError::HandleTimeout { .. }
+            | GruError::NoContext { .. }
+            | GruError::NoneStealable { .. }
+            | GruError::NoFreeBlocks { .. }
+            | GruError::Congested { .. } => self.faulty,
+            GruError::Exception { causes, .. } => self.faulty && causes.is_retryable(),
             GruError::Map(error) => self.faulty && is_quarantine(error),
             _ => false,
         }

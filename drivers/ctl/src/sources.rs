@@ -34,13 +34,19 @@ pub(crate) enum Error {
     Child(&'static str, io::Error),
     #[error("the child that tried the source {0} ended with {1}: {2}")]
     Ended(&'static str, std::process::ExitStatus, String),
-    #[error("there is no source {0}: managed, uffd and unotify are known")]
+    #[error("there is no source {0}: {known} are known", known = NAMES.join(", "))]
     Unknown(String),
     #[error("the source could not be tried: {0}")]
     Tried(Box<dyn std::error::Error>),
 }
 
-const NAMES: [&str; 3] = ["managed", "uffd", "unotify"];
+const NAMES: &[&str] = &[
+    "managed",
+    "uffd",
+    "unotify",
+    #[cfg(feature = "kvm")]
+    "kvm-mmu",
+];
 const PAGE: u64 = 4096;
 /// Operations of which the median is taken.
 const ROUNDS: usize = 2000;
@@ -87,7 +93,7 @@ pub(crate) fn run(options: &SourcesOptions) -> Result<(Sources, bool), Error> {
         let sources = vec![probe(name)?];
         return Ok((Sources { sources }, true));
     }
-    let sources = NAMES.into_iter().map(child).collect::<Result<_, _>>()?;
+    let sources = NAMES.iter().copied().map(child).collect::<Result<_, _>>()?;
     Ok((Sources { sources }, options.json))
 }
 
@@ -120,6 +126,8 @@ fn probe(name: &str) -> Result<Report, Error> {
         "managed" => None,
         "uffd" => Some(Arc::new(Uffd::new())),
         "unotify" => Some(Arc::new(Unotify::new())),
+        #[cfg(feature = "kvm")]
+        "kvm-mmu" => Some(Arc::new(shootdown_kvm::KvmMmu::new())),
         other => return Err(Error::Unknown(other.to_owned())),
     };
     let failed = |error: Box<dyn std::error::Error>| Error::Tried(error);

@@ -10,15 +10,17 @@ use rand::{Rng, SeedableRng};
 use shootdown::{
     Addr, AddressSpace, InvalidateError, Map, MapError, MemoryError, PageSize, Range, Rights,
 };
-use shootdown_gru::{Atomic, Element, GruError, Instruction, Segment};
+use shootdown_gru::{Atomic, Element, GruError, Instruction, MissMode, Segment, SegmentOptions};
 
 use crate::churn;
+use crate::foreign::Stranger;
 use crate::shared::{Shared, is_quarantine};
 
 /// What one thread has measured.
 pub(crate) struct Measured {
     pub(crate) shootdown: Histogram<u64>,
     pub(crate) unregister: Histogram<u64>,
+    pub(crate) foreign: Histogram<u64>,
     pub(crate) findings: Vec<String>,
 }
 
@@ -35,8 +37,10 @@ pub(crate) struct Worker<'s> {
     pub(crate) shared: &'s Shared,
     pub(crate) rng: SmallRng,
     pub(crate) segments: Vec<Segment>,
+    /// Makes foreign calls for this thread.
+    pub(crate) stranger: Option<Stranger>,
     wanted: usize,
-    measured: Measured,
+    pub(crate) measured: Measured,
     rounds: u64,
     /// A device was lost in this round. What it was at work on it may go on with, if it survived.
     lost: bool,
@@ -47,15 +51,22 @@ pub(crate) struct Worker<'s> {
 }
 
 impl<'s> Worker<'s> {
-    pub(crate) fn new(shared: &'s Shared, seed: u64, segments: usize) -> Self {
+    pub(crate) fn new(
+        shared: &'s Shared,
+        seed: u64,
+        segments: usize,
+        stranger: Option<Stranger>,
+    ) -> Self {
         Self {
             shared,
             rng: SmallRng::seed_from_u64(seed),
             segments: Vec::new(),
+            stranger,
             wanted: segments,
             measured: Measured {
                 shootdown: histogram(),
                 unregister: histogram(),
+                foreign: histogram(),
                 findings: Vec::new(),
             },
             rounds: 0,
@@ -159,7 +170,8 @@ impl<'s> Worker<'s> {
         self.lost = false;
         self.unmap_left();
         while self.segments.len() < self.wanted {
-            match self.shared.gru.segment(&self.shared.space) {
+            let options = self.segment_options();
+            match self.shared.gru.segment_with(&self.shared.space, options) {
                 Ok(segment) => self.segments.push(segment),
                 Err(_) if !self.segments.is_empty() => break,
                 Err(error) => {
@@ -192,6 +204,7 @@ impl<'s> Worker<'s> {
             self.work(buffer);
         }
         self.change(buffer);
+        self.foreign(buffer);
         self.end(buffer);
         if self.rounds % 8 == 1 {
             self.fault_beside_change();
@@ -204,6 +217,23 @@ impl<'s> Worker<'s> {
         }
         if self.rounds % 16 == 9 {
             self.short_lived_space();
+        }
+        if self.rounds % 16 == 13 {
+            self.services();
+        }
+    }
+
+    /// What the next segment is made with: misses are resolved in all ways.
+    fn segment_options(&mut self) -> SegmentOptions {
+        let misses = match self.rng.random_range(0..4) {
+            0 => MissMode::UserPolling,
+            1 => MissMode::FaultMapPolled,
+            _ => MissMode::FaultMap,
+        };
+        SegmentOptions {
+            control_blocks: BLOCKS,
+            data_bytes: CHUNK as usize * 8,
+            misses,
         }
     }
 

@@ -57,6 +57,23 @@ fn a_clean_run_passes_and_reports_everything() {
     for (key, want) in [("seed", 7), ("threads", 4), ("devices", 4)] {
         assert_eq!(report[key], want, "{key}");
     }
+    assert_eq!(report["gru"]["self_tests"], 8);
+    for key in [
+        "misses_user",
+        "misses_interrupt",
+        "misses_polled",
+        "contexts_stolen",
+        "asid_wraps",
+        "asids_retired",
+        "purges_pages",
+        "purges_spared",
+        "messages_sent",
+        "queue_flips",
+        "completions",
+    ] {
+        let count = report["gru"]["counters"][key].as_u64();
+        assert!(count > Some(0), "{key}: {report:#}");
+    }
     for key in ["data_mismatches", "stale_accesses", "quarantined"] {
         assert_eq!(report[key], 0, "{key}");
     }
@@ -215,7 +232,10 @@ fn wrong_usage_is_status_2_and_names_what_is_wrong() {
         ("--no-such-flag", "--no-such-flag"),
         ("--seconds 0", "'0'"),
         ("--threads many", "'many'"),
-        ("--devices 1 --segments 99", "99 segments"),
+        ("--segments 0", "'0'"),
+        ("gru", "status"),
+        ("gru status --pid many", "'many'"),
+        ("gru status --no-such-flag", "--no-such-flag"),
         ("--plant unheard-of", "\"unheard-of\""),
         ("--faults lost,unheard-of", "\"unheard-of\""),
         ("--faults all --plant no-flush", "--plant"),
@@ -297,4 +317,91 @@ fn a_trace_has_the_phases() {
     for phase in ["quiesce", "issue", "sync"] {
         assert!(events.iter().any(|event| event["name"] == phase), "{phase}");
     }
+}
+
+/// Runs the command with a folder of its own for sockets.
+fn status(folder: &std::path::Path, arguments: &str) -> (Option<i32>, String, String) {
+    let mut command = shootdown(arguments);
+    command.env("XDG_RUNTIME_DIR", folder);
+    ended(command.output().expect("it starts"))
+}
+
+#[test]
+fn the_status_of_the_grus_is_that_of_the_run_that_is_at_work() {
+    let folder = std::env::temp_dir().join(format!("shootdown-status-{}", std::process::id()));
+    std::fs::create_dir(&folder).expect("a folder");
+    let (code, stdout, stderr) = status(&folder, "gru status");
+    assert_eq!((code, stdout.as_str()), (Some(3), ""), "{stderr}");
+    assert!(
+        stderr.contains("no run is at work") && stderr.contains("shootdown run"),
+        "{stderr}"
+    );
+    // Somebody who has crashed.
+    let stale = folder.join("shootdown-1.sock");
+    drop(std::os::unix::net::UnixListener::bind(&stale).expect("a socket"));
+    let start = || {
+        Command::new(env!("CARGO_BIN_EXE_shootdown"))
+            .args(["run", "--seconds", "600", "--devices", "2", "--json"])
+            .env("XDG_RUNTIME_DIR", &folder)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("it starts")
+    };
+    let first = start();
+    let begun = std::time::Instant::now();
+    let look = || loop {
+        let (code, stdout, stderr) = status(&folder, "gru status --json");
+        if code == Some(0) {
+            return object(&stdout);
+        }
+        assert!(begun.elapsed().as_secs() < 60, "{stderr}");
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    };
+    let instructions = |status: &Value| -> u64 {
+        let chiplets = status["chiplets"].as_array().expect("a list");
+        chiplets
+            .iter()
+            .filter_map(|one| one["instructions"].as_u64())
+            .sum()
+    };
+    let before = look();
+    assert_eq!(before["pid"], first.id());
+    assert_eq!(before["chiplets"].as_array().map(Vec::len), Some(2));
+    while instructions(&look()) == instructions(&before) {
+        assert!(begun.elapsed().as_secs() < 60, "it does not live");
+    }
+    assert!(!stale.exists(), "it was left by nobody");
+    let (code, table, _) = status(&folder, "gru status");
+    assert_eq!(code, Some(0));
+    for word in [
+        "blade",
+        "gru1",
+        "TLB",
+        "faults",
+        "ASID",
+        "drop-ins",
+        "START of a context",
+    ] {
+        assert!(table.contains(word), "{word}: {table}");
+    }
+    let (code, _, stderr) = status(&folder, "gru status --pid 1");
+    assert_eq!(code, Some(2), "{stderr}");
+    assert!(stderr.contains(&first.id().to_string()), "{stderr}");
+    let second = start();
+    let both = format!("gru status --pid {}", second.id());
+    while status(&folder, &both).0 != Some(0) {
+        assert!(begun.elapsed().as_secs() < 60, "the second run");
+    }
+    let (code, _, stderr) = status(&folder, "gru status");
+    assert_eq!(code, Some(2), "{stderr}");
+    for pid in [first.id(), second.id()] {
+        assert!(stderr.contains(&pid.to_string()), "{stderr}");
+    }
+    for run in [first, second] {
+        let (code, stdout, stderr) = interrupt(run);
+        assert_eq!(code, Some(0), "{stdout} {stderr}");
+    }
+    assert_eq!(status(&folder, "gru status").0, Some(3));
+    std::fs::remove_dir(&folder).expect("nothing is left in it");
 }

@@ -142,8 +142,13 @@ impl Edu {
     /// It does not come by the deadline, or the device is gone.
     pub fn check_interrupt(&self) -> Result<(), EduError> {
         let _engine = self.engine();
-        // What is left of earlier ones.
-        while self.interrupts.wait(0, Duration::ZERO)? > 0 {}
+        // What is left of earlier ones. A storm has no end.
+        let begun = Instant::now();
+        while self.interrupts.wait(0, Duration::ZERO)? > 0 {
+            if begun.elapsed() >= self.config.deadline {
+                return Err(self.timeout("the end of its interrupts"));
+            }
+        }
         self.registers
             .write32(register::INTERRUPT_RAISE, INTERRUPT_SOFTWARE)?;
         let fired = self.interrupts.wait(0, self.config.deadline);

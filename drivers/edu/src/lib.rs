@@ -12,6 +12,9 @@ mod bytes;
 mod check;
 mod edu;
 mod error;
+#[cfg(any(test, fuzzing))]
+#[cfg_attr(fuzzing, allow(missing_docs))]
+pub mod fuzz;
 
 pub use check::{Check, CheckError, CheckPorts, self_check};
 pub use edu::{Direction, Edu, EduConfig, Transfer};

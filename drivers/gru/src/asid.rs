@@ -11,8 +11,9 @@
 //! left out of the new generation altogether, even if their contexts go meanwhile. An ASID of an older generation is not taken
 //! up again by a space without a loaded context.
 
+use shootdown_primitive::sync::atomic::{AtomicU64, Ordering};
+
 use std::ops::RangeInclusive;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 /// From one ASID to the next.
 const STEP: u32 = 8;
@@ -144,11 +145,13 @@ pub(crate) struct Asids {
 }
 
 impl Asids {
-    pub(crate) fn new(all: RangeInclusive<u32>, reuse: bool) -> Self {
+    pub(crate) fn new(all: RangeInclusive<u32>, start: Option<u32>, reuse: bool) -> Self {
         let first = (*all.start()).next_multiple_of(STEP).max(STEP);
+        let all = first..=(*all.end()).min(0xff_fff0);
+        let start = start.map_or(first, |start| start.next_multiple_of(STEP));
         Self {
-            next: first,
-            all: first..=(*all.end()).min(0xff_fff0),
+            next: start.clamp(first, *all.end()),
+            all,
             generation: 0,
             reserved: Vec::new(),
             reuse,
@@ -158,7 +161,14 @@ impl Asids {
 
     /// How many there are.
     pub(crate) fn count(&self) -> usize {
-        self.all.clone().step_by(STEP as usize).count()
+        let (first, last) = (*self.all.start(), *self.all.end());
+        last.checked_sub(first)
+            .map_or(0, |span| (span / STEP) as usize + 1)
+    }
+
+    /// The generation, and the next one to be handed out in it.
+    pub(crate) fn position(&self) -> (u32, u32) {
+        (self.generation, self.next)
     }
 
     /// How often they were used up.
@@ -221,7 +231,7 @@ mod tests {
     #[test]
     fn an_asid_comes_back_only_after_a_flush() {
         let (words, mut flushes) = (Words::new(8), 0);
-        let mut asids = Asids::new(8..=16, false);
+        let mut asids = Asids::new(8..=16, None, false);
         assert_eq!(bind(&words, &mut asids, 0, &mut flushes), Some(8));
         words.unbind(0, 0);
         assert_eq!(bind(&words, &mut asids, 1, &mut flushes), Some(16));
@@ -240,7 +250,7 @@ mod tests {
     #[test]
     fn an_asid_that_was_loaded_at_the_wrap_is_left_out_even_when_it_is_free_later() {
         let (words, mut flushes) = (Words::new(8), 0);
-        let mut asids = Asids::new(8..=24, false);
+        let mut asids = Asids::new(8..=24, None, false);
         for tag in 0..3 {
             bind(&words, &mut asids, tag, &mut flushes);
         }
@@ -259,7 +269,7 @@ mod tests {
     #[test]
     fn nothing_is_left_when_every_asid_is_loaded() {
         let (words, mut flushes) = (Words::new(8), 0);
-        let mut asids = Asids::new(8..=16, false);
+        let mut asids = Asids::new(8..=16, None, false);
         bind(&words, &mut asids, 0, &mut flushes);
         bind(&words, &mut asids, 1, &mut flushes);
         assert_eq!(bind(&words, &mut asids, 2, &mut flushes), None);
@@ -268,7 +278,7 @@ mod tests {
     #[test]
     fn a_loaded_context_keeps_its_asid_from_being_retired() {
         let (words, mut flushes) = (Words::new(8), 0);
-        let mut asids = Asids::new(8..=16, false);
+        let mut asids = Asids::new(8..=16, None, false);
         bind(&words, &mut asids, 0, &mut flushes);
         assert_eq!(words.retire(0).asid(), Some(8));
         words.unbind(0, 0);

@@ -13,27 +13,29 @@
 //! does not come back is *dead*: the epoch stays odd, so that nothing is loaded, and nothing counts as acknowledged, until a
 //! later reset succeeds.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
-
 use shootdown::{
     Completion, DeviceTlb, FlushCommand, Issue, Limits, PageSizes, Registers, ResetError, Scope,
     Ticket,
 };
+use shootdown_primitive::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use shootdown_primitive::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use shootdown_primitive::time::{Duration, Instant};
 
 use crate::asid::{Asids, Words};
 use crate::config::{Config, Plant};
-use crate::context::{self, Context};
+use crate::context::{Context, Loaded};
 use crate::error::GruError;
-use crate::handle::Backoff;
-use crate::layout::{CONTEXTS, RESET, page_code, tgh};
+use crate::handle::{Backoff, Timing};
+use crate::layout::{CONTEXTS, RESET, cch, configuration, page_code, tgh};
+use crate::load;
 use crate::purge::{Purge, Purges, Unended};
 use crate::stats::{Counters, Latencies};
+use crate::status::Condition;
 
 /// A context that is taken.
 pub(crate) struct Slot {
     pub(crate) context: Arc<Context>,
+    pub(crate) loaded: Loaded,
     /// The hardware did not give it back.
     pub(crate) leaked: bool,
 }
@@ -46,11 +48,14 @@ pub(crate) struct State {
 
 pub(crate) struct Chiplet {
     pub(crate) name: String,
+    pub(crate) blade: u32,
     pub(crate) registers: Arc<dyn Registers>,
     pub(crate) words: Words,
     pub(crate) config: Config,
     pub(crate) counters: Arc<Counters>,
     pub(crate) fault_latency: Latencies,
+    /// Segments that it serves, loaded or not.
+    segments: AtomicUsize,
     /// Whether a thread serves the fault map; if not, misses wait for their users.
     pub(crate) served: AtomicBool,
     purges: Purges,
@@ -74,7 +79,7 @@ impl std::fmt::Debug for Chiplet {
 
 impl Chiplet {
     pub(crate) fn new(
-        name: String,
+        (name, blade): (String, u32),
         registers: Arc<dyn Registers>,
         config: &Config,
         tags: usize,
@@ -83,7 +88,9 @@ impl Chiplet {
         let reuse = config.plants.contains(Plant::ASID_REUSED);
         Self {
             name,
+            blade,
             registers,
+            segments: AtomicUsize::new(0),
             words: Words::new(tags),
             config: config.clone(),
             counters,
@@ -95,7 +102,7 @@ impl Chiplet {
             resets_over: AtomicU64::new(0),
             dead: AtomicBool::new(false),
             state: Mutex::new(State {
-                asids: Asids::new(config.asids.clone(), reuse),
+                asids: Asids::new(config.asids.clone(), config.first_asid, reuse),
                 slots: std::array::from_fn(|_| None),
             }),
         }
@@ -117,19 +124,58 @@ impl Chiplet {
         self.epoch.load(Ordering::Acquire)
     }
 
+    /// How it is.
+    pub(crate) fn condition(&self) -> Condition {
+        match self.epoch().is_multiple_of(2) {
+            true => Condition::Well,
+            false if self.is_dead() => Condition::Dead,
+            false => Condition::Resetting,
+        }
+    }
+
+    /// Segments that it serves, loaded or not.
+    pub(crate) fn segments(&self) -> usize {
+        // Relaxed: a hint, and a statistic.
+        self.segments.load(Ordering::Relaxed)
+    }
+
+    /// Whether contexts can be loaded, or will be after a reset that is in progress.
+    pub(crate) fn is_well(&self) -> bool {
+        !self.is_dead()
+    }
+
+    /// A segment comes.
+    pub(crate) fn enlist(&self) {
+        // Relaxed: as in `segments`.
+        self.segments.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A segment goes.
+    pub(crate) fn dismiss(&self) {
+        // Relaxed: as in `segments`.
+        self.segments.fetch_sub(1, Ordering::Relaxed);
+    }
+
     /// Contexts that are taken.
     pub(crate) fn taken(&self) -> usize {
         let mut state = self.lock();
-        context::reclaim(self, &mut state);
+        load::reclaim(self, &mut state);
         state.slots.iter().flatten().count()
     }
 
-    /// The context that control-block slot `slot` belongs to.
-    pub(crate) fn owner(&self, slot: usize) -> Option<Arc<Context>> {
+    /// The context that control-block slot `slot` belongs to, and which of its control blocks that is.
+    pub(crate) fn owner(&self, slot: usize) -> Option<(Arc<Context>, usize)> {
         let state = self.lock();
         let mut taken = state.slots.iter().flatten();
-        let owner = taken.find(|one| one.context.owns(slot))?;
-        Some(Arc::clone(&owner.context))
+        taken.find_map(|one| {
+            let cb = one.loaded.control_block(slot)?;
+            Some((Arc::clone(&one.context), cb))
+        })
+    }
+
+    /// What purges have cost.
+    pub(crate) fn purge_timing(&self) -> &Timing {
+        &self.purges.timing
     }
 
     /// What became of purges that did not end by themselves.
@@ -236,6 +282,13 @@ impl Chiplet {
             }
             backoff.wait();
         }
+        // What has been reset runs no context: one that says otherwise goes on with what it has in its TLB.
+        for index in 0..CONTEXTS {
+            let dw0 = self.registers.read(configuration(index)).ok()?;
+            if cch::state(dw0) != cch::INACTIVE {
+                return None;
+            }
+        }
         Some(())
     }
 }
@@ -247,21 +300,40 @@ impl DeviceTlb for ChipletTlb {
     fn limits(&self) -> Limits {
         Limits {
             entry_sizes: PageSizes::all(),
-            pages_per_command: tgh::PAGES,
+            // One page more makes a purge complete, which is what a full flush is.
+            pages_per_command: tgh::PAGES - 1,
             commands_per_batch: 8,
             full_flush_cost: 4,
         }
     }
 
+    /// Entries are what [`fault`](crate::fault) installs: the page that the translation names.
+    fn splits_pages(&self) -> bool {
+        false
+    }
+
     fn issue(&self, command: FlushCommand) -> Issue {
         let chiplet = &*self.0;
+        let counters = &*chiplet.counters;
         let Some(purge) = chiplet.purge_of(command) else {
+            counters.purges_spared.hit();
             return Issue::NothingCached;
         };
         match chiplet.purges.issue(&*chiplet.registers, &purge) {
-            Ok(true) => Issue::Queued,
+            Ok(true) => {
+                let counter = match command.scope {
+                    Scope::Pages { .. } => &counters.purges_pages,
+                    Scope::Tag => &counters.purges_asid,
+                    Scope::Device => &counters.purges_whole,
+                };
+                counter.hit();
+                Issue::Queued
+            }
             // A chiplet that is gone has no room either: the engine's deadlines lead to the reset, which says so.
-            Ok(false) | Err(_) => Issue::Busy,
+            Ok(false) | Err(_) => {
+                counters.purges_busy.hit();
+                Issue::Busy
+            }
         }
     }
 

@@ -4,7 +4,9 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
-use shootdown::{Interrupts, Registers};
+use shootdown::{Interrupts, Operations, Registers};
+
+use crate::layout::{CBS_PER_UNIT, DATA_PER_UNIT};
 
 bitflags::bitflags! {
     /// Bugs that can be switched on, to prove that a test would find them.
@@ -64,21 +66,78 @@ pub enum LateDropIns {
     IgnoredByHardware,
 }
 
+/// Who resolves a segment's TLB misses.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum MissMode {
+    /// Its user: a control block that misses says [`Status::CallOs`](crate::Status::CallOs).
+    UserPolling,
+    /// The chiplet's service thread, which the miss interrupts. Its user where the thread cannot, as the map lock is held.
+    #[default]
+    FaultMap,
+    /// Whoever polls the control block, without an interrupt and without a call. Its user where the map lock is held.
+    FaultMapPolled,
+}
+
+/// What a segment has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SegmentOptions {
+    /// Control blocks, rounded up to whole allocation units of 2; 1 to 128.
+    pub control_blocks: usize,
+    /// Data bytes, rounded up to whole allocation units of 1024; at most 32 KiB.
+    pub data_bytes: usize,
+    /// Who resolves its TLB misses.
+    pub misses: MissMode,
+}
+
+impl SegmentOptions {
+    /// Allocation units: of control blocks, of data.
+    pub(crate) fn units(&self) -> (usize, usize) {
+        (
+            self.control_blocks.div_ceil(CBS_PER_UNIT),
+            self.data_bytes.div_ceil(DATA_PER_UNIT),
+        )
+    }
+}
+
+/// When a context may be stolen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Steal {
+    /// For how long a context stays with the segment that it was loaded for.
+    pub window: Duration,
+    /// After how long who has none tries again.
+    pub retry: Duration,
+}
+
+impl Default for Steal {
+    fn default() -> Self {
+        Self {
+            window: Duration::from_millis(200),
+            retry: Duration::from_millis(20),
+        }
+    }
+}
+
 /// How the driver attaches.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Config {
     /// For one operation of a context or fault handle, and for the flush when the ASIDs wrap.
     pub handle_deadline: Duration,
+    /// For a segment that has no context: how long it tries to get one.
+    pub load_deadline: Duration,
     /// For invalidations that a TLB miss has to wait for.
     pub fault_deadline: Duration,
     /// The ASIDs to hand out, each 8 after the one before; hardware has 8..=0xff_fff0. Fewer make them wrap earlier.
     pub asids: RangeInclusive<u32>,
-    /// Control blocks of a segment, rounded up to whole allocation units of 2; 1 to 128.
-    pub control_blocks: usize,
-    /// Data bytes of a segment, rounded up to whole allocation units of 1024; at most 32 KiB.
-    pub data_bytes: usize,
+    /// The first one to hand out, if it is not the first of all: near their end it makes them wrap soon.
+    pub first_asid: Option<u32>,
+    /// What a segment has that is not told otherwise.
+    pub segment: SegmentOptions,
+    /// When a context may be stolen.
+    pub steal: Steal,
     /// How late drop-ins are kept out of the TLB.
     pub late_drop_ins: LateDropIns,
+    /// What others may do to memory of the spaces: a space whose sources do not tell of one of these in time gets no segment.
+    pub foreign: Operations,
     /// What is wrong with the driver.
     pub plants: Plant,
 }
@@ -88,11 +147,18 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             handle_deadline: Duration::from_secs(1),
+            load_deadline: Duration::from_secs(5),
             fault_deadline: Duration::from_secs(1),
             asids: 8..=0xff_fff0,
-            control_blocks: 8,
-            data_bytes: 2048,
+            first_asid: None,
+            segment: SegmentOptions {
+                control_blocks: 8,
+                data_bytes: 2048,
+                misses: MissMode::default(),
+            },
+            steal: Steal::default(),
             late_drop_ins: LateDropIns::default(),
+            foreign: Operations::CALLS,
             plants: Plant::empty(),
         }
     }
@@ -102,6 +168,8 @@ impl Default for Config {
 pub struct ChipletPorts {
     /// Its name in reports.
     pub name: String,
+    /// The blade that it sits on, as does its neighbour.
+    pub blade: u32,
     /// Its window of 128 MiB.
     pub registers: Arc<dyn Registers>,
     /// Its interrupt vectors.

@@ -1,21 +1,23 @@
 //! The driver: chiplets, their service threads, and the spaces that have segments.
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::thread::{self, JoinHandle};
+use std::collections::{BTreeMap, HashMap};
 
 use hdrhistogram::Histogram;
 use shootdown::{AddressSpace, Device, Range, Share, Target};
+use shootdown_primitive::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use shootdown_primitive::sync::{Arc, Mutex, PoisonError, Weak};
+use shootdown_primitive::thread::{self, JoinHandle};
 
 use crate::chiplet::{Chiplet, ChipletTlb};
-use crate::config::{ChipletPorts, Config};
-use crate::context::Context;
+use crate::config::{ChipletPorts, Config, SegmentOptions};
+use crate::context::{Context, User};
 use crate::error::GruError;
 use crate::fault;
+use crate::handle::OperationStats;
 use crate::notifier::{Binding, Fabric, Handler};
 use crate::segment::Segment;
 use crate::stats::{Counters, GruStats};
+use crate::status::ChipletStatus;
 
 /// The driver. Segments keep it; when the last reference is gone its threads end.
 pub struct Gru {
@@ -26,6 +28,7 @@ pub struct Gru {
     /// The binding of each space that has a registration, held by that registration.
     bindings: Mutex<HashMap<u64, Weak<Binding>>>,
     counters: Arc<Counters>,
+    config: Config,
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -51,7 +54,8 @@ impl Gru {
             let tags = crate::notifier::TAGS;
             let counters = Arc::clone(&counters);
             let registers = port.registers;
-            let chiplet = Chiplet::new(port.name, registers, &config, tags, counters);
+            let at = (port.name, port.blade);
+            let chiplet = Chiplet::new(at, registers, &config, tags, counters);
             let chiplet = Arc::new(chiplet);
             // Before the thread begins, which may take it back.
             chiplet.served.store(true, Ordering::Release);
@@ -71,11 +75,12 @@ impl Gru {
             chiplets.push(chiplet);
         }
         Arc::new(Self {
-            fabric: Arc::new(Fabric::new(chiplets, config.late_drop_ins)),
+            fabric: Arc::new(Fabric::new(chiplets, config.late_drop_ins, config.foreign)),
             devices,
             key: KEY.fetch_add(1, Ordering::Relaxed),
             bindings: Mutex::new(HashMap::new()),
             counters,
+            config,
             stop,
             threads,
         })
@@ -86,25 +91,59 @@ impl Gru {
         &self.devices
     }
 
-    /// Makes a segment for `space`: a context of the chiplet that has most room, mapped anywhere in the space. Waits for
-    /// hardware, then for the map lock.
+    /// Makes a segment for `space`, as the driver's configuration has them. As [`Gru::segment_with`].
     ///
     /// # Errors
-    /// [`GruError::NoContext`], [`GruError::NoTag`], [`GruError::NoAsid`]; the space exits or has no room; the hardware does
-    /// not answer.
+    /// As there.
     pub fn segment(self: &Arc<Self>, space: &AddressSpace) -> Result<Segment, GruError> {
+        self.segment_with(space, self.config.segment)
+    }
+
+    /// Makes a segment for `space` on the chiplet with the fewest, mapped anywhere in the space. It is loaded at once where a context
+    /// is free, else when it is first used. Waits for hardware, then for the map lock.
+    ///
+    /// # Errors
+    /// [`GruError::NoContext`], [`GruError::NoTag`], [`GruError::NoAsid`], [`GruError::TooLarge`]; the space exits or has no room;
+    /// the hardware does not answer.
+    pub fn segment_with(
+        self: &Arc<Self>,
+        space: &AddressSpace,
+        options: SegmentOptions,
+    ) -> Result<Segment, GruError> {
+        let SegmentOptions {
+            control_blocks,
+            data_bytes,
+            ..
+        } = options;
+        if !(1..=128).contains(&control_blocks) || data_bytes > 32 << 10 {
+            return Err(GruError::TooLarge {
+                control_blocks,
+                data_bytes,
+            });
+        }
         let (binding, share) = self.join(space)?;
         let share = Arc::new(share);
         let mut order: Vec<_> = self.fabric.chiplets.iter().zip(&self.devices).collect();
-        order.sort_by_key(|(chiplet, _)| chiplet.taken());
-        for (chiplet, device) in order {
-            if let Some(context) = Context::load(chiplet, device, &binding, &share)? {
-                return Segment::map(space, context, Arc::clone(self));
+        order.sort_by_key(|(chiplet, _)| chiplet.segments());
+        let context = |(chiplet, device): &(&Arc<Chiplet>, &Device)| {
+            let user = User {
+                binding: Arc::clone(&binding),
+                share: Arc::clone(&share),
+            };
+            Context::new(chiplet, device, Some(user), options)
+        };
+        for at in &order {
+            let context = context(at);
+            if context.try_load(false)? {
+                return Segment::map(space, context, share, Arc::clone(self));
             }
         }
-        Err(GruError::NoContext {
-            chiplets: self.fabric.chiplets.len(),
-        })
+        match order.iter().find(|(chiplet, _)| chiplet.is_well()) {
+            Some(at) => Segment::map(space, context(at), share, Arc::clone(self)),
+            None => Err(GruError::NoContext {
+                chiplets: self.fabric.chiplets.len(),
+            }),
+        }
     }
 
     /// A share of the space's registration, and what belongs to it.
@@ -137,6 +176,40 @@ impl Gru {
         chiplets
             .map(|chiplet| chiplet.fault_latency.read())
             .collect()
+    }
+
+    /// The blades by number, and of each the chiplet with the fewest segments.
+    pub(crate) fn blades(&self) -> impl Iterator<Item = (u32, (&Arc<Chiplet>, &Device))> {
+        let mut blades = BTreeMap::new();
+        for at in self.fabric.chiplets.iter().zip(&self.devices) {
+            let best = blades.entry(at.0.blade).or_insert(at);
+            if at.0.segments() < best.0.segments() {
+                *best = at;
+            }
+        }
+        blades.into_iter()
+    }
+
+    pub(crate) fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// The chiplets, as they are now. Takes each one's lock for a moment, and reads its fault handles.
+    ///
+    /// # Errors
+    /// One of them is gone.
+    pub fn status(&self) -> Result<Vec<ChipletStatus>, GruError> {
+        let chiplets = self.fabric.chiplets.iter();
+        chiplets
+            .map(|chiplet| ChipletStatus::new(chiplet))
+            .collect()
+    }
+
+    /// What each operation of the driver's handles has cost.
+    pub fn operations(&self) -> Vec<OperationStats> {
+        let chiplets = self.fabric.chiplets.iter();
+        let purges = chiplets.map(|chiplet| chiplet.purge_timing());
+        self.counters.operations.read(purges)
     }
 
     /// What has been counted.

@@ -51,6 +51,41 @@ pub enum Atomic {
         /// What is stored then.
         new: u64,
     },
+    /// Adds `operand` unless it finds `except`.
+    ConditionalAdd {
+        /// What is left as it is.
+        except: u64,
+        /// What is added else.
+        operand: u64,
+    },
+    /// As [`Atomic::CompareSwap`], for the bits of the element that lies in the segment's data at `mask`.
+    MaskedCompareSwap {
+        /// What those bits are to be.
+        expected: u64,
+        /// What is stored in them then.
+        new: u64,
+        /// Byte offset of the mask.
+        mask: u16,
+    },
+    /// Waits, at work, until it finds the operand.
+    PollEqual(u64),
+    /// Waits, at work, until it finds anything else.
+    PollUnequal(u64),
+}
+
+/// The kind of memory that an address names. A page of another kind ends the instruction with an exception.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(u8)]
+pub enum AddressKind {
+    /// Memory.
+    #[default]
+    Ram = 0,
+    /// Memory-mapped I/O.
+    Mmio = 1,
+    /// Memory that is not coherent.
+    NonCoherent = 2,
+    /// Registers.
+    Registers = 3,
 }
 
 impl Atomic {
@@ -68,6 +103,10 @@ impl Atomic {
             Self::Xor(value) => (0xc, 3, value, 0),
             Self::Add(value) => (0xc, 4, value, 0),
             Self::CompareSwap { expected, new } => (0xc, 8, new, expected),
+            Self::ConditionalAdd { except, operand } => (0xc, 0xc, operand, except),
+            Self::MaskedCompareSwap { expected, new, .. } => (0x9, 0xb, new, expected),
+            Self::PollEqual(value) => (0xd, 9, value, 0),
+            Self::PollUnequal(value) => (0xd, 0xa, value, 0),
         }
     }
 }
@@ -128,6 +167,34 @@ impl Instruction {
         Self::new(0x5, element, base, count).offsets(data, indices)
     }
 
+    /// `value` to elements of memory from `base` on, by the 64-bit indices at `indices`.
+    pub fn fill(base: Addr, indices: u16, value: u64, element: Element, count: u32) -> Self {
+        let mut fill = Self::new(0x7, element, base, count).offsets(0, indices);
+        fill.words[2] = value;
+        fill
+    }
+
+    /// Whole blocks of data at `data` to memory at `to`.
+    pub fn bstore(data: u16, to: Addr, element: Element, count: u32) -> Self {
+        Self::new(0xe, element, to, count).offsets(data, 0)
+    }
+
+    /// Has memory at `at` written back from caches.
+    pub fn vflush(at: Addr, element: Element, count: u32) -> Self {
+        Self::new(0xf, element, at, count)
+    }
+
+    /// Nothing.
+    pub fn nop() -> Self {
+        Self::new(0x0, Element::Byte, Addr::new(0), 0)
+    }
+
+    /// A message of `lines` cache lines of data at `data` to the queue at `queue`. What became of it says
+    /// [`Delivery`](crate::Delivery).
+    pub fn message(queue: Addr, data: u16, lines: u32) -> Self {
+        Self::new(0x8, Element::Line, queue, lines).offsets(data, 0)
+    }
+
     /// An atomic on memory at `at`.
     pub fn atomic(at: Addr, atomic: Atomic, element: Element) -> Self {
         let (opcode, extended, first, second) = atomic.encode();
@@ -135,12 +202,39 @@ impl Instruction {
         instruction.words[0] |= extended << 24;
         instruction.words[5] = first;
         instruction.words[6] = second;
-        instruction
+        match atomic {
+            Atomic::MaskedCompareSwap { mask, .. } => instruction.offsets(mask, 0),
+            _ => instruction,
+        }
     }
 
     /// With another distance between elements than 1; negative ones go down.
     pub fn stride(mut self, stride: i64) -> Self {
         self.words[4] = stride as u64;
+        self
+    }
+
+    /// Interrupts on completion, for [`Segment::wait_asleep`](crate::Segment::wait_asleep).
+    pub fn interrupting(mut self) -> Self {
+        self.words[0] |= 4 << 4;
+        self
+    }
+
+    /// Its responses may be held back.
+    pub fn delayed(mut self) -> Self {
+        self.words[0] |= 1 << 4;
+        self
+    }
+
+    /// Its addresses are those of memory itself, which only a context of the driver's own may name.
+    pub fn unmapped(mut self) -> Self {
+        self.words[0] |= 2 << 4;
+        self
+    }
+
+    /// With other kinds of addresses than memory: of the first, and of the second where there is one.
+    pub fn kinds(mut self, first: AddressKind, second: AddressKind) -> Self {
+        self.words[0] |= ((first as u64) << 40) | ((second as u64) << 42);
         self
     }
 

@@ -34,6 +34,9 @@ pub(crate) const fn data(context: usize, offset: usize) -> u64 {
     ((context as u64) << 22) + 0x2_0000 + offset as u64
 }
 
+/// Words of a fault map with the faults; as many with the completions follow.
+pub(crate) const MAP_WORDS: usize = 2;
+
 /// Word `word` of the fault map in use.
 pub(crate) const fn fault_map(word: usize) -> u64 {
     MANAGEMENT + FAULT_MAP as u64 * STRIDE + word as u64 * 8
@@ -44,9 +47,18 @@ pub(crate) const fn purge(index: usize) -> u64 {
     MANAGEMENT + 0x8000 + index as u64 * STRIDE
 }
 
-/// The first word of an extended control block.
-pub(crate) const fn extended(slot: usize) -> u64 {
-    MANAGEMENT + 0x1_0000 + slot as u64 * STRIDE
+/// Word `word` of an extended control block.
+pub(crate) const fn extended(slot: usize, word: usize) -> u64 {
+    MANAGEMENT + 0x1_0000 + slot as u64 * STRIDE + word as u64 * 8
+}
+
+/// Words of an extended control block.
+pub(crate) mod cbe {
+    pub(crate) const CAUSE: usize = 1;
+    pub(crate) const DETAIL: usize = 2;
+    pub(crate) const ADDRESS: usize = 3;
+    /// Those that belong to a context's state: causes, detail, address, and the next element.
+    pub(crate) const STATE: std::ops::Range<usize> = 1..5;
 }
 
 /// The first word of a TLB fault handle.
@@ -74,6 +86,16 @@ pub(crate) mod status {
         (dw0 >> 16) & 3
     }
 
+    /// What became of a message, in a control block's first word.
+    pub(crate) const fn substatus(dw0: u64) -> u64 {
+        (dw0 >> 32) & 0x3f
+    }
+
+    /// The first word of an instruction that has ended, to start it once more.
+    pub(crate) const fn again(dw0: u64) -> u64 {
+        (dw0 & !(3 << 16) & !(0x3f << 32)) | (ACTIVE << 16) | 1
+    }
+
     /// The cause in a handle's first word.
     pub(crate) const fn cause(dw0: u64) -> u64 {
         (dw0 >> 20) & 0xf
@@ -91,10 +113,24 @@ pub(crate) mod cch {
     pub(crate) const ALLOCATE: u64 = 2;
     pub(crate) const DEALLOCATE: u64 = 4;
     pub(crate) const INTERRUPT_SYNC: u64 = 5;
+    /// State: it owns nothing, and does not run.
+    pub(crate) const INACTIVE: u64 = 0;
+    pub(crate) const fn state(dw0: u64) -> u64 {
+        (dw0 >> 24) & 3
+    }
+
     /// Cause: an unresolved fault locks the context.
     pub(crate) const LOCKED: u64 = 5;
     /// TLB misses go to the fault map.
     pub(crate) const TLB_INTERRUPT: u64 = 1 << 34;
+    /// TLB misses go to the fault map without an interrupt.
+    pub(crate) const FAULT_BITS: u64 = 1 << 35;
+    /// Completions that ask for it interrupt.
+    pub(crate) const CB_INTERRUPT: u64 = 1 << 33;
+    /// Instructions may name memory itself.
+    pub(crate) const UNMAP_ENABLE: u64 = 1 << 32;
+    /// Cause: not in this state.
+    pub(crate) const WRONG_STATE: u64 = 2;
     pub(crate) const DATA_MAP: u64 = 8;
     pub(crate) const CB_MAP: u64 = 16;
     pub(crate) const REGIONS: std::ops::Range<u64> = 3..11;
@@ -129,9 +165,9 @@ pub(crate) mod tgh {
         which | (code << 24) | ((pages - 1) << 32)
     }
 
-    /// In which contexts.
+    /// In which contexts; all address bits are compared.
     pub(crate) const fn contexts(bitmap: u16) -> u64 {
-        (bitmap as u64) << 40
+        ((bitmap as u64) << 40) | ((1 << 39) - 1)
     }
 }
 

@@ -12,6 +12,7 @@
 //! ```
 
 mod asid;
+mod blocks;
 mod chiplet;
 mod config;
 mod context;
@@ -20,15 +21,28 @@ mod fault;
 mod gru;
 mod handle;
 mod instruction;
+mod kernel;
 mod layout;
+mod load;
 mod notifier;
 mod purge;
+mod queue;
 mod segment;
+mod self_test;
+mod shared;
 mod stats;
+mod status;
+mod stop;
+mod window;
 
-pub use config::{ChipletPorts, Config, LateDropIns, Plant};
-pub use error::{Ended, GruError};
+pub use config::{ChipletPorts, Config, LateDropIns, MissMode, Plant, SegmentOptions, Steal};
+pub use error::{Causes, Ended, GruError};
 pub use gru::Gru;
-pub use instruction::{Atomic, Element, Instruction};
-pub use segment::{Segment, Status};
-pub use stats::GruStats;
+pub use handle::OperationStats;
+pub use instruction::{AddressKind, Atomic, Element, Instruction};
+pub use kernel::{Kernel, Pending, Words};
+pub use queue::{Message, Queue};
+pub use segment::{Delivery, Segment, Status};
+pub use self_test::SelfTestFailed;
+pub use stats::{GruStats, SegmentStats};
+pub use status::{ChipletStatus, Condition, ContextStatus};

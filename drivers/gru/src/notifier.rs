@@ -5,10 +5,9 @@
 //! that can be cached is flushed. `release` retires the ASIDs: by then the segments are over, by unmap or by the exit of the
 //! space.
 
-use std::sync::atomic::{Ordering, fence};
-use std::sync::{Arc, Mutex, PoisonError};
-
-use shootdown::{Drain, Notifier, NotifierLock, Op, SpacePin, WouldBlock};
+use shootdown::{Drain, Notifier, NotifierLock, Op, Operations, SpacePin, WouldBlock};
+use shootdown_primitive::sync::atomic::{Ordering, fence};
+use shootdown_primitive::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::chiplet::Chiplet;
 use crate::config::LateDropIns;
@@ -21,19 +20,25 @@ pub(crate) const TAGS: usize = 1024;
 pub(crate) struct Fabric {
     pub(crate) chiplets: Vec<Arc<Chiplet>>,
     late_drop_ins: LateDropIns,
+    foreign: Operations,
     free: Mutex<Vec<u64>>,
 }
 
 impl Fabric {
-    pub(crate) fn new(chiplets: Vec<Arc<Chiplet>>, late_drop_ins: LateDropIns) -> Self {
+    pub(crate) fn new(
+        chiplets: Vec<Arc<Chiplet>>,
+        late_drop_ins: LateDropIns,
+        foreign: Operations,
+    ) -> Self {
         Self {
             chiplets,
             late_drop_ins,
+            foreign,
             free: Mutex::new((0..TAGS as u64).rev().collect()),
         }
     }
 
-    fn tags(&self) -> std::sync::MutexGuard<'_, Vec<u64>> {
+    fn tags(&self) -> MutexGuard<'_, Vec<u64>> {
         // Changed by push and pop only.
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -89,6 +94,10 @@ impl Notifier for Handler {
             LateDropIns::IgnoredByHardware => fence(Ordering::SeqCst),
         }
         Ok(op.idle())
+    }
+
+    fn operations(&self) -> Operations {
+        self.0.fabric.foreign
     }
 
     fn release(&self) {

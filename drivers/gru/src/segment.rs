@@ -4,18 +4,17 @@
 //! can be called from any thread. A segment ends as a whole, with its mapping: by unmap, by whoever unmaps a part of its
 //! addresses, when its space exits, or when it is dropped.
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use shootdown::{AddressSpace, MapWriteGuard, Range, Share, Unregistered};
+use shootdown_primitive::sync::Arc;
+use shootdown_primitive::time::Duration;
 
-use shootdown::{Addr, AddressSpace, MapWriteGuard, Range, Unregistered};
-
+use crate::config::SegmentOptions;
 use crate::context::Context;
 use crate::error::{Ended, GruError};
-use crate::fault;
 use crate::gru::Gru;
-use crate::handle::Backoff;
 use crate::instruction::Instruction;
-use crate::layout::{SEGMENT_BYTES, control_block, data, extended, status};
+use crate::layout::SEGMENT_BYTES;
+use crate::stats::SegmentStats;
 
 /// What a control block says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -33,6 +32,42 @@ pub enum Status {
     CallOs,
 }
 
+/// What became of a message.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum Delivery {
+    /// It is in the queue.
+    Delivered,
+    /// The receiver's buffer is full, or did not answer: nothing has happened, and another try may succeed.
+    Congested,
+    /// It does not fit below the queue's limit: nothing has happened.
+    QueueFull {
+        /// The queue's first word: head, and limit in the upper half, in lines.
+        queue: u64,
+    },
+    /// Its lines are claimed, and it is up to software to store the message there.
+    Unstored {
+        /// The first of them.
+        line: u32,
+    },
+    /// A result that the data sheet does not have.
+    Unknown(u64),
+}
+
+impl Delivery {
+    pub(crate) fn new(substatus: u64, found: u64) -> Self {
+        match substatus {
+            0 => Self::Delivered,
+            // The receiver's buffer has overflowed; the claim was not answered.
+            1 | 4 => Self::Congested,
+            2 => Self::QueueFull { queue: found },
+            // The lines lie in another page than the queue's first; the store was not answered.
+            3 | 5 => Self::Unstored { line: found as u32 },
+            other => Self::Unknown(other),
+        }
+    }
+}
+
 /// A segment. Dropping it unmaps it, as [`shootdown::Segment`] says.
 pub struct Segment {
     context: Arc<Context>,
@@ -45,7 +80,7 @@ impl std::fmt::Debug for Segment {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Segment")
             .field("chiplet", &self.context.chiplet.name)
-            .field("context", &self.context.index)
+            .field("context", &self.context())
             .field("range", &self.range())
             .field("ended", &self.context.ended())
             .finish()
@@ -60,9 +95,9 @@ impl Segment {
     pub(crate) fn map(
         space: &AddressSpace,
         context: Arc<Context>,
+        share: Arc<Share>,
         gru: Arc<Gru>,
     ) -> Result<Self, GruError> {
-        let share = Arc::clone(&context.share);
         match space.map_segment(SEGMENT_BYTES, None, context.clone(), share) {
             Ok(mapping) => Ok(Self {
                 context,
@@ -87,14 +122,19 @@ impl Segment {
         &self.context.chiplet.name
     }
 
-    /// The number of its context on the chiplet.
-    pub fn context(&self) -> usize {
-        self.context.index
+    /// The number of its context on the chiplet; `None` while it is not loaded.
+    pub fn context(&self) -> Option<usize> {
+        self.context.loaded().map(|loaded| loaded.index)
     }
 
-    /// The ASID that it runs with.
-    pub fn asid(&self) -> u32 {
-        self.context.asid
+    /// The ASID that it runs with; `None` while it is not loaded.
+    pub fn asid(&self) -> Option<u32> {
+        self.context.loaded().map(|loaded| loaded.asid)
+    }
+
+    /// What it was made with.
+    pub fn options(&self) -> SegmentOptions {
+        self.context.options
     }
 
     /// How many control blocks it has.
@@ -112,51 +152,34 @@ impl Segment {
         self.context.ended()
     }
 
-    fn slot(&self, cb: usize) -> Result<usize, GruError> {
-        self.context.slot(cb).ok_or(GruError::NoControlBlock {
-            cb,
-            count: self.control_blocks(),
-        })
+    /// What has been counted of it.
+    pub fn stats(&self) -> SegmentStats {
+        self.context.counters.read()
     }
 
-    /// Starts an instruction. Waits for nothing.
+    /// Starts an instruction. Waits for nothing if the segment is loaded; else for a context, as all methods that use its registers do.
     ///
     /// # Errors
-    /// [`GruError::SegmentEnded`], [`GruError::ContextLost`], [`GruError::Busy`], [`GruError::NoControlBlock`].
+    /// [`GruError::SegmentEnded`], [`GruError::ContextLost`], [`GruError::Busy`], [`GruError::NoControlBlock`];
+    /// [`GruError::NoneStealable`], [`GruError::NoAsid`] or the hardware's answer where it cannot be loaded.
     pub fn submit(&self, cb: usize, instruction: &Instruction) -> Result<(), GruError> {
-        self.slot(cb)?;
-        let _mapped = self.context.mapped()?;
-        let registers = &*self.context.chiplet.registers;
-        let at = |word| control_block(self.context.index, cb, word);
-        let before = status::of(registers.read(at(0))?);
-        if matches!(before, status::ACTIVE | status::CALL_OS) {
-            return Err(GruError::Busy { cb });
-        }
-        let words = instruction.words();
-        for (word, value) in words.iter().enumerate().skip(1) {
-            registers.write(at(word), *value)?;
-        }
-        registers.write(at(0), words[0])?;
-        Ok(())
+        self.context.submit(cb, instruction)
     }
 
-    /// What a control block says. Waits for nothing.
+    /// What a control block says. A miss of a segment whose misses are polled for is resolved, if the map lock is to be had.
     ///
     /// # Errors
     /// As [`Segment::submit`].
     pub fn poll(&self, cb: usize) -> Result<Status, GruError> {
-        self.slot(cb)?;
-        let _mapped = self.context.mapped()?;
-        let registers = &*self.context.chiplet.registers;
-        let at = |word| control_block(self.context.index, cb, word);
-        Ok(match status::of(registers.read(at(0))?) {
-            status::IDLE => Status::Idle {
-                value: registers.read(at(7))?,
-            },
-            status::EXCEPTION => Status::Exception,
-            status::CALL_OS => Status::CallOs,
-            _ => Status::Active,
-        })
+        self.context.poll(cb)
+    }
+
+    /// What became of the message of a control block that is idle.
+    ///
+    /// # Errors
+    /// As [`Segment::submit`].
+    pub fn delivery(&self, cb: usize) -> Result<Delivery, GruError> {
+        self.context.delivery(cb)
     }
 
     /// Resolves the TLB miss of a control block that says [`Status::CallOs`]; nothing to do for others. Waits for the map
@@ -166,38 +189,24 @@ impl Segment {
     /// As [`Segment::submit`]; [`GruError::Refused`] where the map lock cannot be taken; [`GruError::Fault`] when
     /// invalidations go on past the deadline, or a chiplet of the driver is in quarantine; it can be called again afterwards.
     pub fn resolve(&self, cb: usize) -> Result<(), GruError> {
-        let slot = self.slot(cb)?;
-        drop(self.context.mapped()?);
-        fault::call_os(&self.context, slot)
+        self.context.resolve(cb)
     }
 
-    /// Waits until a control block is done, and resolves its misses where it has to: what an atomic found.
+    /// Waits until a control block is done, polling it, and resolves its misses where it has to: what an atomic found. An
+    /// instruction that ends with an error that is worth it is tried again, three times in all.
     ///
     /// # Errors
     /// As [`Segment::resolve`]; [`GruError::Exception`]; [`GruError::Timeout`].
     pub fn wait(&self, cb: usize, time: Duration) -> Result<u64, GruError> {
-        let slot = self.slot(cb)?;
-        let (begun, mut backoff) = (Instant::now(), Backoff::default());
-        loop {
-            match self.poll(cb)? {
-                Status::Idle { value } => return Ok(value),
-                Status::Exception => {
-                    let _mapped = self.context.mapped()?;
-                    let registers = &*self.context.chiplet.registers;
-                    return Err(GruError::Exception {
-                        cb,
-                        causes: registers.read(extended(slot) + 8)?,
-                        address: Addr::new(registers.read(extended(slot) + 24)?),
-                    });
-                }
-                Status::CallOs => self.resolve(cb)?,
-                Status::Active => backoff.wait(),
-            }
-            let waited = begun.elapsed();
-            if waited >= time {
-                return Err(GruError::Timeout { cb, waited });
-            }
-        }
+        self.context.wait(cb, time)
+    }
+
+    /// As [`Segment::wait`], asleep until it is interrupted: for instructions that [interrupt](Instruction::interrupting).
+    ///
+    /// # Errors
+    /// As [`Segment::wait`].
+    pub fn wait_asleep(&self, cb: usize, time: Duration) -> Result<u64, GruError> {
+        self.context.wait_asleep(cb, time)
     }
 
     /// [`Segment::submit`] and [`Segment::wait`].
@@ -214,27 +223,12 @@ impl Segment {
         self.wait(cb, time)
     }
 
-    fn check_data(&self, offset: usize, words: usize) -> Result<(), GruError> {
-        let (len, bytes) = (words * 8, self.data_bytes());
-        let fits = offset.checked_add(len).is_some_and(|end| end <= bytes);
-        if fits && offset.is_multiple_of(8) {
-            return Ok(());
-        }
-        Err(GruError::DataBounds { offset, len, bytes })
-    }
-
     /// Reads data from byte `offset` on.
     ///
     /// # Errors
     /// As [`Segment::submit`]; [`GruError::DataBounds`].
     pub fn read_data(&self, offset: usize, into: &mut [u64]) -> Result<(), GruError> {
-        self.check_data(offset, into.len())?;
-        let _mapped = self.context.mapped()?;
-        for (nth, word) in into.iter_mut().enumerate() {
-            let at = data(self.context.index, offset + nth * 8);
-            *word = self.context.chiplet.registers.read(at)?;
-        }
-        Ok(())
+        self.context.read_data(offset, into)
     }
 
     /// Writes data from byte `offset` on.
@@ -242,13 +236,7 @@ impl Segment {
     /// # Errors
     /// As [`Segment::read_data`].
     pub fn write_data(&self, offset: usize, from: &[u64]) -> Result<(), GruError> {
-        self.check_data(offset, from.len())?;
-        let _mapped = self.context.mapped()?;
-        for (nth, word) in from.iter().enumerate() {
-            let at = data(self.context.index, offset + nth * 8);
-            self.context.chiplet.registers.write(at, *word)?;
-        }
-        Ok(())
+        self.context.write_data(offset, from)
     }
 
     /// Unmaps it: its context is unloaded, its addresses are free again, its share of the registration is put. Waits for the

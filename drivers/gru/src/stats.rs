@@ -1,16 +1,20 @@
 //! Counters. Each is counted where the thing happens; all are relaxed, as nothing is concluded from their order.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
+use shootdown_primitive::sync::atomic::{AtomicU64, Ordering};
+use shootdown_primitive::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::handle::Timings;
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
         #[derive(Debug, Default)]
         pub(crate) struct Counters {
             $(pub(crate) $name: Counter,)*
+            /// Of handles.
+            pub(crate) operations: Timings,
         }
 
         /// What has been counted since the driver attached, and what is in use now.
@@ -31,6 +35,13 @@ macro_rules! counters {
             pub purges_open: u64,
         }
 
+        impl GruStats {
+            /// Counters that only grow, by name.
+            pub fn counters(&self) -> impl Iterator<Item = (&'static str, u64)> {
+                [$((stringify!($name), self.$name),)*].into_iter()
+            }
+        }
+
         impl Counters {
             pub(crate) fn read(&self) -> GruStats {
                 GruStats {
@@ -47,11 +58,61 @@ pub(crate) struct Counter(AtomicU64);
 
 impl Counter {
     pub(crate) fn hit(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
+        self.add(1);
+    }
+
+    pub(crate) fn add(&self, count: u64) {
+        self.0.fetch_add(count, Ordering::Relaxed);
     }
 
     pub(crate) fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// What is counted of one segment.
+#[derive(Debug, Default)]
+pub(crate) struct SegmentCounters {
+    pub(crate) misses_user: Counter,
+    pub(crate) misses_interrupt: Counter,
+    pub(crate) misses_polled: Counter,
+    pub(crate) drop_ins: Counter,
+    pub(crate) stolen: Counter,
+    pub(crate) steals: Counter,
+    pub(crate) retries: Counter,
+}
+
+/// What has been counted of one segment.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
+pub struct SegmentStats {
+    /// TLB misses answered on its user's call.
+    pub misses_user: u64,
+    /// TLB misses answered by the service thread.
+    pub misses_interrupt: u64,
+    /// TLB misses answered by whoever polled.
+    pub misses_polled: u64,
+    /// Entries installed for it.
+    pub drop_ins: u64,
+    /// Times that its context was stolen.
+    pub stolen: u64,
+    /// Times that it has stolen one.
+    pub steals: u64,
+    /// Instructions that were tried again.
+    pub retries: u64,
+}
+
+impl SegmentCounters {
+    pub(crate) fn read(&self) -> SegmentStats {
+        SegmentStats {
+            misses_user: self.misses_user.get(),
+            misses_interrupt: self.misses_interrupt.get(),
+            misses_polled: self.misses_polled.get(),
+            drop_ins: self.drop_ins.get(),
+            stolen: self.stolen.get(),
+            steals: self.steals.get(),
+            retries: self.retries.get(),
+        }
     }
 }
 
@@ -91,10 +152,54 @@ counters! {
     fault_exceptions,
     /// TLB misses that were left to their user, as the map lock was not to be had.
     faults_to_user,
+    /// TLB misses answered on the call of their user.
+    misses_user,
+    /// TLB misses answered by a service thread.
+    misses_interrupt,
+    /// TLB misses answered by whoever polled their control block.
+    misses_polled,
+    /// Interrupts that service threads have taken.
+    interrupts,
+    /// Completions that interrupted.
+    completions,
+    /// Purges of pages of one ASID that were started.
+    purges_pages,
+    /// Purges of everything of one ASID that were started.
+    purges_asid,
+    /// Purges of a whole chiplet that were started.
+    purges_whole,
+    /// Flushes that found no handle free, and were tried again.
+    purges_busy,
+    /// Flushes that needed no purge, as the space had no ASID on the chiplet.
+    purges_spared,
+    /// Instructions that were tried again after an error that is worth it.
+    retries,
+    /// Instructions that were given up after three tries.
+    retries_exhausted,
+    /// Instructions that ended with an exception for good.
+    exceptions,
+    /// Contexts that were stolen.
+    contexts_stolen,
+    /// Contexts that were not, as they had not been with their segment for long enough.
+    steals_too_early,
+    /// Contexts that were not, as a fault of theirs was unresolved.
+    steals_locked,
     /// Times that a chiplet's ASIDs were used up and its TLB was flushed.
     asid_wraps,
     /// ASIDs given up because an invalidation met an address space without a loaded context.
     asids_retired,
+    /// Messages that were delivered to a queue of the driver's own.
+    messages_sent,
+    /// Messages that were received from one.
+    messages_received,
+    /// Messages that found a queue full.
+    messages_full,
+    /// Messages that were not delivered at the first try, as the receiver was congested.
+    messages_congested,
+    /// Messages that software had to store, as the chiplet's store was refused.
+    messages_stored,
+    /// Times that a queue's halves were flipped.
+    queue_flips,
     /// Contexts loaded.
     contexts_loaded,
     /// Contexts unloaded.

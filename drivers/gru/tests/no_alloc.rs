@@ -97,6 +97,7 @@ fn unloading_a_context_at_work_does_not_allocate() {
     let model = Model::new(&bus, 1, ChipletConfig::default());
     let ports = model.chiplets().iter().map(|chiplet| ChipletPorts {
         name: "gru".to_owned(),
+        blade: 0,
         registers: Arc::new(Hardware(chiplet.clone())),
         interrupts: chiplet.clone(),
     });

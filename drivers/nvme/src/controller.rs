@@ -189,8 +189,16 @@ impl Nvme {
     /// The command failed, or the device is gone.
     pub fn check_interrupt(&self) -> Result<bool, NvmeError> {
         let interrupts = &*self.ports.interrupts;
-        // What is left of earlier ones.
-        while interrupts.wait(0, Duration::ZERO)? > 0 {}
+        // What is left of earlier ones. A storm has no end.
+        let begun = Instant::now();
+        while interrupts.wait(0, Duration::ZERO)? > 0 {
+            if begun.elapsed() >= self.config.deadline {
+                return Err(NvmeError::Timeout {
+                    what: "the end of its interrupts",
+                    deadline: self.config.deadline,
+                });
+            }
+        }
         let before = self.interrupts_taken.load(Ordering::Relaxed);
         self.identify(0, 1)?;
         let taken = self.interrupts_taken.load(Ordering::Relaxed) > before;

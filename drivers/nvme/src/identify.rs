@@ -40,31 +40,51 @@ impl Nvme {
 
     pub(crate) fn identify_controller(&self) -> Result<Controller, NvmeError> {
         self.identify(0, 1)?;
-        let at = |byte| page::IDENTIFY * PAGE as usize + byte;
-        let text = |from: usize, to: usize| {
-            let bytes: Vec<u8> = (from..to).map(|byte| self.pages.read8(at(byte))).collect();
-            String::from_utf8_lossy(&bytes).trim().to_owned()
-        };
-        // One list holds what follows the first page.
-        let list = PAGE / 8 * PAGE;
-        let max_transfer = match self.pages.read8(at(77)) {
-            0 => list,
-            shift => list.min(PAGE.checked_shl(shift.into()).unwrap_or(list)),
-        };
-        Ok(Controller {
-            serial: text(4, 24),
-            model: text(24, 64),
-            firmware: text(64, 72),
-            max_transfer,
-        })
+        Ok(Controller::parse(&self.identified()))
     }
 
     pub(crate) fn identify_namespace(&self) -> Result<Namespace, NvmeError> {
         self.identify(self.config.namespace, 0)?;
-        let at = |byte| page::IDENTIFY * PAGE as usize + byte;
-        let format = usize::from(self.pages.read8(at(26)) & 0xf);
-        let shift = self.pages.read8(at(128 + 4 * format + 2));
-        let blocks = self.pages.read64(at(0));
+        Namespace::parse(&self.identified())
+    }
+
+    /// The page for identify data, as the controller left it.
+    fn identified(&self) -> Data {
+        std::array::from_fn(|byte| self.pages.read8(page::IDENTIFY * PAGE as usize + byte))
+    }
+}
+
+/// Identify data.
+pub(crate) type Data = [u8; PAGE as usize];
+
+impl Controller {
+    pub(crate) fn parse(data: &Data) -> Self {
+        let text =
+            |from: usize, to: usize| String::from_utf8_lossy(&data[from..to]).trim().to_owned();
+        // One list holds what follows the first page.
+        let list = PAGE / 8 * PAGE;
+        // log2 of the most, in pages; 0 for as much as one likes.
+        let max_transfer = match data[77] {
+            0 => list,
+            shift => 1_u64
+                .checked_shl(shift.into())
+                .and_then(|pages| pages.checked_mul(PAGE))
+                .map_or(list, |most| most.min(list)),
+        };
+        Self {
+            serial: text(4, 24),
+            model: text(24, 64),
+            firmware: text(64, 72),
+            max_transfer,
+        }
+    }
+}
+
+impl Namespace {
+    pub(crate) fn parse(data: &Data) -> Result<Self, NvmeError> {
+        let format = usize::from(data[26] & 0xf);
+        let shift = data[128 + 4 * format + 2];
+        let blocks = u64::from_le_bytes(std::array::from_fn(|byte| data[byte]));
         if !(9..=16).contains(&shift) || blocks == 0 {
             return Err(NvmeError::Unfit {
                 what: "a namespace with blocks of 2 to the",
@@ -72,7 +92,7 @@ impl Nvme {
                 needed: "blocks of 512 bytes to 64 KiB, at least one",
             });
         }
-        Ok(Namespace {
+        Ok(Self {
             blocks,
             block_bytes: 1 << shift,
         })

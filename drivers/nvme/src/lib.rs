@@ -21,6 +21,9 @@ mod check;
 mod command;
 mod controller;
 mod error;
+#[cfg(any(test, fuzzing))]
+#[cfg_attr(fuzzing, allow(missing_docs))]
+pub mod fuzz;
 mod identify;
 mod memory;
 mod queue;

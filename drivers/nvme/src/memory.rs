@@ -51,11 +51,6 @@ impl Pages {
         unsafe { self.place::<u8>(offset).read_volatile() }
     }
 
-    /// As [`Pages::read32`].
-    pub(crate) fn read64(&self, offset: usize) -> u64 {
-        u64::from(self.read32(offset)) | u64::from(self.read32(offset + 4)) << 32
-    }
-
     /// Writes what the controller may read; a doorbell orders it.
     pub(crate) fn write32(&self, offset: usize, value: u32) {
         // SAFETY: as in `read32`.

@@ -147,7 +147,8 @@ impl Queue {
         registers.write32(capabilities.doorbell(self.number, false), self.tail)
     }
 
-    /// Takes what has completed.
+    /// Takes what has completed: one round of the queue at most, so that a controller which completes without end keeps nobody
+    /// here, who may hold the map lock.
     pub(crate) fn reap(
         &mut self,
         pages: &Pages,
@@ -155,7 +156,7 @@ impl Queue {
         capabilities: Capabilities,
     ) -> Result<(), DeviceError> {
         let mut taken = false;
-        loop {
+        for _ in 0..ENTRIES {
             let at = self.completion + self.head as usize * COMPLETION_BYTES;
             let last = pages.read32(at + completion::IDENTIFIER);
             if last >> 16 & 1 != self.phase {

@@ -21,6 +21,12 @@ pub(crate) fn parse_region(
         size: bytes.u64(offset_of!(abi::vfio_region_info, size))?,
         offset: bytes.u64(offset_of!(abi::vfio_region_info, offset))?,
     };
+    let inside = |offset: u64, size: u64, end: u64| match offset.checked_add(size) {
+        Some(last) if last <= end => Ok(()),
+        _ => Err(ChainError::Region { offset, size }),
+    };
+    // Offsets of files are signed.
+    inside(info.offset, info.size, i64::MAX as u64)?;
     if info.flags & abi::VFIO_REGION_INFO_FLAG_MMAP == 0 {
         return Ok((info, Vec::new()));
     }
@@ -38,6 +44,9 @@ pub(crate) fn parse_region(
         }
     }
     mappable.retain(|(_, size)| *size > 0);
+    for (offset, size) in &mappable {
+        inside(*offset, *size, info.size)?;
+    }
     Ok((info, mappable))
 }
 

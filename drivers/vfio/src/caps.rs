@@ -35,6 +35,14 @@ pub enum ChainError {
         /// How many it says it has.
         count: u32,
     },
+    /// A region, or a part of one, ends nowhere.
+    #[error("{size:#x} bytes at {offset:#x} pass the end of what a file or its region can be")]
+    Region {
+        /// In bytes.
+        offset: u64,
+        /// In bytes.
+        size: u64,
+    },
 }
 
 /// Numbers in an answer, by offset.

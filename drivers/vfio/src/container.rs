@@ -106,7 +106,7 @@ pub struct IommuInfo {
 
 impl IommuInfo {
     /// Reads the kernel's answer.
-    fn parse(answer: &[u8]) -> Result<Self, ChainError> {
+    pub(crate) fn parse(answer: &[u8]) -> Result<Self, ChainError> {
         let bytes = Bytes(answer);
         let flags = bytes.u32(offset_of!(abi::vfio_iommu_type1_info, flags))?;
         let mut this = Self {

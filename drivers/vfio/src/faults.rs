@@ -82,7 +82,7 @@ fn number(line: &str, key: &str) -> Option<u64> {
 }
 
 /// The fault that a line of the log tells of: Intel's, and AMD's in both of its forms.
-fn parse(line: &str, device: &str) -> Option<DmaFault> {
+pub(crate) fn parse(line: &str, device: &str) -> Option<DmaFault> {
     if !line.contains(device) {
         return None;
     }

@@ -148,6 +148,10 @@ impl DmaWindow for Iommu {
         let mut worst = None;
         let mut any = false;
         for endpoint in &self.endpoints {
+            if any && planted!("r26") {
+                // The first one's answer is taken for that of all.
+                break;
+            }
             match endpoint.unmap(iova) {
                 Ok(()) => any = true,
                 Err(DeviceError::NotMapped { .. }) => {}

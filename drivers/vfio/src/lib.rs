@@ -36,6 +36,9 @@
 //! An IOMMU that is switched on in firmware and kernel; all devices of the group bound to vfio-pci or to nothing; the right to open
 //! `/dev/vfio/GROUP`; RLIMIT_MEMLOCK for what is mapped. Each error says which of them is missing.
 
+#[macro_use]
+mod planted;
+
 mod answer;
 mod bits;
 mod book;
@@ -45,6 +48,9 @@ mod container;
 mod device;
 mod error;
 mod faults;
+#[cfg(any(test, fuzzing))]
+#[cfg_attr(fuzzing, allow(missing_docs))]
+pub mod fuzz;
 mod history;
 mod iommu;
 mod iova;

@@ -5,9 +5,9 @@
 //! it. Accesses happen under the table's lock, so that an unmap waits for those in flight.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use shootdown::{Addr, DeviceError, DmaWindow, Frame, Memory, PageSize, Range, Rights};
+use shootdown_primitive::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::bus::Bus;
 use crate::memory::ModelMemory;

@@ -35,6 +35,8 @@ pub struct Latency {
 /// The rest is not of purges:
 /// - *purge in a miss*: a purge that nobody here asked for covers a miss before its drop-in can be written, which is ignored;
 /// - *delayed*: a step takes up to `delay` longer: an operation of a handle, a reset, an access, the interrupt of a miss;
+/// - *error*: an instruction ends with an exception that is worth another try, before its next access;
+/// - *nack*: a message is not delivered: the receiver's buffer is full, its claim is not answered, or its lines are not taken;
 /// - *surviving a reset*: the chiplet goes on, and its reset register reads 1 until a later write of 1 is heeded.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct FaultPlan {
@@ -56,6 +58,10 @@ pub struct FaultPlan {
     pub duplicate_after: Duration,
     /// Probability, for each miss, of a purge between it and its drop-in.
     pub purge_in_miss: f64,
+    /// Probability, for each access of an instruction, that the instruction ends with an error instead.
+    pub error: f64,
+    /// Probability, for each message, that it is not delivered.
+    pub nack: f64,
     /// Probability, for each step, of a delay.
     pub delayed: f64,
     /// The longest delay.

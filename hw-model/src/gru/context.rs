@@ -18,8 +18,8 @@ use super::layout::{
     ACTIVE, CALL_OS, CAUSE_BAD_OPCODE, STATUS, cbe,
     cch::{
         ALLOCATE, ASID, CAUSE_LOCKED, CAUSE_RESOURCES, CAUSE_STATE, CAUSE_ZERO_MAP, CB_INTERRUPT,
-        CB_MAP, DEALLOCATE, DSR_MAP, FAULT_MAP, INTERRUPT, INTERRUPT_SYNC, OWNER, REGION, REGIONS,
-        SIZES, SOFTWARE, START, STATE, TLB_INTERRUPT,
+        CB_MAP, DEALLOCATE, DSR_MAP, FAULT_BITS, FAULT_MAP, INTERRUPT, INTERRUPT_SYNC, OWNER,
+        REGION, REGIONS, SIZES, SOFTWARE, START, STATE, TLB_INTERRUPT, UNMAP_ENABLE,
     },
 };
 use super::segment::slots;
@@ -36,6 +36,13 @@ pub(super) enum State {
     Active = 2,
     /// Stopped.
     Interrupted = 3,
+}
+
+/// How far an interrupt is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Interruption {
+    Begun,
+    Done,
 }
 
 /// A quarter of the address space, or what software makes of it.
@@ -60,7 +67,10 @@ pub(super) struct Context {
     /// The address space that the accesses are for, as the oracle sees it.
     pub(super) owner: u64,
     tlb_interrupt: bool,
+    fault_bits: bool,
     cb_interrupt: bool,
+    /// Instructions may name frames.
+    pub(super) unmapped: bool,
     /// Its fault map and interrupt vector.
     pub(super) fault_map: usize,
 }
@@ -82,10 +92,24 @@ impl Context {
 
     /// How a miss is reported.
     pub(super) fn miss_mode(&self) -> Mode {
-        if self.tlb_interrupt {
+        if self.tlb_interrupt || self.fault_bits {
             Mode::FaultMap
         } else {
             Mode::UserPolling
+        }
+    }
+
+    /// The vector that misses in the fault map fire, if they do.
+    pub(super) fn miss_vector(&self) -> Option<usize> {
+        self.tlb_interrupt.then_some(self.fault_map)
+    }
+
+    /// Whether it is stopped, or being stopped.
+    pub(super) fn interruption(&self) -> Option<Interruption> {
+        match self.state {
+            State::Active if self.stopping => Some(Interruption::Begun),
+            State::Interrupted => Some(Interruption::Done),
+            _ => None,
         }
     }
 
@@ -94,10 +118,17 @@ impl Context {
         self.cb_interrupt.then_some(self.fault_map)
     }
 
+    /// Whether software has yet to see the completion of the control block in `slot`.
+    pub(super) fn is_done(&self, control: &Control, slot: usize) -> bool {
+        control.fault_maps[self.fault_map].is_done(slot)
+    }
+
     fn take_configuration(&mut self) {
         let dw0 = self.handle.read(0);
         self.tlb_interrupt = TLB_INTERRUPT.get(dw0) == 1;
+        self.fault_bits = FAULT_BITS.get(dw0) == 1;
         self.cb_interrupt = CB_INTERRUPT.get(dw0) == 1;
+        self.unmapped = UNMAP_ENABLE.get(dw0) == 1;
         self.fault_map = FAULT_MAP.get(dw0) as usize;
         self.owner = self.handle.read(OWNER);
         self.regions = std::array::from_fn(|i| {

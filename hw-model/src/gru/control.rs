@@ -7,11 +7,11 @@
 //! whenever it ends an access and something drains.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
+use shootdown_primitive::sync::{Mutex, MutexGuard, PoisonError};
+use shootdown_primitive::time::{Duration, Instant};
 
 use super::config::ChipletConfig;
 use super::context::Context;
@@ -114,6 +114,8 @@ pub(super) enum Operation {
 pub(super) struct InFlight {
     /// The context it is for.
     pub(super) context: usize,
+    /// The control block.
+    pub(super) slot: usize,
     /// The entries it goes through: one, or those of both sides of a copy.
     pub(super) pages: [Option<TlbKey>; 2],
 }
@@ -320,7 +322,7 @@ impl Core {
                 .pages
                 .into_iter()
                 .flatten()
-                .any(|key| purge.covers(key))
+                .any(|key| purge.concerns(in_flight.context) && purge.covers(key))
         };
         match operation {
             Operation::Context(index) => in_flight.context == index,

@@ -4,10 +4,11 @@
 //! and then looks for bits. Both in this order and sequentially consistent: one of the two sees the other, so no start is
 //! missed, and starting a block costs no system call while the executor is awake.
 
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::{self, Thread};
 use std::time::Duration;
+
+use shootdown_primitive::sync::OnceLock;
+use shootdown_primitive::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use shootdown_primitive::thread::{self, Thread};
 
 use super::layout::SLOTS;
 

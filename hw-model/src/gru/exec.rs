@@ -9,61 +9,54 @@
 //! on there. Atomics, messages and other instructions of one step end under the same lock section that ends the step: they
 //! are either not begun or done, and never done twice.
 
-use std::sync::Arc;
-use std::sync::MutexGuard;
-use std::thread;
-use std::time::{Duration, Instant};
-
 use shootdown::{Addr, Frame};
+use shootdown_primitive::sync::{Arc, MutexGuard};
+use shootdown_primitive::thread;
+use shootdown_primitive::time::{Duration, Instant};
 
-use super::control::{Control, Core, InFlight};
-use super::fault::Miss;
-use super::instruction::{Atomic, Instruction, Kind, Transfer};
-use super::layout::{ACTIVE, DSR_UNIT, IDLE, STATUS, cb, cbe};
+use super::control::{Control, Core};
+use super::instruction::{Atomic, Illegal, Instruction, Kind, Transfer};
+use super::layout::{IDLE, cb, cbe};
+use super::plan::Plan;
 use super::tlb::TlbEntry;
 use crate::oracle::Access;
 
 /// The largest access.
-const PAGE: u64 = 4096;
+pub(super) const PAGE: u64 = 4096;
 /// Elements of one step when they do not lie one after the other.
-const SCATTER: u64 = 64;
+pub(super) const SCATTER: u64 = 64;
 /// Steps of one control block before the next has its turn.
 const TURN: usize = 16;
 /// How often a polling atomic looks when there is nothing else to do.
 const POLL: Duration = Duration::from_micros(50);
 
 /// A step in flight: what the access needs to know of the context and the TLB.
-struct Step {
-    instruction: Instruction,
-    context: usize,
-    space: u64,
-    dsr_map: u32,
+pub(super) struct Step {
+    pub(super) instruction: Instruction,
+    pub(super) context: usize,
+    pub(super) space: u64,
+    pub(super) dsr_map: u32,
     /// The first element, and how many.
-    first: u64,
-    count: u64,
+    pub(super) first: u64,
+    pub(super) count: u64,
     /// The entry of the first address.
-    entry: TlbEntry,
+    pub(super) entry: TlbEntry,
     /// That of a copy's destination.
-    destination: Option<TlbEntry>,
-}
-
-/// What came of planning.
-enum Plan {
-    Step(Step),
-    /// The instruction has ended or stopped.
-    Over,
-    /// The context does not run.
-    Refused,
+    pub(super) destination: Option<TlbEntry>,
+    /// Injected: what becomes of a message that is not delivered.
+    pub(super) nack: Option<u64>,
 }
 
 /// What came of a step.
-struct Outcome {
+pub(super) struct Outcome {
     /// Elements done; none when a poll has to look again.
-    elements: u64,
-    bytes: u64,
+    pub(super) elements: u64,
+    pub(super) bytes: u64,
     /// What an atomic found.
-    old: Option<u64>,
-    substatus: u64,
+    pub(super) old: Option<u64>,
+    pub(super) substatus: u64,
+    /// It ends with an exception all the same.
+    pub(super) illegal: Option<Illegal>,
 }
 
 /// What came of a turn.
@@ -128,100 +121,6 @@ impl Core {
         Turn::Progress
     }
 
-    /// Finds what the next step is.
-    fn plan(&self, control: &mut Control, slot: usize) -> Plan {
-        let context = control.owner[slot].filter(|context| control.contexts[*context].runs());
-        let running = STATUS.get(self.segment.status(slot)) == ACTIVE;
-        let parked = control.missing & (1 << slot) != 0;
-        let Some(context) = context.filter(|_| running && !parked) else {
-            self.doorbell.clear(slot);
-            return Plan::Refused;
-        };
-        let dsr_map = control.contexts[context].dsr_map();
-        let words = self.segment.words(slot);
-        let dsr_bytes = u64::from(dsr_map.count_ones()) * DSR_UNIT;
-        let instruction = match Instruction::decode(&words, dsr_bytes) {
-            Ok(instruction) => instruction,
-            Err(cause) => {
-                self.fail_block(control, slot, cause, words[cb::BASE0]);
-                return Plan::Over;
-            }
-        };
-        let first = self.segment.extended(slot, cbe::ELEMENT);
-        let single = matches!(instruction.kind, Kind::Atomic(_) | Kind::Message);
-        if instruction.kind == Kind::Nop || (!single && first >= instruction.count) {
-            self.complete(control, slot, 0);
-            return Plan::Over;
-        }
-        match self.translate_step(control, context, &instruction, first) {
-            Ok(step) => {
-                let pages = [
-                    Some(step.entry.key),
-                    step.destination.map(|entry| entry.key),
-                ];
-                control.in_flight = Some(InFlight { context, pages });
-                Plan::Step(step)
-            }
-            Err(miss) => {
-                self.miss(control, slot, context, miss);
-                Plan::Over
-            }
-        }
-    }
-
-    /// The step that begins with element `first`, if the TLB has its pages.
-    fn translate_step(
-        &self,
-        control: &Control,
-        context: usize,
-        instruction: &Instruction,
-        first: u64,
-    ) -> Result<Step, Miss> {
-        let dsr_map = control.contexts[context].dsr_map();
-        let address = |element| self.address(instruction, dsr_map, element);
-        let size = instruction.size;
-        let at = address(first);
-        let entry = translate(control, context, at, instruction.writes())?;
-        let left = instruction.count.saturating_sub(first);
-        let mut destination = None;
-        let count = match instruction.kind {
-            Kind::Nop | Kind::Atomic(_) | Kind::Message => 1,
-            Kind::Copy => {
-                let to = instruction.destination(first);
-                destination = Some(translate(control, context, to, true)?);
-                (PAGE - (at % PAGE).max(to % PAGE)) / size
-            }
-            Kind::Vector { .. } if instruction.is_contiguous() => (PAGE - at % PAGE) / size,
-            Kind::Vector { .. } => {
-                let page = entry.key.range();
-                let inside = |element: &u64| page.holds(Addr::new(address(*element)));
-                (first..first + left.min(SCATTER))
-                    .take_while(inside)
-                    .count() as u64
-            }
-        };
-        Ok(Step {
-            instruction: *instruction,
-            context,
-            space: control.contexts[context].owner,
-            dsr_map,
-            first,
-            count: count.min(left.max(1)),
-            entry,
-            destination,
-        })
-    }
-
-    /// The address of an element of an instruction of the context with `dsr_map`.
-    fn address(&self, instruction: &Instruction, dsr_map: u32, element: u64) -> u64 {
-        instruction.address(element, |element| {
-            let mut index = [0; 8];
-            self.segment
-                .load(dsr_map, instruction.tri1 + element * 8, &mut index);
-            u64::from_le_bytes(index)
-        })
-    }
-
     /// Performs the access without the lock.
     fn fly<'a>(
         &'a self,
@@ -237,7 +136,7 @@ impl Core {
             Kind::Nop => Outcome::of(step.count, 0),
             Kind::Copy => self.copy(step, buffer),
             Kind::Vector { transfer, .. } => self.vector(step, transfer, buffer),
-            Kind::Message => self.message(step, buffer),
+            Kind::Message => self.message(step),
             Kind::Atomic(atomic) => self.atomic(step, atomic),
         };
         (outcome, self.lock())
@@ -248,6 +147,10 @@ impl Core {
         control.in_flight = None;
         self.counters.bytes.add(outcome.bytes);
         if outcome.elements == 0 {
+            return true;
+        }
+        if let Some(why) = outcome.illegal {
+            self.fail_block(control, slot, why, step.instruction.base0);
             return true;
         }
         let next = step.first + outcome.elements;
@@ -263,7 +166,7 @@ impl Core {
         true
     }
 
-    fn complete(&self, control: &mut Control, slot: usize, substatus: u64) {
+    pub(super) fn complete(&self, control: &mut Control, slot: usize, substatus: u64) {
         self.counters.instructions.hit();
         self.end_block(control, slot, IDLE, substatus);
     }
@@ -307,12 +210,35 @@ impl Core {
 
     fn read(&self, step: &Step, entry: &TlbEntry, vaddr: u64, into: &mut [u8]) {
         let access = self.access(step, entry, vaddr, into.len(), false);
+        if step.instruction.unmapped {
+            self.counters.unmapped.hit();
+            return self.bus.read_unmapped(&access, into);
+        }
         self.bus.read(&access, into);
     }
 
-    fn write(&self, step: &Step, entry: &TlbEntry, vaddr: u64, from: &[u8]) {
+    pub(super) fn write(&self, step: &Step, entry: &TlbEntry, vaddr: u64, from: &[u8]) {
         let access = self.access(step, entry, vaddr, from.len(), true);
+        if step.instruction.unmapped {
+            self.counters.unmapped.hit();
+            return self.bus.write_unmapped(&access, from);
+        }
         self.bus.write(&access, from);
+    }
+
+    /// What was at the first address, whose `len` bytes become what `op` makes of them.
+    pub(super) fn update(
+        &self,
+        step: &Step,
+        len: usize,
+        op: &mut dyn FnMut(u64) -> Option<u64>,
+    ) -> u64 {
+        let access = self.access(step, &step.entry, step.instruction.base0, len, true);
+        if step.instruction.unmapped {
+            self.counters.unmapped.hit();
+            return self.bus.atomic_unmapped(&access, op);
+        }
+        self.bus.atomic(&access, op)
     }
 
     fn copy(&self, step: &Step, buffer: &mut [u8; PAGE as usize]) -> Outcome {
@@ -383,9 +309,7 @@ impl Core {
         }
         let operands = instruction.operands(u64::from_le_bytes(mask));
         let old = if atomic.writes() {
-            let access = self.access(step, &step.entry, instruction.base0, size, true);
-            self.bus
-                .atomic(&access, &mut |old| atomic.apply(old, operands))
+            self.update(step, size, &mut |old| atomic.apply(old, operands))
         } else {
             let mut value = [0; 8];
             self.read(step, &step.entry, instruction.base0, &mut value[..size]);
@@ -396,49 +320,8 @@ impl Core {
             bytes: instruction.size,
             old: Some(old),
             substatus: 0,
+            illegal: None,
         }
-    }
-
-    /// Claims lines of the queue by its head word, {head: 32, limit: 32} in lines, and stores the message there.
-    fn message(&self, step: &Step, buffer: &mut [u8; PAGE as usize]) -> Outcome {
-        let instruction = &step.instruction;
-        let lines = instruction.count;
-        let full = |word: u64| word as u32 == (word >> 32) as u32;
-        let access = self.access(step, &step.entry, instruction.base0, 8, true);
-        let old = self.bus.atomic(&access, &mut |word| {
-            let head = (word as u32).wrapping_add(lines as u32);
-            (!full(word)).then_some((word & !0xffff_ffff) | u64::from(head))
-        });
-        let mut outcome = Outcome {
-            elements: 1,
-            bytes: 8,
-            old: Some(old),
-            substatus: 0,
-        };
-        let bytes = lines * instruction.size;
-        let first = instruction
-            .base0
-            .wrapping_add(u64::from(old as u32) * instruction.size);
-        let page = step.entry.key.range();
-        if full(old) {
-            outcome.substatus = cb::QUEUE_LIMIT;
-            return outcome;
-        }
-        if !page.holds(Addr::new(first)) || !page.holds(Addr::new(first.wrapping_add(bytes - 1))) {
-            outcome.substatus = cb::PAGE_OVERFLOW;
-            return outcome;
-        }
-        let mut done = 0;
-        while done < bytes {
-            let vaddr = first + done;
-            let part = &mut buffer[..(bytes - done).min(PAGE - vaddr % PAGE) as usize];
-            self.segment
-                .load(step.dsr_map, instruction.tri0 + done, part);
-            self.write(step, &step.entry, vaddr, part);
-            done += part.len() as u64;
-        }
-        outcome.bytes += bytes;
-        outcome
     }
 }
 
@@ -449,22 +332,8 @@ impl Outcome {
             bytes,
             old: None,
             substatus: 0,
+            illegal: None,
         }
-    }
-}
-
-/// The TLB's entry for an access of the context, or the miss.
-fn translate(control: &Control, context: usize, vaddr: u64, write: bool) -> Result<TlbEntry, Miss> {
-    let region = control.contexts[context].region(vaddr);
-    let miss = |modify| Miss {
-        asid: region.asid,
-        vaddr,
-        modify,
-    };
-    match control.tlb.lookup(region.asid, region.sizes, vaddr) {
-        None => Err(miss(false)),
-        Some(entry) if write && !entry.writable => Err(miss(true)),
-        Some(entry) => Ok(*entry),
     }
 }
 

@@ -5,15 +5,14 @@
 //! the purge. The control block is restarted all the same, and misses again. A purge of other page sizes at other addresses
 //! of a large entry does *not* cancel its drop-in: to see that coming is up to software (race R34).
 
-use std::time::Instant;
-
 use super::config::Plant;
 use super::control::{Control, Core, Handle, Operation};
+use super::instruction::Illegal;
 use super::layout::{
     ACTIVE, CALL_OS, CAUSE, CAUSE_BAD_OPCODE, EXCEPTION as STATUS_EXCEPTION, SLOTS, cbe,
     tfh::{
-        ASID, CAUSE_MISS, CAUSE_MOD, DIRTY, EXCEPTION, FILL, FILL_VADDR, MISS_ASID, MISS_VADDR,
-        NOOP, PAGE_SIZE, PFN, PFN_FIELD, RESTART, STATE, STATE_IDLE, STATE_INACTIVE,
+        ASID, CAUSE_MISS, CAUSE_MOD, DIRTY, EXCEPTION, FILL, FILL_VADDR, GAA, MISS_ASID,
+        MISS_VADDR, NOOP, PAGE_SIZE, PFN, PFN_FIELD, RESTART, STATE, STATE_IDLE, STATE_INACTIVE,
         STATE_MISS_FMM, STATE_MISS_UPM, STATE_RESTART, STATE_WRITE_TLB, USER_POLLING, WRITE_ONLY,
         WRITE_RESTART,
     },
@@ -21,6 +20,7 @@ use super::layout::{
 use super::purge::draw;
 use super::tlb::{Purge, TlbEntry, TlbKey};
 use shootdown::Addr;
+use shootdown_primitive::time::Instant;
 
 /// How many purges a fault remembers; after more, whatever is dropped in is ignored.
 const REMEMBERED: usize = 16;
@@ -30,7 +30,7 @@ const REMEMBERED: usize = 16;
 pub(super) enum Mode {
     /// The user has to call the system.
     UserPolling,
-    /// It is in the fault map, and has interrupted; it locks its context.
+    /// It is in the fault map, and has interrupted if the context wants that; it locks its context.
     FaultMap,
 }
 
@@ -41,6 +41,12 @@ pub(super) struct Miss {
     pub(super) vaddr: u64,
     /// There is an entry, but it does not allow the store.
     pub(super) modify: bool,
+}
+
+impl Miss {
+    fn cause(self) -> u8 {
+        if self.modify { CAUSE_MOD } else { CAUSE_MISS }
+    }
 }
 
 /// An unresolved miss.
@@ -66,6 +72,13 @@ impl Fault {
         self.unresolved
             .as_ref()
             .is_some_and(|unresolved| unresolved.mode == Mode::FaultMap)
+    }
+
+    /// How its unresolved miss is reported, if it has one, and whether a purge has come for that.
+    pub(super) fn pending(&self) -> Option<(Mode, bool)> {
+        let unresolved = self.unresolved.as_ref()?;
+        let purged = unresolved.overflow || !unresolved.purges.is_empty();
+        Some((unresolved.mode, purged))
     }
 
     /// Drops the fault unresolved.
@@ -140,6 +153,11 @@ impl FaultMap {
     pub(super) fn set_done(&mut self, slot: usize) {
         self.done |= 1 << slot;
     }
+
+    /// Whether software has yet to see the completion of a control block.
+    pub(super) fn is_done(&self, slot: usize) -> bool {
+        self.done & (1 << slot) != 0
+    }
 }
 
 impl Core {
@@ -164,10 +182,7 @@ impl Core {
         };
         let value = STATE.put(value, state);
         match &fault.unresolved {
-            Some(Unresolved { miss, .. }) => CAUSE.put(
-                value,
-                if miss.modify { CAUSE_MOD } else { CAUSE_MISS }.into(),
-            ),
+            Some(Unresolved { miss, .. }) => CAUSE.put(value, miss.cause().into()),
             None => value,
         }
     }
@@ -207,19 +222,19 @@ impl Core {
             self.counters.faults_over.hit();
         }
         self.doorbell.clear(slot);
-        match mode {
-            Mode::UserPolling => self.segment.set_status(slot, CALL_OS, 0),
-            Mode::FaultMap => {
-                let map = control.contexts[context].fault_map;
-                control.fault_maps[map].faults |= 1 << slot;
-                match self.delay(control) {
-                    // The executor, which is here, looks at what is due before it sleeps.
-                    Some(delay) => {
-                        control.file(Instant::now() + delay, Operation::Interrupt(map), true);
-                    }
-                    None => self.vectors.fire(map),
-                }
+        if mode == Mode::UserPolling {
+            return self.segment.set_status(slot, CALL_OS, 0);
+        }
+        let context = &control.contexts[context];
+        let (map, vector) = (context.fault_map, context.miss_vector());
+        control.fault_maps[map].faults |= 1 << slot;
+        let Some(vector) = vector else { return };
+        match self.delay(control) {
+            // The executor, which is here, looks at what is due before it sleeps.
+            Some(delay) => {
+                control.file(Instant::now() + delay, Operation::Interrupt(vector), true);
             }
+            None => self.vectors.fire(vector),
         }
     }
 
@@ -267,6 +282,7 @@ impl Core {
             key,
             frame: PFN_FIELD.get(fault.handle.read(PFN)),
             writable: DIRTY.get(fault.handle.read(FILL)) == 1,
+            kind: GAA.get(fault.handle.read(FILL)),
             stamp: self.bus.oracle().stamp(owner, Addr::new(key.page)),
         };
         self.counters.drop_ins.hit();
@@ -293,12 +309,11 @@ impl Core {
 
     fn fail(&self, control: &mut Control, slot: usize) {
         if let Some(miss) = self.resolve(control, slot) {
-            let cause = if miss.modify {
-                cbe::READ_ONLY
-            } else {
-                cbe::TLB
+            let why = Illegal {
+                cause: cbe::TLB_FATAL,
+                detail: miss.cause().into(),
             };
-            self.fail_block(control, slot, cause, miss.vaddr);
+            self.fail_block(control, slot, why, miss.vaddr);
         }
     }
 
@@ -313,9 +328,14 @@ impl Core {
     }
 
     /// The control block in `slot` ends with an exception.
-    pub(super) fn fail_block(&self, control: &mut Control, slot: usize, cause: u64, vaddr: u64) {
+    pub(super) fn fail_block(&self, control: &mut Control, slot: usize, why: Illegal, vaddr: u64) {
         self.counters.exceptions.hit();
-        self.segment.set_extended(slot, cbe::CAUSE, cause);
+        let begun = self.segment.extended(slot, cbe::ELEMENT) != 0;
+        let status = if begun { cbe::ABORTED } else { 0 };
+        self.segment
+            .set_extended(slot, cbe::STATE, cbe::STATUS.put(0, status));
+        self.segment.set_extended(slot, cbe::CAUSE, why.cause);
+        self.segment.set_extended(slot, cbe::DETAIL, why.detail);
         self.segment.set_extended(slot, cbe::VADDR, vaddr);
         self.end_block(control, slot, STATUS_EXCEPTION, 0);
     }

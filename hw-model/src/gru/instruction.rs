@@ -3,9 +3,32 @@
 //! Where the data sheet leaves it open: an index vector holds signed 64-bit element indices; a set of cache lines repeats
 //! its 64-bit value; conditional add adds unless the old value equals the second operand; the polls compare with the first
 //! operand and stay ACTIVE until it fits; masked compare-swap takes its mask, one element, from the data segment at the
-//! first offset. Cache-line elements are for vectors, copies and messages only.
+//! first offset. Cache-line elements are for vectors, copies and messages only. A stride that leads out of the 64-bit address
+//! space is illegal. An index or a copy that does wraps round, to an address that no context has mapped.
 
 use super::layout::{CB_WORDS, cb, cbe};
+
+/// Why an instruction is not carried out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Illegal {
+    /// The exception's cause.
+    pub(super) cause: u64,
+    /// What of the instruction is wrong.
+    pub(super) detail: u64,
+}
+
+impl Illegal {
+    fn instruction(detail: u64) -> Self {
+        Self {
+            cause: cbe::INVALID_INSTRUCTION,
+            detail,
+        }
+    }
+
+    fn plain(cause: u64) -> Self {
+        Self { cause, detail: 0 }
+    }
+}
 
 /// What a vector instruction does with its elements.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -141,6 +164,10 @@ pub(super) struct Instruction {
     pub(super) tri0: u64,
     /// Data-segment offset of the index vector.
     pub(super) tri1: u64,
+    /// Its addresses name frames.
+    pub(super) unmapped: bool,
+    /// The kinds of the two addresses.
+    pub(super) kinds: [u64; 2],
     /// In elements.
     stride: u64,
     first: u64,
@@ -148,24 +175,34 @@ pub(super) struct Instruction {
 }
 
 impl Instruction {
-    /// The instruction of a control block, if it can be carried out with `dsr_bytes` of data segment; else the exception's
-    /// cause.
-    pub(super) fn decode(words: &[u64; CB_WORDS], dsr_bytes: u64) -> Result<Self, u64> {
+    /// The instruction of a control block, if it can be carried out with `dsr_bytes` of data segment, and unmapped addresses where
+    /// the context may have them.
+    pub(super) fn decode(
+        words: &[u64; CB_WORDS],
+        dsr_bytes: u64,
+        may_be_unmapped: bool,
+    ) -> Result<Self, Illegal> {
         let shape = words[cb::SHAPE];
-        let kind = Self::kind(words[0]).ok_or(cbe::ILLEGAL_OPCODE)?;
+        let unmapped = cb::MODIFIERS.get(words[0]) & cb::UNMAPPED != 0;
+        if unmapped && !may_be_unmapped {
+            return Err(Illegal::plain(cbe::UNMAPPED_MODE_FORBIDDEN));
+        }
+        let kind = Self::kind(words[0]).ok_or(Illegal::instruction(cbe::WRONG_OPCODE))?;
         let instruction = Self {
             kind,
             size: match cb::ELEMENT.get(words[0]) {
                 code @ 0..=3 => 1 << code,
                 6 => 64,
                 _ if kind == Kind::Nop => 1,
-                _ => return Err(cbe::ILLEGAL_ELEMENT),
+                _ => return Err(Illegal::instruction(cbe::WRONG_ELEMENT)),
             },
             base0: words[cb::BASE0],
             base1: words[cb::BASE1],
             count: cb::COUNT.get(shape),
             tri0: cb::TRI0.get(shape),
             tri1: cb::TRI1.get(shape),
+            unmapped,
+            kinds: [cb::KIND0, cb::KIND1].map(|field| field.get(words[0])),
             stride: words[cb::STRIDE],
             first: words[cb::OPERAND1],
             second: words[cb::OPERAND2],
@@ -175,10 +212,6 @@ impl Instruction {
     }
 
     fn kind(dw0: u64) -> Option<Kind> {
-        if cb::MODIFIERS.get(dw0) & cb::UNMAPPED != 0 {
-            // No context of the model may name frames.
-            return None;
-        }
         let vector = |transfer, indexed| Some(Kind::Vector { transfer, indexed });
         match cb::OPCODE.get(dw0) {
             0x0 => Some(Kind::Nop),
@@ -196,14 +229,14 @@ impl Instruction {
         }
     }
 
-    fn check(&self, dsr_bytes: u64) -> Result<(), u64> {
+    fn check(&self, dsr_bytes: u64) -> Result<(), Illegal> {
         let line = self.size == 64;
         let bytes = self.count * self.size;
         // The data-segment bytes at `tri0`, the other address, the index vector.
         let (data, other, indexed) = match self.kind {
             Kind::Nop => return Ok(()),
-            Kind::Atomic(_) if line => return Err(cbe::ILLEGAL_ELEMENT),
-            Kind::Message if !line => return Err(cbe::ILLEGAL_ELEMENT),
+            Kind::Atomic(_) if line => return Err(Illegal::instruction(cbe::WRONG_ELEMENT)),
+            Kind::Message if !line => return Err(Illegal::instruction(cbe::WRONG_ELEMENT)),
             Kind::Atomic(Atomic::MaskedCompareSwap) => (Some(self.size), 0, false),
             Kind::Atomic(_) => (None, 0, false),
             Kind::Copy => (None, self.base1, false),
@@ -214,19 +247,29 @@ impl Instruction {
             }
         };
         if self.count == 0 && !matches!(self.kind, Kind::Atomic(_)) {
-            return Err(cbe::ZERO_ELEMENTS);
+            return Err(Illegal::instruction(cbe::WRONG_COUNT));
         }
         let offset = if data.is_some() { self.tri0 } else { 0 };
         let index = if indexed { self.tri1 } else { 0 };
         let addresses = self.base0 | other | offset;
         if !addresses.is_multiple_of(self.size) || !index.is_multiple_of(8) {
-            return Err(cbe::MISALIGNED);
+            return Err(Illegal::instruction(cbe::WRONG_ALIGNMENT));
+        }
+        if matches!(self.kind, Kind::Vector { indexed: false, .. }) && !self.stays_inside() {
+            return Err(Illegal::instruction(cbe::WRONG_STRIDE));
         }
         let index_bytes = if indexed { self.count * 8 } else { 0 };
         if data.is_some_and(|data| offset + data > dsr_bytes) || index + index_bytes > dsr_bytes {
-            return Err(cbe::DSR_BOUNDS);
+            return Err(Illegal::plain(cbe::DATA_SEGMENT_LIMIT));
         }
         Ok(())
+    }
+
+    /// Whether the last element lies in the 64-bit address space, as the first does.
+    fn stays_inside(&self) -> bool {
+        let steps = i128::from(self.count - 1) * i128::from(self.stride as i64);
+        let last = i128::from(self.base0) + steps * i128::from(self.size);
+        (0..1 << 64).contains(&last)
     }
 
     /// Whether memory is written at the first address.

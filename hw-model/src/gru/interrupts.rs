@@ -1,7 +1,8 @@
 //! Interrupt vectors: counters that can be waited for.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+use shootdown_primitive::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::layout::TFMS;
 

@@ -100,17 +100,25 @@ pub mod cch {
 
     /// DW0: state of the context.
     pub const STATE: Field = Field::new(24, 2);
-    /// DW0: unmapped accesses are allowed; kept, without meaning in the model.
+    /// DW0: unmapped accesses are allowed.
     pub const UNMAP_ENABLE: Field = Field::new(32, 1);
     /// DW0: completions that ask for it interrupt.
     pub const CB_INTERRUPT: Field = Field::new(33, 1);
-    /// DW0: TLB misses go to the fault map and interrupt; else they wait for user polling.
+    /// DW0: TLB misses go to the fault map, and interrupt.
     pub const TLB_INTERRUPT: Field = Field::new(34, 1);
+    /// DW0: TLB misses go to the fault map; with neither this nor the one before they wait for user polling.
+    pub const FAULT_BITS: Field = Field::new(35, 1);
     /// DW0: the fault map, and with it the interrupt vector.
     pub const FAULT_MAP: Field = Field::new(36, 4);
+    /// DW0: software asks for the units of the maps; kept for it, as the maps say the same.
+    pub const ALLOCATION_REQUEST: Field = Field::new(40, 1);
     /// The bits of DW0 that software writes.
-    pub const SOFTWARE: u64 =
-        UNMAP_ENABLE.mask() | CB_INTERRUPT.mask() | TLB_INTERRUPT.mask() | FAULT_MAP.mask();
+    pub const SOFTWARE: u64 = UNMAP_ENABLE.mask()
+        | CB_INTERRUPT.mask()
+        | TLB_INTERRUPT.mask()
+        | FAULT_BITS.mask()
+        | FAULT_MAP.mask()
+        | ALLOCATION_REQUEST.mask();
     /// Word with the data-segment map, one bit an allocation unit.
     pub const DSR_MAP: usize = 1;
     /// Word with the control-block map, one bit an allocation unit.
@@ -157,12 +165,18 @@ pub mod tgh {
     pub const VADDR: usize = 1;
     /// Word with what is purged.
     pub const WHAT: usize = 2;
+    /// Word with where it is purged.
+    pub const WHERE: usize = 3;
     /// In DW2: ASID.
     pub const ASID: Field = Field::new(0, 24);
     /// In DW2: page-size code.
     pub const PAGE_SIZE: Field = Field::new(24, 5);
     /// In DW2: any ASID.
     pub const GLOBAL: Field = Field::new(29, 1);
+    /// In DW3: the address bits that are compared, from bit 25 on. The model compares all, as every driver asks it to.
+    pub const ADDRESS_MASK: Field = Field::new(0, 39);
+    /// In DW3: the contexts whose misses and accesses in flight are concerned, a bit each.
+    pub const CONTEXTS: Field = Field::new(40, 16);
     /// In DW2: pages less one.
     pub const COUNT: Field = Field::new(32, 10);
     /// The count that makes a purge complete: every page of the ASID, whatever size and address.
@@ -203,6 +217,8 @@ pub mod tfh {
     pub const PAGE_SIZE: Field = Field::new(32, 5);
     /// In DW4: stores are allowed.
     pub const DIRTY: Field = Field::new(37, 1);
+    /// In DW4: the address kind of the page.
+    pub const GAA: Field = Field::new(38, 2);
     /// In DW5: the frame.
     pub const PFN_FIELD: Field = Field::new(0, 41);
 
@@ -240,10 +256,14 @@ pub mod tfh {
 
 /// The extended control block.
 pub mod cbe {
-    /// Word with the state, the same number as the control block's status.
+    use super::Field;
+
+    /// Word with state and execution status.
     pub const STATE: usize = 0;
     /// Word with the exception causes, one bit each.
     pub const CAUSE: usize = 1;
+    /// Word that says more of the cause: what is wrong with an instruction, or the cause of the miss.
+    pub const DETAIL: usize = 2;
     /// Word with the address of the exception.
     pub const VADDR: usize = 3;
     /// Word with the next element to be done: where an interrupted instruction goes on after START. ALLOCATE clears it,
@@ -252,20 +272,111 @@ pub mod cbe {
     /// How many words there are.
     pub const WORDS: usize = 5;
 
-    /// Cause: no such instruction.
-    pub const ILLEGAL_OPCODE: u64 = 1 << 0;
-    /// Cause: no such element type, or not with this instruction.
-    pub const ILLEGAL_ELEMENT: u64 = 1 << 1;
-    /// Cause: an address or data-segment offset is no multiple of the element size.
-    pub const MISALIGNED: u64 = 1 << 2;
+    /// In DW0: the state.
+    pub const CBR_STATE: Field = Field::new(0, 4);
+    /// In DW0: the execution status, one bit each.
+    pub const STATUS: Field = Field::new(8, 7);
+
+    /// State: no context owns the control block.
+    pub const INACTIVE: u64 = 0;
+    /// State: nothing to do, or ended.
+    pub const IDLE: u64 = 1;
+    /// State: waits for its turn.
+    pub const QUEUED: u64 = 3;
+    /// State: an access is in flight.
+    pub const WAIT_RESPONSE: u64 = 4;
+    /// State: its context has been interrupted.
+    pub const INTERRUPTED: u64 = 5;
+    /// State: stopped by a miss that the fault map reports.
+    pub const INTERRUPTED_MISS_FMM: u64 = 6;
+    /// State: as before, and its context is being interrupted.
+    pub const BUSY_INTERRUPT_MISS_FMM: u64 = 7;
+    /// State: stopped by a miss that its user has to report.
+    pub const INTERRUPTED_MISS_UPM: u64 = 8;
+    /// State: as before, and its context is being interrupted.
+    pub const BUSY_INTERRUPT_MISS_UPM: u64 = 9;
+    /// State: its context is being interrupted.
+    pub const BUSY_INTERRUPT: u64 = 11;
+
+    /// Execution status: ended before all elements were done.
+    pub const ABORTED: u64 = 1 << 0;
+    /// Execution status: interrupted before it ended.
+    pub const WAS_INTERRUPTED: u64 = 1 << 1;
+    /// Execution status: an access is in flight.
+    pub const IS_PENDING: u64 = 1 << 2;
+    /// Execution status: waits for its turn.
+    pub const IS_QUEUED: u64 = 1 << 3;
+    /// Execution status: a purge came for the pending miss.
+    pub const TLB_INVALIDATED: u64 = 1 << 4;
+    /// Execution status: ended with an exception.
+    pub const HAS_EXCEPTION: u64 = 1 << 5;
+    /// Execution status: its done bit is set in the fault map.
+    pub const INTERRUPT_PENDING: u64 = 1 << 6;
+
+    /// Cause: register error.
+    pub const REGISTER: u64 = 1 << 0;
+    /// Cause: no such instruction; [`DETAIL`] says what of it is wrong.
+    pub const INVALID_INSTRUCTION: u64 = 1 << 1;
+    /// Cause: unmapped addresses in a context without [`cch::UNMAP_ENABLE`](super::cch::UNMAP_ENABLE).
+    pub const UNMAPPED_MODE_FORBIDDEN: u64 = 1 << 2;
+    /// Cause: the check of the instruction's data failed.
+    pub const CHECK_DATA: u64 = 1 << 3;
+    /// Cause: the instruction's address kind is not that of the page.
+    pub const ADDRESS_KIND_MISMATCH: u64 = 1 << 4;
     /// Cause: past the end of the context's data segment.
-    pub const DSR_BOUNDS: u64 = 1 << 3;
-    /// Cause: the fault handler answered a miss with an exception.
-    pub const TLB: u64 = 1 << 4;
-    /// Cause: the fault handler answered a store through a read-only entry with an exception.
-    pub const READ_ONLY: u64 = 1 << 5;
-    /// Cause: no elements.
-    pub const ZERO_ELEMENTS: u64 = 1 << 6;
+    pub const DATA_SEGMENT_LIMIT: u64 = 1 << 5;
+    /// Cause: the fault handler answered a miss with an exception; [`DETAIL`] has the miss's cause.
+    pub const TLB_FATAL: u64 = 1 << 6;
+    /// Cause, worth another try: execution hardware.
+    pub const EXECUTION_ERROR: u64 = 1 << 7;
+    /// Cause, worth another try: TLB hardware.
+    pub const TLB_ERROR: u64 = 1 << 8;
+    /// Cause, worth another try: a request to a remote agent has timed out.
+    pub const REMOTE_TIMEOUT: u64 = 1 << 9;
+    /// Cause, worth another try: a request to the home agent has timed out.
+    pub const HOME_TIMEOUT: u64 = 1 << 10;
+    /// Cause: a fatal response of a remote agent.
+    pub const REMOTE_FATAL: u64 = 1 << 11;
+    /// Cause, worth another try: a response of a remote agent that is not fatal.
+    pub const REMOTE_NON_FATAL: u64 = 1 << 12;
+    /// Cause: a fatal response of the home agent.
+    pub const HOME_FATAL: u64 = 1 << 13;
+    /// Cause, worth another try: a response of the home agent that is not fatal.
+    pub const HOME_NON_FATAL: u64 = 1 << 14;
+    /// Cause: an address that nobody decodes.
+    pub const ADDRESS_DECODE: u64 = 1 << 15;
+    /// Cause: the coherence protocol was violated.
+    pub const PROTOCOL: u64 = 1 << 16;
+    /// Cause, worth another try: bad data in the response of a remote agent.
+    pub const REMOTE_DATA: u64 = 1 << 17;
+    /// Cause, worth another try: bad data in the response of the home agent.
+    pub const HOME_DATA: u64 = 1 << 18;
+    /// Cause: an error that software forced.
+    pub const FORCED: u64 = 1 << 19;
+    /// The causes that are worth another try.
+    pub const RETRYABLE: [u64; 8] = [
+        EXECUTION_ERROR,
+        TLB_ERROR,
+        REMOTE_TIMEOUT,
+        HOME_TIMEOUT,
+        REMOTE_NON_FATAL,
+        HOME_NON_FATAL,
+        REMOTE_DATA,
+        HOME_DATA,
+    ];
+
+    /// What is wrong with an instruction: opcode or extended opcode.
+    pub const WRONG_OPCODE: u64 = 1;
+    /// What is wrong with an instruction: there is no such element type, or not with this opcode.
+    pub const WRONG_ELEMENT: u64 = 2;
+    /// What is wrong with an instruction: no elements.
+    pub const WRONG_COUNT: u64 = 3;
+    /// What is wrong with an instruction: an address or data-segment offset is no multiple of the element size.
+    pub const WRONG_ALIGNMENT: u64 = 4;
+    /// What is wrong with an instruction: its stride leads out of the 64-bit address space.
+    pub const WRONG_STRIDE: u64 = 5;
+    /// What is wrong with an instruction: the message queue has no lines.
+    pub const WRONG_QUEUE: u64 = 6;
 }
 
 /// The control block.
@@ -280,6 +391,10 @@ pub mod cb {
     pub const ELEMENT: Field = Field::new(12, 3);
     /// DW0: which atomic.
     pub const EXTENDED: Field = Field::new(24, 8);
+    /// DW0: the kind of the first address.
+    pub const KIND0: Field = Field::new(40, 2);
+    /// DW0: the kind of the second address.
+    pub const KIND1: Field = Field::new(42, 2);
     /// DW0: result of a message.
     pub const SUBSTATUS: Field = Field::new(32, 6);
     /// First address.
@@ -303,15 +418,32 @@ pub mod cb {
     /// Result of an atomic: the old value.
     pub const RESULT: usize = 7;
 
+    /// Modifier: responses may be held back; that changes when an instruction ends, not what it does.
+    pub const DELAYED: u64 = 1;
     /// Modifier: unmapped addresses.
     pub const UNMAPPED: u64 = 2;
     /// Modifier: set the done bit on completion, and interrupt where the context allows it.
     pub const INTERRUPT: u64 = 4;
 
-    /// Message result: the queue is full.
+    /// Address kind: memory. All of the model's memory is.
+    pub const RAM: u64 = 0;
+    /// Address kind: memory-mapped I/O.
+    pub const MMIO: u64 = 1;
+    /// Address kind: memory that is not coherent.
+    pub const NCRAM: u64 = 2;
+    /// Address kind: registers.
+    pub const REG: u64 = 3;
+
+    /// Message result: the receiver's buffer is full; nothing has happened.
+    pub const LB_OVERFLOW: u64 = 1;
+    /// Message result: the lines do not fit below the limit; nothing has happened.
     pub const QUEUE_LIMIT: u64 = 2;
     /// Message result: the slot is claimed, but lies in another page than the head; software stores the lines.
     pub const PAGE_OVERFLOW: u64 = 3;
+    /// Message result: the claim was not answered; nothing has happened.
+    pub const AMO_NACKED: u64 = 4;
+    /// Message result: the slot is claimed, the lines were not taken; software stores them.
+    pub const PUT_NACKED: u64 = 5;
 }
 
 /// log2 of the page size with this code, in bytes.

@@ -32,10 +32,15 @@ mod context;
 mod control;
 mod doorbell;
 mod exec;
+mod extended;
 mod fault;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod instruction;
 mod interrupts;
 pub mod layout;
+mod message;
+mod plan;
 mod purge;
 mod segment;
 mod stats;
@@ -44,11 +49,11 @@ mod tlb;
 #[cfg(test)]
 mod tests;
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use shootdown::{DeviceError, Interrupts, Range, Registers};
+use shootdown_primitive::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use shootdown_primitive::thread::{self, JoinHandle};
 
 pub use config::{ChipletConfig, Eviction, FaultPlan, Latency, Plant};
 pub use stats::Counts;
@@ -210,7 +215,7 @@ impl Chiplet {
         }
     }
 
-    fn executor(&self) -> std::sync::MutexGuard<'_, Executor> {
+    fn executor(&self) -> MutexGuard<'_, Executor> {
         // Changed by one assignment.
         self.executor.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -256,8 +261,7 @@ impl Registers for Chiplet {
                 Register::FaultMap { index, word } => core.settled().fault_maps[index].read(word),
                 Register::Purge { index, word } => core.read_tgh(&core.settled(), index, word),
                 Register::Extended { slot, word } => {
-                    let _control = core.settled();
-                    core.segment.extended(slot, word)
+                    core.read_extended(&core.settled(), slot, word)
                 }
                 Register::Fault { slot, word } => core.read_fault(&core.settled(), slot, word),
                 Register::Context { index, word } => {
@@ -359,8 +363,29 @@ impl Model {
         &self.bus
     }
 
+    /// The chiplet whose window is at `offset`.
+    fn at(&self, offset: u64) -> Result<&Chiplet, DeviceError> {
+        let chiplet = self.chiplets.get((offset / WINDOW_BYTES) as usize);
+        chiplet.map(Arc::as_ref).ok_or(no_register(offset))
+    }
+
     /// The chiplets, by device number.
     pub fn chiplets(&self) -> &[Arc<Chiplet>] {
         &self.chiplets
+    }
+}
+
+/// All chiplets in one window, as the machine has them: chiplet `c` of blade `b` is 128 MiB x (2 b + c) from its start.
+impl Registers for Model {
+    fn len(&self) -> u64 {
+        WINDOW_BYTES * self.chiplets.len() as u64
+    }
+
+    fn read(&self, offset: u64) -> Result<u64, DeviceError> {
+        self.at(offset)?.read(offset % WINDOW_BYTES)
+    }
+
+    fn write(&self, offset: u64, value: u64) -> Result<(), DeviceError> {
+        self.at(offset)?.write(offset % WINDOW_BYTES, value)
     }
 }

@@ -3,22 +3,21 @@
 //! A purge removes its entries as late as it may: when its latency has passed, not when it is commanded, so that software
 //! that does not wait for IDLE is found out. What it guarantees at IDLE:
 //! 1. no entry that it covers is in the TLB,
-//! 2. no access through such an entry is in flight,
-//! 3. a fault that was pending in its range at any time since the command has its drop-in ignored.
+//! 2. no access of the contexts in its bitmap through such an entry is in flight,
+//! 3. a fault of those contexts that was pending in its range at any time since the command has its drop-in ignored.
 //!
 //! Faults are marked on arrival, since their drop-in may be written before the purge takes effect, and again at the end,
 //! since they may have come between; entries that were dropped in between are removed at the end.
 
-use std::time::Instant;
-
 use rand::Rng;
+use shootdown_primitive::time::Instant;
 
 use super::control::{Control, Core, Handle, Operation};
 use super::layout::{
     CAUSE_BAD_OPCODE, page_shift,
     tgh::{
-        ASID, COUNT, COUNT_ALL, GLOBAL, NOP, PAGE_SIZE, STATE, STATE_IDLE, STATE_INVALIDATING,
-        STATE_WAIT_DONE, TLBINV, VADDR, WHAT,
+        ASID, CONTEXTS, COUNT, COUNT_ALL, GLOBAL, NOP, PAGE_SIZE, STATE, STATE_IDLE,
+        STATE_INVALIDATING, STATE_WAIT_DONE, TLBINV, VADDR, WHAT, WHERE,
     },
 };
 use super::tlb::Purge;
@@ -45,8 +44,7 @@ impl Tgh {
         self.is_active() && !self.lost && !self.stuck
     }
 
-    /// What the handle's words describe. The address mask and the context bitmap have no meaning in the model: it always
-    /// looks at everything.
+    /// What the handle's words describe. The address mask has no meaning in the model, which compares whole addresses.
     pub(super) fn purge(&self) -> Purge {
         let what = self.handle.read(WHAT);
         let code = PAGE_SIZE.get(what) as u8;
@@ -62,6 +60,7 @@ impl Tgh {
                 .and_then(|bytes| first.checked_add(bytes - 1))
                 .unwrap_or(u64::MAX),
             complete: COUNT.get(what) == COUNT_ALL,
+            contexts: CONTEXTS.get(self.handle.read(WHERE)) as u16,
         }
     }
 }
@@ -166,7 +165,9 @@ fn cancel(control: &mut Control, purge: &Purge) {
     while left != 0 {
         let slot = left.trailing_zeros() as usize;
         left &= left - 1;
-        control.faults[slot].purged(purge);
+        if control.owner[slot].is_some_and(|context| purge.concerns(context)) {
+            control.faults[slot].purged(purge);
+        }
     }
 }
 

@@ -10,8 +10,8 @@
 //! A control block is owned by its user while it is IDLE or ended, and by the chiplet from the store that starts it to the
 //! store of its final status; the status is what hands it over.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::thread;
+use shootdown_primitive::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use shootdown_primitive::thread;
 
 use super::layout::{
     ACTIVE, CALL_OS, CB_UNIT, CB_WORDS, COMMAND, CONTEXTS, DSR_BYTES, DSR_UNIT, SLOTS, STATUS, cb,
@@ -231,7 +231,6 @@ impl Segment {
         let new = cb::SUBSTATUS.put(new, substatus);
         // Release: pairs with the acquire in `read_cb`; results and data come before the status.
         self.cbs[slot].0[0].store(new, Ordering::Release);
-        self.set_extended(slot, cbe::STATE, status);
     }
 
     /// A word of an extended control block; 0 where there is none.

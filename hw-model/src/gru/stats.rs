@@ -1,6 +1,6 @@
 //! What a chiplet counts.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use shootdown_primitive::sync::atomic::{AtomicU64, Ordering};
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
@@ -62,11 +62,20 @@ counters! {
     purges_repeated,
     /// Injected: purges between a miss and its drop-in.
     purges_in_miss,
+    /// Injected: instructions ended by an error that is worth another try.
+    errors,
+    /// Injected: messages that were not delivered.
+    nacks,
+    /// Messages that were delivered.
+    messages,
+    /// Accesses through no translation.
+    unmapped,
     /// Injected: steps delayed.
     steps_delayed,
     /// Injected: resets that the chiplet survived.
     resets_survived,
-    /// Of what was injected and ends by itself (late, reordered, duplicated, in a miss, delayed), how much has ended.
+    /// Of what was injected and ends by itself (late, reordered, duplicated, in a miss, delayed; errors and nacks at once), how much
+    /// has ended.
     faults_over,
     /// Of that, how much a reset has ended instead.
     faults_cut_short,

@@ -48,6 +48,8 @@ pub struct TlbEntry {
     pub frame: u64,
     /// Whether stores are allowed.
     pub writable: bool,
+    /// The address kind of the page.
+    pub kind: u64,
     /// When, in the oracle's time, it was installed.
     pub stamp: Stamp,
 }
@@ -73,6 +75,8 @@ pub(super) struct Purge {
     pub(super) last: u64,
     /// Whatever size and address.
     pub(super) complete: bool,
+    /// The contexts whose misses and accesses in flight it concerns. Entries belong to none.
+    pub(super) contexts: u16,
 }
 
 impl Purge {
@@ -85,7 +89,13 @@ impl Purge {
             first: page.start().get(),
             last: page.last().get(),
             complete: false,
+            contexts: u16::MAX,
         }
+    }
+
+    /// Whether it concerns a context.
+    pub(super) fn concerns(&self, context: usize) -> bool {
+        self.contexts & (1 << context) != 0
     }
 
     fn of_asid(&self, asid: u32) -> bool {
@@ -118,7 +128,9 @@ impl Tlb {
     pub(super) fn new(capacity: usize, eviction: Eviction) -> Self {
         let capacity = capacity.max(2);
         Self {
-            entries: HashMap::with_capacity(capacity),
+            // Twice as many as there can be: what was removed leaves its place used until the table is made anew, which
+            // takes more memory unless half of it is free.
+            entries: HashMap::with_capacity(2 * capacity),
             order: VecDeque::with_capacity(capacity),
             capacity,
             eviction,

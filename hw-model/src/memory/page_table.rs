@@ -19,10 +19,9 @@
 //! Once a large page is split, its parts are 4 KiB pages; who cuts it next finds it split. A new large page cannot come to
 //! be there before all parts are gone, so nobody splits that one by mistake.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
 use shootdown::{Addr, Frame, PageSize, Range, Rights, Translation};
+use shootdown_primitive::sync::atomic::{AtomicU64, Ordering};
+use shootdown_primitive::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::table::Table;
 

@@ -2,6 +2,7 @@
 //! comparison with a naive model.
 
 mod naive;
+mod others;
 mod refusals;
 
 use std::sync::Barrier;

@@ -23,6 +23,7 @@ impl Chiplets {
     pub(crate) fn ports(&self) -> Vec<ChipletPorts> {
         let ports = self.model.chiplets().iter().map(|chiplet| ChipletPorts {
             name: format!("gru{}", chiplet.config().device),
+            blade: 0,
             registers: Arc::new(Watching {
                 chiplet: Arc::clone(chiplet),
                 hook: Arc::clone(&self.hook),
@@ -45,7 +46,7 @@ impl Chiplets {
             names.filter(|one| format!("gru{}", one.config().device) == segment.chiplet());
         let entries = own.next()?.tlb_entries();
         let used = |key: &shootdown_hw_model::gru::TlbKey| {
-            key.asid == segment.asid() && key.range().overlaps(part)
+            Some(key.asid) == segment.asid() && key.range().overlaps(part)
         };
         let mut keys = entries.iter().map(|entry| entry.key);
         keys.find(used).map(|key| key.range())

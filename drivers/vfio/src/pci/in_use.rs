@@ -91,6 +91,45 @@ fn name(path: &Path) -> String {
         .into_owned()
 }
 
+/// Where the block device `number` is mounted. Fields: identifier, parent, major:minor, root, mount point. Source:
+/// proc_pid_mountinfo(5).
+pub(crate) fn mounted<'m>(mounts: &'m str, number: &'m str) -> impl Iterator<Item = String> + 'm {
+    mounts.lines().filter_map(move |line| {
+        let mut fields = line.split(' ').skip(2);
+        (fields.next() == Some(number)).then(|| fields.nth(1).map_or("?".to_owned(), written))
+    })
+}
+
+/// Whether the device at `path` is swapped to. Source: proc_swaps(5).
+pub(crate) fn is_swapped_to(swaps: &str, path: &str) -> bool {
+    let mut devices = swaps
+        .lines()
+        .filter_map(|line| line.split([' ', '\t']).next());
+    devices.any(|device| written(device) == path)
+}
+
+/// A path as the kernel means it: what would end the field is written in octal, `\040` for a space.
+fn written(field: &str) -> String {
+    let (mut bytes, mut rest) = (Vec::new(), field.as_bytes());
+    while let Some((first, behind)) = rest.split_first() {
+        let digits = behind
+            .get(..3)
+            .and_then(|digits| std::str::from_utf8(digits).ok());
+        let octal = digits.filter(|digits| digits.bytes().all(|digit| digit.is_ascii_digit()));
+        match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) if *first == b'\\' => {
+                bytes.push(byte);
+                rest = &behind[3..];
+            }
+            _ => {
+                bytes.push(*first);
+                rest = behind;
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
 impl Pci {
     /// Who uses the function at `address` through its driver, as far as can be told: mounts, swap, stacked block devices, networks.
     ///
@@ -122,20 +161,11 @@ impl Pci {
                 block: block.clone(),
                 by: name(&by.path()),
             }));
-            // Fields: identifier, parent, major:minor, root, mount point. Source: proc_pid_mountinfo(5).
-            let mounted = mounts.lines().filter_map(|line| {
-                let mut fields = line.split(' ').skip(2);
-                (fields.next() == Some(&number)).then(|| fields.nth(1).unwrap_or("?").to_owned())
-            });
-            uses.extend(mounted.map(|at| Use::Mounted {
+            uses.extend(mounted(&mounts, &number).map(|at| Use::Mounted {
                 block: block.clone(),
                 at,
             }));
-            let path = format!("/dev/{block}");
-            if swaps
-                .lines()
-                .any(|line| line.split_whitespace().next() == Some(&path))
-            {
+            if is_swapped_to(&swaps, &format!("/dev/{block}")) {
                 uses.push(Use::Swap {
                     block: block.clone(),
                 });

@@ -1,7 +1,7 @@
 //! What sysfs says of PCI functions: who they are, who has them, what their group is, and whether VFIO can have them.
 
 mod bind;
-mod in_use;
+pub(crate) mod in_use;
 #[cfg(test)]
 mod tests;
 
@@ -108,9 +108,16 @@ fn read(path: &Path) -> Option<String> {
     Some(fs::read_to_string(path).ok()?.trim().to_owned())
 }
 
+/// A number as sysfs writes identifiers: `0x1234`.
+pub(crate) fn hexadecimal(text: &str) -> Option<u32> {
+    let digits = text.strip_prefix("0x")?;
+    // A sign is none of its.
+    let all = digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+    u32::from_str_radix(digits, 16).ok().filter(|_| all)
+}
+
 fn number(path: &Path) -> Option<u32> {
-    let text = read(path)?;
-    u32::from_str_radix(text.strip_prefix("0x")?, 16).ok()
+    hexadecimal(&read(path)?)
 }
 
 /// The last part of where a link leads.
@@ -159,7 +166,10 @@ impl Pci {
     /// There is none.
     pub fn function(&self, address: &str) -> Result<Function, VfioError> {
         let path = self.directory(address)?;
-        let identifier = |file: &str| number(&path.join(file)).unwrap_or(0) as u16;
+        let identifier = |file: &str| {
+            let found = number(&path.join(file)).and_then(|number| u16::try_from(number).ok());
+            found.unwrap_or(0)
+        };
         let resets = read(&path.join("reset_method")).unwrap_or_default();
         Ok(Function {
             address: address.to_owned(),
@@ -221,7 +231,7 @@ const PRI: u32 = 0x0013;
 const PASID: u32 = 0x001b;
 
 /// Walks the extended capabilities in the bytes of a configuration space; `None` where they are not all there.
-fn translation(config: &[u8]) -> Option<Translation> {
+pub(crate) fn translation(config: &[u8]) -> Option<Translation> {
     const EXTENDED: usize = 0x100;
     if config.len() < EXTENDED {
         return None;

@@ -101,6 +101,7 @@ fn a_reset_waits_for_the_access_in_flight_and_then_nothing_is_left() {
     rig.await_miss(Rig::slot(0, 1));
     rig.chiplet.core.lock().in_flight = Some(InFlight {
         context: 0,
+        slot: 1,
         pages: [None; 2],
     });
     rig.chiplet.reset();

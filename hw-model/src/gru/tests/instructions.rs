@@ -9,7 +9,7 @@ use shootdown::{Interrupts, PageSize, Rights};
 use super::interpreter::Plain;
 use super::rig::{Instr, Misses, Rig, until};
 use crate::gru::ChipletConfig;
-use crate::gru::layout::{ACTIVE, CALL_OS, EXCEPTION, IDLE, cb, cbe};
+use crate::gru::layout::{ACTIVE, CALL_OS, IDLE, cb};
 
 /// Bytes that the random instructions work on: 16 pages of 4 KiB, one of 64 KiB, one of 2 MiB.
 const BYTES: u64 = 0x1_0000 + 0x1_0000 + 0x20_0000;
@@ -219,38 +219,6 @@ fn four_instructions_at_a_time_all_complete() {
 }
 
 #[test]
-fn a_full_message_queue_refuses_and_a_queue_keeps_the_order() {
-    let (rig, base) = Rig::started(ChipletConfig::default());
-    // Head and limit in lines: room for four messages of one line, from line 2 on.
-    rig.poke(base, &(2_u64 | 6 << 32).to_le_bytes());
-    let send = Instr {
-        opcode: 8,
-        element: 6,
-        base0: base,
-        count: 1,
-        tri0: 64,
-        ..Instr::default()
-    };
-    let substatus = || cb::SUBSTATUS.get(rig.read(Rig::cb(0, 0, 0)));
-    for message in 0..4 {
-        rig.write(Rig::dsr(0, 64), 100 + message);
-        assert_eq!(rig.run(0, &send), Ok((2 + message) | 6 << 32));
-        assert_eq!(substatus(), 0);
-    }
-    rig.run(0, &send).unwrap();
-    assert_eq!(substatus(), cb::QUEUE_LIMIT);
-    for message in 0..4 {
-        let line = rig.peek(base + (2 + message) * 64, 8);
-        assert_eq!(line, (100 + message).to_le_bytes());
-    }
-    // A slot in the next page is claimed, and left to software.
-    rig.poke(base, &(63_u64 | 70 << 32).to_le_bytes());
-    rig.run(0, &send).unwrap();
-    assert_eq!(rig.run(0, &send), Ok(64 | 70 << 32));
-    assert_eq!(substatus(), cb::PAGE_OVERFLOW);
-}
-
-#[test]
 fn a_poll_stays_active_until_the_value_fits() {
     let (rig, base) = Rig::started(ChipletConfig::default());
     let poll = Instr {
@@ -279,120 +247,6 @@ fn a_poll_stays_active_until_the_value_fits() {
     rig.issue(0, 1, &Instr { operand1: 1, ..set });
     assert_eq!(rig.finish(0, 0), IDLE);
     assert_eq!(rig.read(Rig::cb(0, 0, cb::RESULT)), 7);
-}
-
-#[test]
-fn every_exception_has_its_cause() {
-    let (rig, base) = Rig::started(ChipletConfig::default());
-    let read_only = rig.map(0x2_0000, 4096, PageSize::FourKiB, Rights::READ);
-    let load = Instr {
-        opcode: 2,
-        element: 3,
-        base0: base,
-        count: 1,
-        stride: 1,
-        ..Instr::default()
-    };
-    let cases = [
-        (
-            cbe::ILLEGAL_OPCODE,
-            Instr {
-                opcode: 0xa,
-                extended: 0x33,
-                ..load
-            },
-        ),
-        (
-            cbe::ILLEGAL_OPCODE,
-            Instr {
-                modifiers: cb::UNMAPPED,
-                ..load
-            },
-        ),
-        (cbe::ILLEGAL_ELEMENT, Instr { element: 5, ..load }),
-        (
-            cbe::ILLEGAL_ELEMENT,
-            Instr {
-                opcode: 0xa,
-                extended: 1,
-                element: 6,
-                ..load
-            },
-        ),
-        (cbe::ILLEGAL_ELEMENT, Instr { opcode: 8, ..load }),
-        (
-            cbe::MISALIGNED,
-            Instr {
-                base0: base + 4,
-                ..load
-            },
-        ),
-        (cbe::MISALIGNED, Instr { tri0: 4, ..load }),
-        (
-            cbe::MISALIGNED,
-            Instr {
-                opcode: 3,
-                tri1: 4,
-                ..load
-            },
-        ),
-        (
-            cbe::MISALIGNED,
-            Instr {
-                opcode: 1,
-                base1: base + 0x1001,
-                ..load
-            },
-        ),
-        (cbe::DSR_BOUNDS, Instr { count: 257, ..load }),
-        (cbe::DSR_BOUNDS, Instr { tri0: 2048, ..load }),
-        (
-            cbe::DSR_BOUNDS,
-            Instr {
-                opcode: 3,
-                tri1: 2048,
-                ..load
-            },
-        ),
-        (
-            cbe::DSR_BOUNDS,
-            Instr {
-                count: 0xffff_ffff,
-                ..load
-            },
-        ),
-        (cbe::ZERO_ELEMENTS, Instr { count: 0, ..load }),
-        (
-            cbe::TLB,
-            Instr {
-                base0: 0x1000,
-                ..load
-            },
-        ),
-        (
-            cbe::READ_ONLY,
-            Instr {
-                opcode: 6,
-                base0: read_only,
-                ..load
-            },
-        ),
-    ];
-    rig.run(
-        0,
-        &Instr {
-            base0: read_only,
-            ..load
-        },
-    )
-    .unwrap();
-    for (cause, instr) in cases {
-        assert_eq!(rig.run(0, &instr), Err(cause), "{instr:x?}");
-        assert_eq!(rig.status(0, 0), EXCEPTION);
-        rig.run(0, &load).unwrap();
-    }
-    assert_eq!(rig.chiplet.counts().exceptions, cases.len() as u64);
-    rig.assert_no_stale_access();
 }
 
 #[test]

@@ -222,6 +222,7 @@ fn a_purge_waits_for_the_access_through_its_entry() {
     let (rig, base) = Rig::started(ChipletConfig::default());
     let access = |page| InFlight {
         context: 0,
+        slot: 1,
         pages: [None, Some(TlbKey::of(8, 0, page))],
     };
     rig.chiplet.core.lock().in_flight = Some(access(base));
@@ -240,7 +241,11 @@ fn a_purge_waits_for_the_access_through_its_entry() {
 fn a_miss_that_comes_while_a_purge_is_at_work_has_its_drop_in_ignored() {
     let (rig, base) = Rig::started(ChipletConfig::default());
     let pages = [Some(TlbKey::of(8, 0, base)), None];
-    rig.chiplet.core.lock().in_flight = Some(InFlight { context: 0, pages });
+    rig.chiplet.core.lock().in_flight = Some(InFlight {
+        context: 0,
+        slot: 1,
+        pages,
+    });
     rig.purge(0, 8, base, PageSize::FourKiB, 1);
     rig.issue(0, 0, &set(base, 1));
     rig.await_miss(0);
@@ -257,7 +262,11 @@ fn a_miss_that_comes_while_a_purge_is_at_work_has_its_drop_in_ignored() {
 fn an_entry_that_is_dropped_in_while_a_purge_is_at_work_is_gone_when_it_is_done() {
     let (rig, base) = Rig::started(ChipletConfig::default());
     let pages = [Some(TlbKey::of(8, 0, base)), None];
-    rig.chiplet.core.lock().in_flight = Some(InFlight { context: 0, pages });
+    rig.chiplet.core.lock().in_flight = Some(InFlight {
+        context: 0,
+        slot: 1,
+        pages,
+    });
     rig.purge(0, 8, base, PageSize::FourKiB, 1);
     rig.issue(0, 0, &set(base, 1));
     rig.await_miss(0);
@@ -267,6 +276,35 @@ fn an_entry_that_is_dropped_in_while_a_purge_is_at_work_is_gone_when_it_is_done(
     rig.chiplet.core.lock().in_flight = None;
     rig.await_purge(0);
     assert!(!rig.holds(8, base));
+}
+
+#[test]
+fn a_purge_concerns_the_misses_and_accesses_of_the_contexts_in_its_bitmap_only() {
+    let (rig, base) = Rig::started(ChipletConfig::default());
+    rig.start(1, 8, Misses::FaultMap);
+    let slots = [0, 1].map(|context| Rig::slot(context, 0));
+    for context in 0..2 {
+        rig.issue(context, 0, &set(base, 1));
+        rig.await_miss(slots[context as usize]);
+    }
+    let pages = [Some(TlbKey::of(8, 0, base)), None];
+    rig.chiplet.core.lock().in_flight = Some(InFlight {
+        context: 0,
+        slot: 1,
+        pages,
+    });
+    rig.write(Rig::tgh(0, tgh::VADDR), base);
+    rig.write(Rig::tgh(0, tgh::WHAT), 8);
+    rig.write(Rig::tgh(0, tgh::WHERE), tgh::CONTEXTS.put(0, 0b10));
+    rig.operate(Rig::tgh(0, 0), 0, tgh::TLBINV).unwrap();
+    rig.chiplet.core.lock().in_flight = None;
+    for slot in slots {
+        assert!(rig.fill(slot));
+        rig.operate(Rig::tfh(slot, 0), 0, tfh::WRITE_ONLY).unwrap();
+    }
+    let counts = rig.chiplet.counts();
+    assert_eq!((counts.drop_ins, counts.drop_ins_cancelled), (1, 1));
+    assert!(rig.holds(8, base));
 }
 
 /// Ends the other thread also when this one panics.

@@ -9,7 +9,7 @@ use shootdown::{Addr, Memory, PageSize, Range, Registers, Rights};
 use crate::bus::Bus;
 use crate::gru::layout::{
     ACTIVE, CALL_OS, CAUSE, CBE, CCH, DSR_OFFSET, EXCEPTION, GSEG_STRIDE, HANDLE_STRIDE, IDLE,
-    MANAGEMENT, OPCODE, RESET, STATUS, TFH, TFM, TGH, cb, cch, page_code, tfh, tgh,
+    MANAGEMENT, OPCODE, RESET, STATUS, TFH, TFM, TGH, cb, cbe, cch, page_code, tfh, tgh,
 };
 use crate::gru::{Chiplet, ChipletConfig};
 use crate::memory::ModelMemory;
@@ -36,6 +36,8 @@ pub(super) struct Instr {
     pub(super) extended: u64,
     pub(super) element: u64,
     pub(super) modifiers: u64,
+    /// Of the first and the second address.
+    pub(super) kinds: [u64; 2],
     pub(super) base0: u64,
     pub(super) base1: u64,
     pub(super) count: u64,
@@ -50,6 +52,7 @@ impl Instr {
     fn words(&self) -> [u64; 7] {
         let dw0 = 1 | STATUS.put(0, ACTIVE) | cb::OPCODE.put(0, self.opcode);
         let dw0 = cb::ELEMENT.put(cb::MODIFIERS.put(dw0, self.modifiers), self.element);
+        let dw0 = cb::KIND1.put(cb::KIND0.put(dw0, self.kinds[0]), self.kinds[1]);
         let shape = cb::COUNT.put(0, self.count);
         [
             cb::EXTENDED.put(dw0, self.extended),
@@ -80,6 +83,8 @@ pub(super) fn set(base0: u64, value: u64) -> Instr {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Misses {
     FaultMap,
+    /// Without an interrupt.
+    FaultMapPolled,
     UserPolling,
 }
 
@@ -175,6 +180,7 @@ impl Rig {
     pub(super) fn configure(&self, index: u64, asid: u64, misses: Misses) {
         let interrupt = u64::from(misses == Misses::FaultMap);
         let dw0 = cch::TLB_INTERRUPT.put(cch::CB_INTERRUPT.put(0, 1), interrupt);
+        let dw0 = cch::FAULT_BITS.put(dw0, u64::from(misses == Misses::FaultMapPolled));
         self.write(Self::cch(index, 0), cch::FAULT_MAP.put(dw0, index));
         self.write(Self::cch(index, cch::DSR_MAP), 0b101 << (index * 4));
         self.write(Self::cch(index, cch::CB_MAP), 0b101 << (index * 4));
@@ -237,11 +243,12 @@ impl Rig {
         self.status(context, number)
     }
 
-    /// Issues and finishes; an exception's causes as an error, else the result.
-    pub(super) fn run(&self, context: u64, instr: &Instr) -> Result<u64, u64> {
+    /// Issues and finishes; an exception's causes and their detail as an error, else the result.
+    pub(super) fn run(&self, context: u64, instr: &Instr) -> Result<u64, (u64, u64)> {
         self.issue(context, 0, instr);
         if self.finish(context, 0) == EXCEPTION {
-            return Err(self.read(Self::cbe(Self::slot(context, 0), 1)));
+            let word = |word| self.read(Self::cbe(Self::slot(context, 0), word));
+            return Err((word(cbe::CAUSE), word(cbe::DETAIL)));
         }
         Ok(self.read(Self::cb(context, 0, cb::RESULT)))
     }
@@ -300,6 +307,7 @@ impl Rig {
             Self::tgh(handle, tgh::WHAT),
             tgh::COUNT.put(what, pages - 1),
         );
+        self.write(Self::tgh(handle, tgh::WHERE), tgh::CONTEXTS.mask());
         self.write(
             Self::tgh(handle, 0),
             1 | STATUS.put(OPCODE.put(0, tgh::TLBINV), ACTIVE),
@@ -312,6 +320,7 @@ impl Rig {
             Self::tgh(handle, tgh::WHAT),
             tgh::GLOBAL.put(tgh::COUNT.put(0, 1023), 1),
         );
+        self.write(Self::tgh(handle, tgh::WHERE), tgh::CONTEXTS.mask());
         self.write(
             Self::tgh(handle, 0),
             1 | STATUS.put(OPCODE.put(0, tgh::TLBINV), ACTIVE),

@@ -7,7 +7,7 @@ use std::fmt;
 pub(crate) enum Check {
     /// Every interleaving of the real code, within a bound, by the model checker.
     Model { test: &'static str },
-    /// A test of core, against real memory of the process and fake devices.
+    /// A test of core or of the windows over it, against real memory of the process and fake devices.
     Test {
         target: &'static str,
         test: &'static str,
@@ -43,10 +43,7 @@ impl fmt::Display for Check {
             Self::Model { test } => write!(f, "loom: {test}"),
             Self::Test { target, test } => write!(f, "test {target}: {test}"),
             Self::Trap { target, test } => write!(f, "allocator trap, {target}: {test}"),
-            Self::Pair {
-                target, without, ..
-            } if *target == "model" => write!(f, "driver over the GRU model: {without}"),
-            Self::Pair { without, .. } => write!(f, "driver over a fake IOMMU: {without}"),
+            Self::Pair { without, .. } => write!(f, "driver over the GRU model: {without}"),
             Self::Run => f.write_str("oracle, in a run of the main job"),
             Self::Vm => f.write_str("VM tier: the negative controls, in guest and witness"),
         }
@@ -93,7 +90,6 @@ pub(crate) const fn test(
     }
 }
 
-/// `target` is `model` for the GRU driver's tests, `windows` for those of the DMA windows.
 pub(crate) const fn pair(
     race: &'static str,
     plant: &'static str,

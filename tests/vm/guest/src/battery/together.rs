@@ -21,6 +21,7 @@ fn two_worlds() -> Outcome {
     let chiplet = &model.chiplets()[0];
     let ports = ChipletPorts {
         name: "gru0".into(),
+        blade: 0,
         registers: chiplet.clone(),
         interrupts: chiplet.clone(),
     };

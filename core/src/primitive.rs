@@ -43,6 +43,7 @@ impl<T> Mutex<T> {
     }
 
     /// Waits for the holder.
+    #[inline]
     pub(crate) fn lock(&self) -> MutexGuard<'_, T> {
         match self.0.lock() {
             Ok(guard) => guard,

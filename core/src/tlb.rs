@@ -257,6 +257,7 @@ impl Device {
     }
 
     /// Whether it is in quarantine.
+    #[inline]
     pub fn health(&self) -> Health {
         // Acquire, with the AcqRel in `recover`: who sees it healthy again also sees its TLB empty.
         if self.inner.health.load(Ordering::Acquire).is_multiple_of(2) {

@@ -199,18 +199,17 @@ impl Sources {
         self.observer.set(observer)
     }
 
-    /// Pages of `range` may change until the value is dropped.
-    pub(crate) fn change(&self, range: Range) -> Change {
-        let observer = self.observer.get().cloned();
-        if let Some(observer) = &observer {
-            observer.may_change(range);
-        }
-        Change { observer, range }
+    /// Pages of `range` may change until the value is dropped. None where nobody observes it.
+    #[inline]
+    pub(crate) fn change(&self, range: Range) -> Option<Change> {
+        let observer = self.observer.get()?.clone();
+        observer.may_change(range);
+        Some(Change { observer, range })
     }
 
     /// The space's own operation is about to change these ranges; until the value is dropped.
     pub(crate) fn own(&self, ranges: [Option<Range>; 2]) -> Own<'_> {
-        let changes = ranges.map(|range| range.map(|range| self.change(range)));
+        let changes = ranges.map(|range| range.and_then(|range| self.change(range)));
         if self.is_empty() {
             return Own {
                 sources: self,
@@ -254,15 +253,13 @@ pub(crate) struct Own<'s> {
 
 /// Pages may change for as long as this lives, and the observer, if there is one, knows.
 pub(crate) struct Change {
-    observer: Option<Arc<dyn Observer>>,
+    observer: Arc<dyn Observer>,
     range: Range,
 }
 
 impl Drop for Change {
     fn drop(&mut self) {
-        if let Some(observer) = &self.observer {
-            observer.changed(self.range);
-        }
+        self.observer.changed(self.range);
     }
 }
 

@@ -96,6 +96,9 @@ fn a_clean_run_passes_and_reports_everything() {
         "/unregisters/inside_own_callback",
         "/unregisters/inside_other_callback",
         "/unregisters/during_release",
+        "/accelerators/commands",
+        "/accelerators/page_requests",
+        "/accelerators/pasid_flushes",
     ];
     let latencies = ["shootdown", "unregister", "fault"].into_iter();
     let latencies = latencies.flat_map(|kind| {

@@ -200,7 +200,18 @@ impl Context {
         }
         let owner = self.user.as_ref().map_or(0, |user| user.binding.space);
         registers.write(base + cch::OWNER, owner)?;
-        self.handle(loaded.index, Operation::Allocate, 0)?;
+        let allocate = || self.handle(loaded.index, Operation::Allocate, 0);
+        match allocate() {
+            // It has kept a context that it said was gone.
+            Err(GruError::HandleException {
+                cause: cch::WRONG_STATE,
+                ..
+            }) => {
+                self.stop(loaded)?;
+                allocate()?;
+            }
+            result => result?,
+        }
         self.restore(loaded)?;
         // Acquire: a thread that serves the fault map began before this was set.
         let served = self.chiplet.served.load(Ordering::Acquire);

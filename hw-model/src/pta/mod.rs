@@ -39,6 +39,7 @@
 //! are performed by one thread, which ends with the device; everything else is carried out by whoever touches the device when its time
 //! has come.
 
+mod command;
 mod config;
 mod engine;
 mod invalidate;

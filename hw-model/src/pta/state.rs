@@ -10,12 +10,13 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use shootdown::{PageSize, Range, Rights};
 
+use super::command::{is_possible, needs};
 use super::config::{Plant, PtaConfig};
 use super::invalidate::Invalidations;
 use super::layout::{
-    ACTIVE, ADD, ADDRESSES, BAD_COMMAND, CAUSE, CHECKSUM, COMMAND, COMPARE, COPY, DESTINATION,
-    DISABLED, DONE, DONE_BYTES, ERROR, FAULT, FILL, FOR_WRITE, IDLE, LENGTH, OPCODE, OPERAND,
-    PASIDS, QUEUES, RESULT, SLOTS, SOURCE, STATUS, TOUCH,
+    ACTIVE, BAD_COMMAND, CAUSE, CHECKSUM, COMMAND, COMPARE, DESTINATION, DISABLED, DONE,
+    DONE_BYTES, ERROR, FAULT, IDLE, LENGTH, OPCODE, OPERAND, PASIDS, QUEUES, RESULT, SLOTS, SOURCE,
+    STATUS, TOUCH,
 };
 use super::request::Requests;
 use super::stats::Counts;
@@ -487,39 +488,4 @@ impl State {
             self.fail(place, DISABLED);
         }
     }
-}
-
-/// What a command needs to be allowed at its source, and at its destination.
-fn needs(words: &[u64; 8]) -> (Option<Rights>, Option<Rights>) {
-    let command = words[COMMAND];
-    let touch = if FOR_WRITE.get(command) == 1 {
-        Rights::WRITE
-    } else {
-        Rights::READ
-    };
-    match OPCODE.get(command) {
-        COPY => (Some(Rights::READ), Some(Rights::WRITE)),
-        FILL => (None, Some(Rights::WRITE)),
-        COMPARE => (Some(Rights::READ), Some(Rights::READ)),
-        CHECKSUM => (Some(Rights::READ), None),
-        ADD => (None, Some(Rights::READ_WRITE)),
-        TOUCH => (None, Some(touch)),
-        _ => (None, None),
-    }
-}
-
-/// Whether the device takes the command.
-fn is_possible(words: &[u64; 8]) -> bool {
-    let (source, destination) = needs(words);
-    let len = words[LENGTH];
-    let translated = |word: usize| {
-        let end = words[word].checked_add(len);
-        end.is_some_and(|end| end <= ADDRESSES)
-    };
-    let word = words[DESTINATION].is_multiple_of(8) && len == 8;
-    (source.is_some() || destination.is_some())
-        && len > 0
-        && (source.is_none() || translated(SOURCE))
-        && (destination.is_none() || translated(DESTINATION))
-        && (OPCODE.get(words[COMMAND]) != ADD || word)
 }

@@ -208,8 +208,8 @@ impl Pair {
         pair
     }
 
-    /// A segment on each chiplet. Whoever was lied to takes a context for free that is not, once: it is told, and the context stopped.
-    /// And whoever resolves a fault may still have a segment that is gone, which counts where there are fewest.
+    /// A segment on each chiplet. A context that was kept is stopped for them; where a fault locks it that takes a reset, and they are
+    /// told. Whoever resolves a fault may still have a segment that is gone, which counts where there are fewest.
     fn segments(&mut self) {
         let (begun, mut refused) = (Instant::now(), 0);
         while self.segments.iter().any(Option::is_none) {

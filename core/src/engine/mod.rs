@@ -534,7 +534,7 @@ impl<'s> Desk<'s> {
             };
             let Some(range) = asked else { return };
             for target in used.targets() {
-                let plan = FlushPlan::new(range, pieces, &target.device);
+                let plan = FlushPlan::new(range, pieces, &target.device, !space.sources.is_empty());
                 devices.for_each(|one| {
                     if one.device.same(&target.device) {
                         for &scope in plan.scopes() {

@@ -94,7 +94,8 @@ impl Sources {
         }
     }
 
-    fn is_empty(&self) -> bool {
+    /// Whether nothing watches the space.
+    pub(crate) fn is_empty(&self) -> bool {
         // Relaxed: whoever attaches a source while others register or change memory orders them himself.
         self.count.load(Ordering::Relaxed) == 0
     }

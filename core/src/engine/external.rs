@@ -81,6 +81,7 @@ impl crate::AddressSpace {
             cause,
             segments: &[],
         };
+        self.space.sources.others_change();
         let begun = Invalidation::begin(&self.space, what, mode);
         let mut invalidation = begun.map_err(|failed| failed.error)?;
         if self.space.exit_has_begun() {

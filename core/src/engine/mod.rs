@@ -588,6 +588,7 @@ impl<'s> Desk<'s> {
             trouble,
             ..
         } = &mut **self;
+        let cut = space.sources.may_be_cut();
         hits.for_each(|hit| {
             let Who::Used(used) = &hit.who else { return };
             let op = Op::new(core, part(used, core));
@@ -607,7 +608,7 @@ impl<'s> Desk<'s> {
                 let Some(one) = at.and_then(|at| devices.get_mut(at)) else {
                     continue;
                 };
-                let plan = FlushPlan::new(range, pieces, &target.device);
+                let plan = FlushPlan::new(range, pieces, &target.device, cut);
                 for &scope in plan.scopes() {
                     one.add(FlushCommand {
                         tag: target.tag,

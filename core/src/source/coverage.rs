@@ -3,7 +3,7 @@
 //! The locks are the standard library's also under the model checker, which explores no sources. Under neither is anything
 //! allocated or freed, as callbacks insert registrations and ask here (R18).
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use thiserror::Error;
@@ -82,6 +82,9 @@ pub(crate) struct Sources {
     /// What the space's own operations are about to change: a source is told of it too, and has nothing to tell.
     own: Mutex<[Option<OwnRange>; SLOTS]>,
     observer: OnceLock<Arc<dyn Observer>>,
+    /// Others change pages of the space, or have: large ones may be cut without the table's knowing. It stays so when they are no
+    /// longer watched.
+    others: AtomicBool,
 }
 
 impl Sources {
@@ -91,12 +94,27 @@ impl Sources {
             count: AtomicUsize::new(0),
             own: Mutex::new([None; SLOTS]),
             observer: OnceLock::new(),
+            others: AtomicBool::new(false),
         }
     }
 
-    fn is_empty(&self) -> bool {
+    /// Whether nothing watches the space.
+    pub(crate) fn is_empty(&self) -> bool {
         // Relaxed: whoever attaches a source while others register or change memory orders them himself.
         self.count.load(Ordering::Relaxed) == 0
+    }
+
+    /// Somebody else is about to change pages.
+    pub(crate) fn others_change(&self) {
+        // Relaxed: before the claim of that change, and read when a later one has quiesced the drivers that have installed what is cut.
+        if !self.others.load(Ordering::Relaxed) {
+            self.others.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether pages may be smaller than the table says.
+    pub(crate) fn may_be_cut(&self) -> bool {
+        self.others.load(Ordering::Relaxed)
     }
 
     /// False if there is no room.
@@ -118,6 +136,7 @@ impl Sources {
             return false;
         };
         *free = Some(entry);
+        self.others_change();
         self.count.fetch_add(1, Ordering::Relaxed);
         true
     }

@@ -1,5 +1,6 @@
-//! Every atomic, lock, thread-local and yield of this crate goes through this module: those of `shootdown_primitive` by default, the
-//! model checker's under `--cfg loom`, so that the checker runs the code that ships.
+//! Every atomic, lock, thread-local and yield of this crate goes through this module: those of `shootdown_primitive` by default (the
+//! standard library's; a simulation's under `--cfg sim`), the model checker's under `--cfg loom`, so that the checker runs the
+//! code that ships.
 //!
 //! Locks are the standard library's on purpose. On Linux they are one futex word each and never allocate, neither when they
 //! are made nor when they are waited for; a lock that parks its waiters in a table of its own allocates for each new thread, which

@@ -6,7 +6,7 @@
 //! every interleaving, and the same two give the same run, to the last step; [`so_far`] has a hash of all of it.
 //!
 //! # Time
-//! Every step takes [`world::TICK`]. When nobody can run but threads that wait for a time, the clock goes to the first of these times:
+//! Every step takes 20 ns. When nobody can run but threads that wait for a time, the clock goes to the first of these times:
 //! deadlines, latencies, naps and timeouts are simulated, and take no time. Whoever spins or gives way lets some time pass, so that
 //! it ends.
 //!

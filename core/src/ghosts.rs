@@ -51,19 +51,24 @@ impl Ghosts {
             all = Vec::with_capacity(needed);
         }
         self.some.store(true, Ordering::Relaxed);
-        // With the one in the walk's section: an invalidation that does not find the registration in the index finds this.
+        // An invalidation that does not find the registration in the index finds this: by the Release of the index's new version,
+        // which comes after it, and the Acquire of the walk that sees that version. The fence, with the one in the walk's
+        // section, makes it so whatever the index does.
         fence(Ordering::SeqCst);
     }
 
-    /// A device in quarantine that may still reach something of `range`. Allocates nothing.
-    pub(crate) fn find(&self, range: Range) -> Option<Device> {
+    /// Shows a device in quarantine that may still reach something of `range`, if there is one. Allocates nothing, and takes no count
+    /// of it, which could come to be the last.
+    pub(crate) fn find(&self, range: Range, see: impl FnOnce(&Device)) {
         if !self.some.load(Ordering::Relaxed) {
-            return None;
+            return;
         }
         let all = self.all.lock();
         let found = all.iter().find(|(ghost, device)| {
             ghost.overlaps(range) && device.health() == Health::Quarantined
         });
-        found.map(|(_, device)| device.clone())
+        if let Some((_, device)) = found {
+            see(device);
+        }
     }
 }

@@ -10,6 +10,7 @@
 //! that is not ordered fails the model. A handler's panic is contained by the engine, so handlers note what is wrong and the
 //! model asserts it.
 
+mod litmus;
 mod phases;
 mod waits;
 

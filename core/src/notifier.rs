@@ -82,6 +82,21 @@ pub(crate) struct OpCore {
     pub(crate) post: PostId,
 }
 
+impl OpCore {
+    /// Of no operation.
+    pub(crate) fn none() -> Self {
+        Self {
+            id: 0,
+            range: Range::ALL,
+            cause: Cause::External,
+            sizes: PageSizes::empty(),
+            may_block: false,
+            drain: Duration::ZERO,
+            post: crate::watch::Watch::post(0),
+        }
+    }
+}
+
 /// One operation, as one handler sees it.
 #[derive(Debug)]
 pub struct Op<'o> {

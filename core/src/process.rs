@@ -12,7 +12,8 @@ use crate::addr::{Addr, PageSize, PageSizes, Range};
 use crate::memory::{Memory, MemoryError, Rights, Translation};
 use crate::source::own_call;
 
-/// Anonymous private 4 KiB pages of this process. It shows no page table: devices that walk one use the
+/// Anonymous private 4 KiB pages of this process. Its addresses are its own: where a source watches, others who unmap there leave them
+/// reserved ([`Unotify`](crate::Unotify)). Kept out of children. It shows no page table: devices that walk one use the
 /// hardware model's memory, devices behind an IOMMU need none.
 #[derive(Debug)]
 pub struct ProcessMemory {

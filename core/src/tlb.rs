@@ -2,8 +2,7 @@
 //!
 //! A flush goes *issue* (queue a command), *dispatch* (ring the doorbell once for all that is queued), *poll* (has the
 //! device acknowledged?). The engine issues to all devices, dispatches all, then polls all of them together, so that
-//! the latencies of many devices overlap. [`FlushPlan`] is the one cost model: it turns a range into the fewest
-//! commands that the declared [`Limits`] allow, or one full flush where that is cheaper.
+//! the latencies of many devices overlap. What commands a range needs is worked out in [`plan`](crate::plan).
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -108,6 +107,12 @@ pub trait DeviceTlb: Send + Sync + 'static {
     /// What it can do; read once.
     fn limits(&self) -> Limits;
 
+    /// Whether it has entries smaller than the page that a translation names. Of one that has none, a page that is mapped as a
+    /// large one is flushed by its own size alone. Read once.
+    fn splits_pages(&self) -> bool {
+        true
+    }
+
     /// Queues one command.
     fn issue(&self, command: FlushCommand) -> Issue;
 
@@ -131,69 +136,6 @@ pub trait DeviceTlb: Send + Sync + 'static {
 
 /// Commands of one device in one operation before they become a full flush of the tag.
 pub(crate) const BATCH: usize = 8;
-
-/// How a range is flushed on a device: the fewest commands, or everything.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct FlushPlan {
-    range: Range,
-    sizes: PageSizes,
-    per_command: u64,
-    full: bool,
-}
-
-impl FlushPlan {
-    /// The plan for `range`, whose mappings use page sizes `sizes` (entries of other sizes cannot exist there).
-    pub(crate) fn new(range: Range, sizes: PageSizes, limits: &Limits) -> Self {
-        let possible = limits.entry_sizes & sizes;
-        // Entries may be smaller than the mapping's page, never larger; where the driver's device has none of
-        // the mapping's sizes it must be using smaller ones.
-        let sizes = if possible.is_empty() {
-            limits.entry_sizes
-        } else {
-            possible
-        };
-        let per_command = limits.pages_per_command.max(1);
-        let commands: u64 = sizes
-            .sizes()
-            .map(|size| range.pages(size).div_ceil(per_command))
-            .sum();
-        let most = limits.commands_per_batch.clamp(1, BATCH) as u64;
-        Self {
-            range,
-            sizes,
-            per_command,
-            full: commands > limits.full_flush_cost.max(1) || commands > most,
-        }
-    }
-
-    /// The scopes to issue, one a command.
-    pub(crate) fn scopes(self) -> impl Iterator<Item = Scope> {
-        let ranged = (!self.full).then_some(self.sizes).into_iter();
-        let per_command = self.per_command;
-        let range = self.range;
-        self.full
-            .then_some(Scope::Tag)
-            .into_iter()
-            .chain(ranged.flat_map(move |sizes| {
-                sizes.sizes().flat_map(move |page_size| {
-                    let whole = range.align_out(page_size);
-                    let pages = range.pages(page_size);
-                    (0..pages.div_ceil(per_command)).map(move |nth| {
-                        let step = per_command << page_size.shift();
-                        let start = whole.start().get() + nth * step;
-                        let last = start
-                            .checked_add(step - 1)
-                            .map_or(whole.last().get(), |last| last.min(whole.last().get()));
-                        Scope::Pages {
-                            range: Range::inclusive(start, last)
-                                .expect("a chunk of a range is not empty"),
-                            page_size,
-                        }
-                    })
-                })
-            }))
-    }
-}
 
 /// A device's standing with the framework.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -232,6 +174,7 @@ struct Inner {
     watched_as: Name,
     tlb: Box<dyn DeviceTlb>,
     limits: Limits,
+    splits_pages: bool,
     /// Even while it is healthy. Each quarantine makes another number, so that a recovery does not undo one that came meanwhile.
     health: AtomicU32,
     flush_ops: AtomicU64,
@@ -278,6 +221,7 @@ impl Device {
                 watched_as: Name::new(&name),
                 name,
                 limits,
+                splits_pages: tlb.splits_pages(),
                 tlb: Box::new(tlb),
                 health: AtomicU32::new(0),
                 flush_ops: AtomicU64::new(0),
@@ -305,6 +249,11 @@ impl Device {
     /// What its TLB declared.
     pub fn limits(&self) -> &Limits {
         &self.inner.limits
+    }
+
+    /// Whether it has entries smaller than the page that a translation names.
+    pub(crate) fn splits_pages(&self) -> bool {
+        self.inner.splits_pages
     }
 
     /// Whether it is in quarantine.
@@ -439,8 +388,9 @@ impl Device {
             .fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Puts the device into quarantine; whether it was healthy before.
-    pub(crate) fn quarantine(&self) -> bool {
+    /// Puts the device into quarantine, as the framework does with one that misses its last deadline: for a driver that has reset it
+    /// for a reason of its own, and failed. Whether it was healthy before. Neither waits nor allocates; any lock may be held.
+    pub fn quarantine(&self) -> bool {
         // AcqRel: the winner counts; Release orders what led here before what others conclude from it.
         let next = |health: u32| {
             let step = if health.is_multiple_of(2) { 1 } else { 2 };
@@ -462,77 +412,5 @@ impl Device {
     /// Tells it from other devices, as long as it is there.
     pub(crate) fn key(&self) -> usize {
         std::ptr::from_ref::<Inner>(&self.inner) as usize
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn limits(full_flush_cost: u64) -> Limits {
-        Limits {
-            entry_sizes: PageSizes::all(),
-            pages_per_command: 1024,
-            commands_per_batch: 8,
-            full_flush_cost,
-        }
-    }
-
-    fn plan(len: u64, size: PageSize, cost: u64) -> Vec<Scope> {
-        let range = Range::new(0u64, len).unwrap();
-        FlushPlan::new(range, size.into(), &limits(cost))
-            .scopes()
-            .collect()
-    }
-
-    #[test]
-    fn a_gigabyte_of_huge_pages_is_one_command() {
-        let scopes = plan(1 << 30, PageSize::TwoMiB, 4);
-        assert_eq!(scopes.len(), 1);
-        assert!(matches!(
-            scopes[0],
-            Scope::Pages {
-                page_size: PageSize::TwoMiB,
-                ..
-            }
-        ));
-    }
-
-    #[test]
-    fn more_commands_than_a_full_flush_costs_become_one() {
-        assert_eq!(plan(1 << 30, PageSize::FourKiB, 4), [Scope::Tag]);
-    }
-
-    #[test]
-    fn chunks_cover_the_widened_range_without_gap() {
-        let range = Range::new(0x1800u64, 0x40_0000 * 3).unwrap();
-        let scopes: Vec<_> = FlushPlan::new(range, PageSizes::FOUR_KIB, &limits(64))
-            .scopes()
-            .collect();
-        let mut next = range.align_out(PageSize::FourKiB).start().get();
-        for scope in scopes {
-            let Scope::Pages { range, .. } = scope else {
-                panic!("{scope:?}")
-            };
-            assert_eq!(range.start().get(), next);
-            assert!(range.pages(PageSize::FourKiB) <= 1024);
-            next = range.end().unwrap().get();
-        }
-        assert_eq!(next - 1, range.align_out(PageSize::FourKiB).last().get());
-    }
-
-    #[test]
-    fn a_chunk_may_end_at_two_to_the_64() {
-        let range = Range::new(u64::MAX - 0xfff, 0x1000).unwrap();
-        let scopes: Vec<_> = FlushPlan::new(range, PageSizes::FOUR_KIB, &limits(64))
-            .scopes()
-            .collect();
-        assert_eq!(
-            scopes,
-            [Scope::Pages {
-                range,
-                page_size: PageSize::FourKiB
-            }]
-        );
     }
 }

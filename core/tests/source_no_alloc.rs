@@ -38,13 +38,13 @@ fn check(text: &[u8]) {
 // SAFETY: every call goes to the system's allocator with the arguments unchanged, or does not return.
 unsafe impl GlobalAlloc for Trap {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        check(b"a supervisor allocates\n");
+        check(b"in the shootdown path: an allocation of who is waited for\n");
         // SAFETY: the caller's promise, passed on.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        check(b"a supervisor frees\n");
+        check(b"in the shootdown path: a free of who is waited for\n");
         // SAFETY: the caller's promise, passed on.
         unsafe { System.dealloc(at, layout) }
     }
@@ -245,6 +245,146 @@ fn a_caller_that_holds_the_allocator_s_lock_is_served() {
     }
 }
 
+/// A source of somebody else's, who holds the allocator's lock where he tells.
+#[derive(Default)]
+struct Hook(Mutex<Vec<Arc<Sink>>>);
+
+impl Source for Hook {
+    fn name(&self) -> &'static str {
+        "hook"
+    }
+    fn declares(&self, _: Operation) -> Sees {
+        Sees::empty()
+    }
+    fn start(&self, sinks: &[Arc<Sink>]) -> Result<(), SourceError> {
+        *self.0.lock().unwrap() = sinks.to_vec();
+        Ok(())
+    }
+    fn stop(&self, sink: &Arc<Sink>) {
+        self.0.lock().unwrap().retain(|one| !Arc::ptr_eq(one, sink));
+    }
+}
+
+fn hooked() -> (AddressSpace, Watched, Arc<Sink>) {
+    let space = AddressSpace::without_memory(short());
+    let hook = Arc::new(Hook::default());
+    let all = Range::new(0u64, 1 << 40).unwrap();
+    let watched = space.watch(hook.clone(), all).unwrap();
+    let sink = hook.0.lock().unwrap()[0].clone();
+    (space, watched, sink)
+}
+
+fn two_pages() -> [Range; 2] {
+    [0x1000u64, 0x2000].map(|at| Range::new(at, PAGE).unwrap())
+}
+
+struct Tolerant<N>(N);
+
+impl<N: Fn(bool) + Send + Sync + 'static> Notifier for Tolerant<N> {
+    fn needs(&self) -> Needs {
+        Needs::TOLERATES_FAULTS
+    }
+    fn quiesce<'o>(&self, op: &Op<'o>) -> Result<Drain<'o>, WouldBlock> {
+        self.0(false);
+        Ok(op.idle())
+    }
+    fn end(&self, _: &Op<'_>, _: Outcome) {
+        self.0(true);
+    }
+}
+
+/// Runs `work` on a thread that may neither allocate nor free from here to its end.
+fn armed<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let armed = scope.spawn(|| {
+            SERVES.set(true);
+            let result = work();
+            SERVES.set(false);
+            result
+        });
+        armed.join().unwrap()
+    })
+}
+
+#[test]
+fn what_callbacks_put_off_does_not_run_on_the_thread_of_a_source() {
+    let (space, _watched, sink) = hooked();
+    let released = Arc::new(AtomicU64::new(0));
+    struct Frees(Released);
+    impl Notifier for Frees {
+        fn needs(&self) -> Needs {
+            Needs::TOLERATES_FAULTS
+        }
+        fn release(&self) {
+            self.0.release();
+        }
+    }
+    let frees = Released(Mutex::new(Vec::with_capacity(1 << 16)), released.clone());
+    let other = space
+        .register(Range::ALL, Arc::new(Frees(frees)), &[])
+        .unwrap();
+    let [page, _] = two_pages();
+    let gives_up = Tolerant(move |end: bool| {
+        if !end {
+            let _ = other.unregister();
+        }
+    });
+    let _mine = space.register(page, Arc::new(gives_up), &[]).unwrap();
+    armed(|| {
+        let change = sink.begin(page, Cause::Unmap).unwrap().unwrap();
+        change.end(Outcome::Changed).unwrap();
+    });
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+    while released.load(SeqCst) == 0 {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "by the service thread"
+        );
+        std::thread::yield_now();
+    }
+}
+
+/// Everybody else has let go of the device when the change that it stood in the way of is refused.
+#[test]
+fn a_change_that_is_refused_frees_no_device() {
+    let (space, _watched, sink) = hooked();
+    let [first, second] = two_pages();
+    let (device, behaviour) = fake("of which nobody keeps a handle");
+    behaviour.loses_all.store(true, SeqCst);
+    let plain = Arc::new(Tolerant(|_: bool| {}));
+    let named = space.register(first, plain, &on(&device)).unwrap();
+    // The end of the second comes when the first has been given back.
+    let step = Arc::new(AtomicU64::new(0));
+    let at = step.clone();
+    let waits = Tolerant(move |end: bool| {
+        if end && at.compare_exchange(0, 1, SeqCst, SeqCst).is_ok() {
+            while at.load(SeqCst) == 1 {
+                std::thread::yield_now();
+            }
+        }
+    });
+    let _other = space.register(second, Arc::new(waits), &[]).unwrap();
+    let both = first.hull(second);
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            while step.load(SeqCst) == 0 {
+                std::thread::yield_now();
+            }
+            behaviour.loses_all.store(false, SeqCst);
+            device.recover(short().full_flush).unwrap();
+            named.unregister().unwrap();
+            drop(named);
+            drop(device);
+            step.store(2, SeqCst);
+        });
+        let refused = armed(|| sink.begin(both, Cause::Unmap).map(drop));
+        assert!(
+            matches!(refused, Err(SinkError::Reached { .. })),
+            "{refused:?}"
+        );
+    });
+}
+
 /// The control: the trap does catch.
 #[test]
 fn a_supervisor_that_allocates_ends_this_program() {
@@ -263,5 +403,7 @@ fn a_supervisor_that_allocates_ends_this_program() {
         .output()
         .unwrap();
     assert_eq!(child.status.signal(), Some(libc::SIGABRT));
-    assert!(String::from_utf8_lossy(&child.stderr).contains("a supervisor allocates"));
+    assert!(
+        String::from_utf8_lossy(&child.stderr).contains("in the shootdown path: an allocation")
+    );
 }

@@ -1,5 +1,7 @@
 //! uffd: what the kernel tells of unmapped and discarded pages, late.
 
+#[path = "support/child.rs"]
+mod child;
 #[path = "support/foreign.rs"]
 mod foreign;
 mod support;
@@ -9,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use child::in_child;
 use foreign::*;
 use shootdown::*;
 use support::*;
@@ -105,6 +108,51 @@ fn a_driver_that_needs_a_barrier_is_refused() {
     };
     assert_eq!(shortfall.operation, Operation::Munmap);
     assert_eq!(shortfall.would_do, Some("unotify"));
+    assert_eq!(
+        shortfall.to_string(),
+        format!(
+            "{} is not watched well enough: of munmap the driver needs before+barrier, and what watches the space gives \
+             \"late+end\"; the source unotify would do, or `needs` that ask for less",
+            rig.buffer
+        )
+    );
+}
+
+#[test]
+fn a_driver_that_needs_less_is_not_refused() {
+    struct Late(Needs, Operations);
+    impl Notifier for Late {
+        fn needs(&self) -> Needs {
+            self.0
+        }
+        fn operations(&self) -> Operations {
+            self.1
+        }
+    }
+    let _one = ONE.lock();
+    let rig = rig();
+    let register = |needs, operations| {
+        let driver = Arc::new(Late(needs, operations));
+        rig.space.register(rig.buffer, driver, &[]).map(drop)
+    };
+    let moves = Operations::MUNMAP | Operations::MAP_FIXED | Operations::MREMAP_MOVE;
+    assert_eq!(register(Needs::END, moves), Ok(()));
+    assert_eq!(
+        register(Needs::empty(), moves | Operations::DONTNEED),
+        Ok(())
+    );
+    let refused = register(Needs::END, moves | Operations::DONTNEED).unwrap_err();
+    assert!(
+        refused
+            .to_string()
+            .contains("of madvise DONTNEED the driver needs"),
+        "{refused}"
+    );
+    let unseen = register(Needs::empty(), Operations::MPROTECT).unwrap_err();
+    assert!(
+        unseen.to_string().contains("the source unotify would do"),
+        "{unseen}"
+    );
 }
 
 #[test]
@@ -284,4 +332,110 @@ fn registrations_split_no_mapping() {
     assert_eq!(munmap(page(rig.buffer, 17)), Ok(0));
     eventually("who is there is told", || handler.ends.load(SeqCst) == 1);
     assert_eq!(many.len(), 100_000);
+}
+
+/// Somebody registers with a lock of his driver held, which a release on another thread takes.
+#[test]
+fn a_registration_waits_for_no_release() {
+    struct Locks(Arc<Mutex<()>>, Arc<AtomicU64>);
+    impl Notifier for Locks {
+        fn needs(&self) -> Needs {
+            Needs::TOLERATES_FAULTS
+        }
+        fn release(&self) {
+            self.1.store(1, SeqCst);
+            drop(self.0.lock().unwrap());
+            self.1.store(2, SeqCst);
+        }
+    }
+    struct GivesUp(Mutex<Option<Registration>>);
+    impl Notifier for GivesUp {
+        fn needs(&self) -> Needs {
+            Needs::TOLERATES_FAULTS
+        }
+        fn quiesce<'o>(&self, op: &Op<'o>) -> Result<Drain<'o>, WouldBlock> {
+            if let Some(other) = self.0.lock().unwrap().take() {
+                other.unregister().unwrap();
+            }
+            Ok(op.idle())
+        }
+    }
+    let _one = ONE.lock();
+    let rig = rig();
+    let step = Arc::new(AtomicU64::new(0));
+    let of_driver = Arc::new(Mutex::new(()));
+    let locks = Arc::new(Locks(of_driver.clone(), step.clone()));
+    let other = rig.space.register(page(rig.buffer, 8), locks, &[]).unwrap();
+    let gives_up = Arc::new(GivesUp(Mutex::new(Some(other))));
+    let _mine = rig
+        .space
+        .register(page(rig.buffer, 7), gives_up, &[])
+        .unwrap();
+    let handler = Arc::new(Handler::default());
+    let prepared = rig
+        .space
+        .prepare(page(rig.buffer, 20), handler, &[])
+        .unwrap();
+    let (done, over) = std::sync::mpsc::channel();
+    let buffer = rig.buffer;
+    thread::spawn(move || {
+        let guard = of_driver.lock().unwrap();
+        assert_eq!(munmap(page(buffer, 7)), Ok(0));
+        eventually("the release has begun", || step.load(SeqCst) == 1);
+        let registration = prepared.insert().unwrap();
+        drop(guard);
+        eventually("the release is over", || step.load(SeqCst) == 2);
+        done.send(registration).unwrap();
+    });
+    over.recv_timeout(Duration::from_secs(20))
+        .expect("a deadlock");
+}
+
+/// Each fork that is told comes with a descriptor for the child's memory.
+#[test]
+fn a_fork_goes_on_where_no_descriptors_are_left() {
+    if !in_child("a_fork_goes_on_where_no_descriptors_are_left") {
+        return;
+    }
+    // Memory of somebody who lets children have it.
+    let args = [0, 4 * PAGE as usize, 3, 0x22, usize::MAX, 0];
+    let at = raw(libc::SYS_mmap, args).unwrap();
+    let buffer = Range::new(at as u64, 4 * PAGE).unwrap();
+    touch(buffer);
+    let space = AddressSpace::without_memory(short());
+    let watched = space.watch(Arc::new(Uffd::new()), buffer).unwrap();
+    let handler = Arc::new(Handler::default());
+    let _registration = space.register(buffer, handler.clone(), &[]).unwrap();
+    let told = watched.self_test().iter();
+    let mut told = told.filter(|one| one.operation == Operation::Fork);
+    if !told.any(|one| one.declares.contains(Sees::TOLD)) {
+        eprintln!("SKIPPED: forks are told to the privileged only");
+        return;
+    }
+    // SAFETY: numbers and a structure of this frame.
+    unsafe {
+        let limit = libc::rlimit {
+            rlim_cur: 64,
+            rlim_max: 64,
+        };
+        assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &limit), 0);
+        while libc::dup(2) >= 0 {}
+    }
+    let (done, over) = std::sync::mpsc::channel();
+    thread::spawn(move || {
+        for _ in 0..3 {
+            // SAFETY: the child ends at once.
+            let child = unsafe { libc::fork() };
+            if child == 0 {
+                // SAFETY: as above.
+                unsafe { libc::_exit(0) };
+            }
+            // SAFETY: the child just made.
+            unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+        }
+        done.send(()).unwrap();
+    });
+    over.recv_timeout(Duration::from_secs(10))
+        .expect("the fork hangs");
+    eventually("each is told", || handler.ends.load(SeqCst) >= 3);
 }

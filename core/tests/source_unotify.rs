@@ -125,7 +125,12 @@ fn the_self_test_sees_what_is_declared() {
         match &tried.seen {
             Seen::Told(seen) => assert_eq!(*seen, tried.declares, "{}", tried.operation),
             Seen::NotTried(reason) => {
-                let expected = [Operation::Brk, Operation::Fork, Operation::OtherProcess];
+                let expected = [
+                    Operation::Brk,
+                    Operation::Fork,
+                    Operation::MigratePages,
+                    Operation::OtherProcess,
+                ];
                 assert!(
                     expected.contains(&tried.operation),
                     "{}: {reason}",

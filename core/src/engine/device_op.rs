@@ -146,7 +146,7 @@ impl Deadline {
 }
 
 /// Polls all devices together until each has acknowledged or the deadline is over.
-pub(super) fn sync(devices: &mut Chain<'_, DeviceOp>, deadline: &mut Deadline) {
+pub(super) fn sync(devices: &mut Chain<DeviceOp>, deadline: &mut Deadline) {
     if planted!("r21-sync") {
         devices.for_each(|one| one.state = Ack::Done);
         return;

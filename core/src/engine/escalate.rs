@@ -2,7 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use super::Invalidation;
+use super::desk::{Desk, Work};
 use super::device_op::{Ack, Deadline, DeviceOp, sync};
 use crate::context::InCallback;
 use crate::notifier::{Op, OpCore};
@@ -15,20 +15,21 @@ use crate::stats::Counter;
 use crate::tlb::{Device, Health};
 use crate::watch::{Name, Stage};
 
-impl Invalidation<'_> {
+impl Desk<'_> {
     /// What missed its deadline: the whole device, then its reset, then quarantine.
     pub(super) fn escalate(&mut self) {
-        let Self {
-            space,
+        let space = self.space;
+        let Work {
             core,
             devices,
             trouble,
+            missed_deadline,
             ..
-        } = self;
+        } = &mut **self;
         if devices.iter().all(|one| one.state == Ack::Done) {
             return;
         }
-        self.missed_deadline = true;
+        *missed_deadline = true;
         let mut deadline = Deadline::new(space.deadlines.full_flush);
         let healthy = |one: &DeviceOp| one.device.health() == Health::Healthy;
         devices.for_each(|one| {
@@ -69,12 +70,8 @@ impl Invalidation<'_> {
     /// The contexts of the segments whose own addresses go. One that stays costs its device a reset; one that stays even then is in
     /// quarantine, with its device.
     pub(super) fn unload(&mut self, segments: &[Arc<SegmentInner>]) {
-        let Self {
-            space,
-            core,
-            trouble,
-            ..
-        } = self;
+        let space = self.space;
+        let Work { core, trouble, .. } = &mut **self;
         for segment in segments.iter().filter(|one| !one.is_over()) {
             let Some(part) = segment.range.intersect(core.range) else {
                 continue;
@@ -111,8 +108,7 @@ impl Invalidation<'_> {
                 }
                 None => {
                     device.quarantine();
-                    trouble.panicked = true;
-                    trouble.handler = segment.name.as_str();
+                    trouble.panicked_as(segment.name);
                 }
             }
         }

@@ -1,9 +1,10 @@
 //! Invalidations that somebody outside drives.
 
 use super::{InvalidateError, Invalidation, Mode, What};
-use crate::addr::{PageSizes, Range};
+use crate::addr::Range;
 use crate::context;
 use crate::notifier::{Cause, Outcome};
+use crate::plan;
 
 /// An invalidation that somebody outside drives: the pages change between [`begin`](crate::AddressSpace::begin_invalidation)
 /// and [`ExternalInvalidation::end`]. Bound to its thread; on it everything counts as inside a callback meanwhile.
@@ -15,7 +16,7 @@ pub struct ExternalInvalidation<'s> {
 impl std::fmt::Debug for ExternalInvalidation<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_tuple("ExternalInvalidation")
-            .field(&self.invalidation.core)
+            .field(&self.invalidation.desk.as_ref().map(|desk| desk.core))
             .finish()
     }
 }
@@ -26,14 +27,18 @@ impl ExternalInvalidation<'_> {
     /// # Errors
     /// [`InvalidateError::HandlerPanicked`](crate::InvalidateError::HandlerPanicked) if an `end` did; everybody else has been told.
     pub fn end(mut self, outcome: Outcome) -> Result<(), InvalidateError> {
-        self.invalidation.end(outcome);
-        self.invalidation.panic_at_end()
+        let panicked = self.invalidation.end(outcome).panic_at_end();
+        panicked.map_err(|error| error.with(None))
     }
 }
 
 impl crate::AddressSpace {
     /// Shoots `range` down because somebody else is about to change its pages: on return no device reaches them, until the
     /// guard is ended. Also for spaces without process memory. Legal with the map lock held.
+    ///
+    /// What callbacks have put off, releases above all, runs on this thread when the guard is dropped, and an error may hold the last
+    /// count of a device: not for a thread that holds the allocator's lock, as a hook of an allocator does (R18). Such a one is a
+    /// [`Source`](crate::Source): what [`Sink::begin`](crate::Sink::begin) gives hands all that over, and frees nothing.
     ///
     /// # Errors
     /// The pages must not change then. [`Refused`](crate::Refused) inside a callback and with a `NotifierLock` held;
@@ -70,7 +75,7 @@ impl crate::AddressSpace {
         }
         let what = What {
             range,
-            sizes: PageSizes::all(),
+            pieces: &plan::unknown,
             cause,
             segments: &[],
         };

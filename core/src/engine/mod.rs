@@ -12,6 +12,7 @@
 //! Each phase is over for all devices before the next begins. From start to end nothing is allocated or freed, and no lock is
 //! taken but the short ones of this crate; the lists come from pools.
 
+mod desk;
 mod device_op;
 mod error;
 mod escalate;
@@ -20,17 +21,20 @@ mod external;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+pub(crate) use self::desk::Desks;
+use self::desk::{Desk, Work};
 pub(crate) use self::device_op::DeviceOp;
 use self::device_op::{Ack, Deadline, sync};
-pub use self::error::InvalidateError;
+pub use self::error::{InvalidateError, SinkError};
 use self::escalate::{GONE, call, dead, reset_all};
 pub use self::external::ExternalInvalidation;
-use crate::active::{Claim, SLOTS};
+use crate::active::SLOTS;
 use crate::addr::{PageSizes, Range};
 use crate::context::{self, OpenInvalidation};
 use crate::memory::MemoryError;
 use crate::notes::Note;
 use crate::notifier::{Cause, Gather, Op, OpCore, Outcome, WouldBlock};
+use crate::plan::{FlushPlan, Pieces};
 use crate::pool::Chain;
 use crate::primitive::{Arc, Backoff};
 use crate::recorder::Kind;
@@ -39,8 +43,8 @@ use crate::segment::SegmentInner;
 use crate::source::Change;
 use crate::space::Space;
 use crate::stats::Counter;
-use crate::tlb::{Device, FlushCommand, FlushPlan, Health};
-use crate::watch::{Stage, Watch};
+use crate::tlb::{Device, FlushCommand, Health};
+use crate::watch::{Name, Stage, Watch};
 
 /// Whether handlers may wait for locks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -67,80 +71,143 @@ fn part(inner: &Inner, core: &OpCore) -> Range {
 /// What stands between the pages and their change.
 #[derive(Default)]
 struct Trouble {
+    /// There is some.
+    any: bool,
     would_block: bool,
     panicked: bool,
     not_drained: bool,
     /// Whose handler it was, for the last two.
     handler: &'static str,
-    /// The first that may still reach the pages, and why.
-    device: Option<(Device, &'static str)>,
+    /// Why a device may still reach the pages.
+    reached: Option<&'static str>,
+    /// The first such device, if it is kept.
+    device: Option<Device>,
+    /// Whoever is told keeps counts of those that may still reach the pages, and may drop them.
+    keeps: bool,
 }
 
 impl Trouble {
     fn device(&mut self, device: &Device, reason: &'static str) {
-        self.device.get_or_insert_with(|| (device.clone(), reason));
+        self.any = true;
+        if self.reached.is_none() {
+            self.reached = Some(reason);
+            self.device = self.keeps.then(|| device.clone());
+        }
+    }
+
+    fn would_block(&mut self) {
+        self.any = true;
+        self.would_block = true;
     }
 
     fn not_drained(&mut self, inner: &Inner) {
+        self.any = true;
         self.not_drained = true;
         self.handler = inner.name.as_str();
     }
 
+    fn panicked_as(&mut self, name: Name) {
+        self.any = true;
+        self.panicked = true;
+        self.handler = name.as_str();
+    }
+
     /// A handler has panicked; its devices are in quarantine. True if it has none, so that nothing answers for it.
     fn panicked(&mut self, inner: &Inner) -> bool {
-        self.panicked = true;
-        self.handler = inner.name.as_str();
+        self.panicked_as(inner.name);
         inner.targets().is_empty()
     }
 }
 
-/// A failed invalidation, and who may still reach the pages then. It holds counts of devices and registrations: to be dropped
-/// outside of the shootdown path.
+/// What is left of an invalidation that has ended: who may still reach the pages, if it was quarantined. It holds counts of devices and
+/// registrations: to be dropped outside of the shootdown path.
+pub(crate) struct Ended<'s> {
+    space: &'s Arc<Space>,
+    /// Whose handler panicked, and over which range.
+    panicked: Option<(&'static str, Range)>,
+    /// The first device that may still reach the pages.
+    first: Option<Device>,
+    devices: Chain<DeviceOp>,
+    hits: Chain<Hit>,
+}
+
+impl<'s> Ended<'s> {
+    fn without_trouble(space: &'s Arc<Space>) -> Self {
+        Self {
+            space,
+            panicked: None,
+            first: None,
+            devices: Chain::new(),
+            hits: Chain::new(),
+        }
+    }
+
+    /// A handler that panicked in `end` is told to the caller too; the pages have changed by then.
+    pub(crate) fn panic_at_end(&self) -> Result<(), SinkError> {
+        self.panicked.map_or(Ok(()), |(handler, range)| {
+            Err(SinkError::HandlerPanicked {
+                range,
+                handler,
+                changed: true,
+            })
+        })
+    }
+}
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        std::mem::take(&mut self.devices).give(&self.space.device_ops);
+        std::mem::take(&mut self.hits).give(&self.space.hits);
+    }
+}
+
+/// A failed invalidation.
 pub(crate) struct Failed<'s> {
     pub(crate) error: InvalidateError,
-    devices: Chain<'s, DeviceOp>,
-    hits: Chain<'s, Hit>,
+    ended: Ended<'s>,
 }
 
 impl Failed<'_> {
     /// Devices that are in quarantine.
     pub(crate) fn devices(&self) -> impl Iterator<Item = &Device> {
-        let all = self.devices.iter().map(|one| &one.device);
+        let all = self.ended.devices.iter().map(|one| &one.device);
         all.filter(|device| device.health() == Health::Quarantined)
     }
 
     /// Registrations whose handler failed in a way that no device answers for.
     pub(crate) fn registrations(&self) -> impl Iterator<Item = &Arc<Inner>> {
-        self.hits.iter().filter_map(|hit| hit.kept.as_ref())
+        self.ended.hits.iter().filter_map(|hit| hit.kept.as_ref())
     }
 }
 
 /// An invalidation between start and end.
 pub(crate) struct Invalidation<'s> {
+    /// Until the end.
+    desk: Option<Desk<'s>>,
     space: &'s Arc<Space>,
-    core: OpCore,
-    claim: Claim,
-    hits: Chain<'s, Hit>,
-    devices: Chain<'s, DeviceOp>,
-    trouble: Trouble,
-    missed_deadline: bool,
-    ended: bool,
     /// From the end of the phases on.
     change: Option<Change>,
     // Dropped last but one: callbacks of `end` are inside it. Then what was put off runs.
     _open: OpenInvalidation,
-    _leave: crate::lock::Leave,
+    _leave: Option<crate::lock::Leave>,
 }
 
 /// What is invalidated.
 #[derive(Clone, Copy)]
 pub(crate) struct What<'a> {
     pub(crate) range: Range,
-    /// The page sizes of the mappings in the range; all where that is not known.
-    pub(crate) sizes: PageSizes,
+    /// What is mapped in the range.
+    pub(crate) pieces: Pieces<'a>,
     pub(crate) cause: Cause,
     /// Segments whose own addresses go: their contexts are unloaded.
     pub(crate) segments: &'a [Arc<SegmentInner>],
+}
+
+/// The sizes of all pages in `range`.
+fn sizes_of(range: Range, pieces: Pieces<'_>) -> PageSizes {
+    let mut all = PageSizes::empty();
+    pieces(range, &mut |_, sizes| all |= sizes);
+    all
 }
 
 /// Runs all phases, with `change` as the fifth.
@@ -156,21 +223,24 @@ pub(crate) fn run<'s>(
     let mut invalidation = Invalidation::begin(space, what, mode)?;
     let changed = catch_unwind(AssertUnwindSafe(change));
     // What a memory that panicked has done nobody knows.
-    match changed.unwrap_or(Err(MemoryError::Panicked)) {
+    let error = match changed.unwrap_or(Err(MemoryError::Panicked)) {
         Ok(()) => {
-            invalidation.end(Outcome::Changed);
-            let panicked = invalidation.panic_at_end();
-            panicked.map_err(|error| invalidation.failed(error))
-        }
-        Err(error) => {
-            invalidation.end(match error {
-                MemoryError::Panicked => Outcome::Quarantined,
-                _ if planted!("r27") => Outcome::Changed,
-                _ => Outcome::Unchanged,
+            let ended = invalidation.end(Outcome::Changed);
+            let panicked = ended.panic_at_end();
+            return panicked.map_err(|error| Failed {
+                error: error.with(None),
+                ended,
             });
-            Err(invalidation.failed(error.into()))
         }
-    }
+        Err(error) => error,
+    };
+    let ended = invalidation.end(match error {
+        MemoryError::Panicked => Outcome::Quarantined,
+        _ if planted!("r27") => Outcome::Changed,
+        _ => Outcome::Unchanged,
+    });
+    let error = error.into();
+    Err(Failed { error, ended })
 }
 
 impl<'s> Invalidation<'s> {
@@ -180,104 +250,136 @@ impl<'s> Invalidation<'s> {
         what: What<'_>,
         mode: Mode,
     ) -> Result<Self, Failed<'s>> {
-        let mut this = Self::start(space, what, mode).map_err(|error| Failed {
-            error,
-            devices: Chain::empty(&space.device_ops),
-            hits: Chain::empty(&space.hits),
-        })?;
-        if !this.hits.is_empty() || !what.segments.is_empty() {
-            this.quiesce();
-            if !this.trouble.would_block {
-                this.drain();
-                this.flush();
-                this.cut_off();
-                this.unload(what.segments);
-            }
-        }
-        match this.error() {
-            None => {
-                this.change = Some(space.sources.change(this.core.range));
-                Ok(this)
-            }
-            Some(error) => {
-                this.end(match error {
-                    InvalidateError::WouldBlock { .. } => Outcome::Unchanged,
-                    _ => Outcome::Quarantined,
-                });
-                Err(this.failed(error))
+        let mut this = Self::new(space, Some(crate::lock::Leave));
+        match this.phases(what, mode, true) {
+            Ok(()) => Ok(this),
+            Err((error, mut ended)) => {
+                let error = error.with(ended.first.take());
+                Err(Failed { error, ended })
             }
         }
     }
 
-    /// After the end.
-    fn failed(&mut self, error: InvalidateError) -> Failed<'s> {
-        let space = self.space;
-        Failed {
-            error,
-            devices: std::mem::replace(&mut self.devices, Chain::empty(&space.device_ops)),
-            hits: std::mem::replace(&mut self.hits, Chain::empty(&space.hits)),
+    /// The same for whoever may be waited for by somebody that holds the allocator's lock: not even an error frees anything, and what
+    /// was put off is handed over by its owner.
+    pub(crate) fn begin_for_others(
+        space: &'s Arc<Space>,
+        what: What<'_>,
+    ) -> Result<Self, SinkError> {
+        let mut this = Self::new(space, None);
+        let begun = this.phases(what, Mode::Blocking, planted!("r18-failed"));
+        begun.map(|()| this).map_err(|(error, _)| error)
+    }
+
+    fn new(space: &'s Arc<Space>, leave: Option<crate::lock::Leave>) -> Self {
+        Self {
+            desk: None,
+            space,
+            change: None,
+            _open: OpenInvalidation::enter(),
+            _leave: leave,
         }
     }
 
-    fn start(space: &'s Arc<Space>, what: What<'_>, mode: Mode) -> Result<Self, InvalidateError> {
-        let What {
-            range,
-            sizes,
-            cause,
-            ..
-        } = what;
-        let limit = space.deadlines.room;
-        let mut deadline = Deadline::new(limit);
-        let mut backoff = Backoff::new();
-        loop {
-            if let Some(claim) = space.registry.active().claim(range) {
-                let mut this = Self {
-                    space,
-                    core: OpCore {
-                        id: claim.id(),
-                        range,
-                        cause,
-                        sizes,
-                        may_block: mode == Mode::Blocking,
-                        drain: space.deadlines.drain,
-                        post: Watch::post(claim.slot()),
-                    },
-                    claim,
-                    hits: Chain::new(&space.hits, claim.slot()),
-                    devices: Chain::new(&space.device_ops, claim.slot()),
-                    trouble: Trouble::default(),
-                    missed_deadline: false,
-                    ended: false,
-                    change: None,
-                    _open: OpenInvalidation::enter(),
-                    _leave: crate::lock::Leave,
-                };
-                if this.collect() {
-                    return Ok(this);
-                }
-                // Nobody has been called: give everything back, so that those who hold the room can end.
-                this.end(Outcome::Unchanged);
+    fn phases(
+        &mut self,
+        what: What<'_>,
+        mode: Mode,
+        keeps: bool,
+    ) -> Result<(), (SinkError, Ended<'s>)> {
+        let desk = match start(self.space, what, mode, keeps) {
+            Ok(desk) => self.desk.insert(desk),
+            Err(error) => return Err((error, Ended::without_trouble(self.space))),
+        };
+        if !desk.hits.is_empty() || !what.segments.is_empty() {
+            desk.core.sizes = sizes_of(what.range, what.pieces);
+            desk.quiesce();
+            if !desk.trouble.would_block {
+                desk.drain();
+                desk.flush(what.pieces);
+                desk.cut_off();
+                desk.unload(what.segments);
             }
-            if mode == Mode::Try {
-                return Err(InvalidateError::WouldBlock { range });
-            }
-            if deadline.is_over(&backoff) {
-                return Err(InvalidateError::NoRoom {
-                    range,
-                    waited: limit,
-                    limit: SLOTS,
-                });
-            }
-            backoff.wait();
         }
+        if !desk.trouble.any {
+            self.change = Some(self.space.sources.change(what.range));
+            return Ok(());
+        }
+        let error = desk.error();
+        let ended = self.end(match error {
+            SinkError::WouldBlock { .. } => Outcome::Unchanged,
+            _ => Outcome::Quarantined,
+        });
+        Err((error, ended))
     }
 
+    /// The last phase.
+    pub(crate) fn end(&mut self, outcome: Outcome) -> Ended<'s> {
+        self.change = None;
+        match self.desk.take() {
+            Some(desk) => desk.end(outcome),
+            None => Ended::without_trouble(self.space),
+        }
+    }
+}
+
+fn start<'s>(
+    space: &'s Arc<Space>,
+    what: What<'_>,
+    mode: Mode,
+    keeps: bool,
+) -> Result<Desk<'s>, SinkError> {
+    let range = what.range;
+    let limit = space.deadlines.room;
+    let mut deadline = Deadline::new(limit);
+    let mut backoff = Backoff::new();
+    loop {
+        if let Some(mut desk) = Desk::claim(space, range) {
+            let claim = desk.claimed();
+            desk.trouble.keeps = keeps;
+            desk.core = OpCore {
+                id: claim.id(),
+                range,
+                cause: what.cause,
+                sizes: PageSizes::empty(),
+                may_block: mode == Mode::Blocking,
+                drain: space.deadlines.drain,
+                post: Watch::post(claim.slot()),
+            };
+            if desk.collect() {
+                return Ok(desk);
+            }
+            // Nobody has been called: give everything back, so that those who hold the room can end.
+            desk.end(Outcome::Unchanged);
+        }
+        if mode == Mode::Try {
+            return Err(SinkError::WouldBlock { range });
+        }
+        if deadline.is_over(&backoff) {
+            return Err(SinkError::NoRoom {
+                range,
+                waited: limit,
+                limit: SLOTS,
+            });
+        }
+        backoff.wait();
+    }
+}
+
+impl<'s> Desk<'s> {
     /// Takes every overlapping registration in use; false when the pools have no room.
     fn collect(&mut self) -> bool {
         let mut room = true;
-        let (range, hits, devices) = (self.core.range, &mut self.hits, &mut self.devices);
-        let (trouble, registry) = (&mut self.trouble, &self.space.registry);
-        let claim = self.claim;
+        let (space, claim) = (self.space, self.claimed());
+        let registry = &space.registry;
+        let Work {
+            core,
+            hits,
+            devices,
+            trouble,
+            ..
+        } = &mut **self;
+        let range = core.range;
         let mut count = 0;
         registry.walk(claim, range, |found| {
             let inner: &Inner = &found;
@@ -301,7 +403,7 @@ impl<'s> Invalidation<'s> {
                 kept: None,
                 used: Some(used),
             };
-            if let Err(Hit { used, .. }) = hits.push(hit) {
+            if let Err(Hit { used, .. }) = hits.push(&space.hits, hit) {
                 room = planted!("r19-hit");
                 if let Some(used) = used {
                     used.leave();
@@ -311,7 +413,8 @@ impl<'s> Invalidation<'s> {
             count += 1;
             for target in inner.targets() {
                 if !devices.iter().any(|one| one.device.same(&target.device)) {
-                    room &= devices.push(DeviceOp::new(target.device.clone())).is_ok();
+                    let op = DeviceOp::new(target.device.clone());
+                    room &= devices.push(&space.device_ops, op).is_ok();
                 }
             }
             if room {
@@ -320,26 +423,24 @@ impl<'s> Invalidation<'s> {
                 ControlFlow::Break(())
             }
         });
-        if let Some(device) = self.space.ghosts.find(range) {
-            self.trouble.device(&device, GONE);
-        }
+        let ghosts = &space.ghosts;
+        ghosts.find(range, |device| trouble.device(device, GONE));
         if count > 0 && room {
             let (start, last) = (range.start().get(), range.last().get());
-            let recorder = &self.space.recorder;
-            recorder.record(Kind::Start, self.core.id, start, last);
-            self.space.stats.add(Counter::Hits, count);
+            space.recorder.record(Kind::Start, core.id, start, last);
+            space.stats.add(Counter::Hits, count);
         }
         room
     }
 
     fn quiesce(&mut self) {
-        let Self {
-            space,
+        let space = self.space;
+        let Work {
             core,
             hits,
             trouble,
             ..
-        } = self;
+        } = &mut **self;
         hits.for_each(|hit| {
             let Some(used) = &hit.used else { return };
             if trouble.would_block || planted!("r22-others") && trouble.panicked {
@@ -358,7 +459,7 @@ impl<'s> Invalidation<'s> {
                 Some(Err(WouldBlock)) => {
                     space.recorder.record(Kind::Refused, core.id, used.id, 0);
                     space.stats.add(Counter::Refused, 1);
-                    trouble.would_block = true;
+                    trouble.would_block();
                 }
                 None => hit.failed = trouble.panicked(used),
             }
@@ -366,13 +467,13 @@ impl<'s> Invalidation<'s> {
     }
 
     fn drain(&mut self) {
-        let Self {
-            space,
+        let space = self.space;
+        let Work {
             core,
             hits,
             trouble,
             ..
-        } = self;
+        } = &mut **self;
         let mut deadline = Deadline::new(space.deadlines.drain);
         let mut backoff = Backoff::new();
         loop {
@@ -412,15 +513,15 @@ impl<'s> Invalidation<'s> {
         space.recorder.record(Kind::Quiesced, core.id, 0, 0);
     }
 
-    fn flush(&mut self) {
-        let Self {
-            space,
+    fn flush(&mut self, pieces: Pieces<'_>) {
+        let space = self.space;
+        let Work {
             core,
             hits,
             devices,
             trouble,
             ..
-        } = self;
+        } = &mut **self;
         hits.for_each(|hit| {
             let Some(used) = &hit.used else { return };
             let op = Op::new(core, part(used, core));
@@ -433,10 +534,10 @@ impl<'s> Invalidation<'s> {
             };
             let Some(range) = asked else { return };
             for target in used.targets() {
-                let plan = FlushPlan::new(range, core.sizes, target.device.limits());
+                let plan = FlushPlan::new(range, pieces, &target.device);
                 devices.for_each(|one| {
                     if one.device.same(&target.device) {
-                        for scope in plan.scopes() {
+                        for &scope in plan.scopes() {
                             one.add(FlushCommand {
                                 tag: target.tag,
                                 scope,
@@ -462,19 +563,17 @@ impl<'s> Invalidation<'s> {
         space.recorder.record(Kind::Dispatched, core.id, 0, 0);
         sync(devices, &mut deadline);
         self.escalate();
-        self.space
-            .recorder
-            .record(Kind::Flushed, self.core.id, 0, 0);
+        space.recorder.record(Kind::Flushed, self.core.id, 0, 0);
     }
 
     fn cut_off(&mut self) {
-        let Self {
-            space,
+        let space = self.space;
+        let Work {
             core,
             hits,
             trouble,
             ..
-        } = self;
+        } = &mut **self;
         hits.for_each(|hit| {
             let Some(used) = &hit.used else { return };
             let op = Op::new(core, part(used, core));
@@ -491,109 +590,101 @@ impl<'s> Invalidation<'s> {
         });
     }
 
-    fn error(&self) -> Option<InvalidateError> {
+    /// What the trouble is.
+    fn error(&self) -> SinkError {
         let range = self.core.range;
         let trouble = &self.trouble;
+        let handler = trouble.handler;
         if trouble.panicked {
-            Some(InvalidateError::HandlerPanicked {
+            SinkError::HandlerPanicked {
                 range,
-                handler: trouble.handler,
+                handler,
                 changed: false,
-            })
+            }
         } else if trouble.would_block {
-            Some(InvalidateError::WouldBlock { range })
-        } else if let Some((device, reason)) = &trouble.device {
-            Some(InvalidateError::Quarantined {
-                range,
-                device: device.clone(),
-                reason,
-            })
-        } else if trouble.not_drained {
-            Some(InvalidateError::NotDrained {
-                range,
-                handler: trouble.handler,
-            })
+            SinkError::WouldBlock { range }
+        } else if let Some(reason) = trouble.reached {
+            SinkError::Reached { range, reason }
         } else {
-            None
+            SinkError::NotDrained { range, handler }
         }
     }
 
-    /// The last phase: `end` for whoever was started, and everything is given back.
-    pub(crate) fn end(&mut self, outcome: Outcome) {
-        if std::mem::replace(&mut self.ended, true) {
-            return;
-        }
-        self.change = None;
+    /// `end` for whoever was started, and everything is given back.
+    fn end(mut self, outcome: Outcome) -> Ended<'s> {
+        let space = self.space;
+        let mut ended = Ended::without_trouble(space);
         let quarantined = outcome == Outcome::Quarantined;
-        if !quarantined {
-            // Before the uses are given back: while they last, a registration holds each device, and no count here is the last.
-            self.devices.clear();
-        }
-        let Self {
-            space,
+        let Work {
             core,
             hits,
+            devices,
             trouble,
-            ..
-        } = self;
+            missed_deadline,
+        } = &mut *self;
         let hit_any = !hits.is_empty();
-        hits.for_each(|hit| {
-            let Some(used) = hit.used.take() else { return };
-            if hit.quiesced && !(planted!("r13") && trouble.would_block) {
-                let op = Op::new(core, part(&used, core));
-                let end = || used.notifier.end(&op, outcome);
-                if call(space, &used, core, Stage::End, end).is_none() {
-                    hit.failed |= trouble.panicked(&used);
-                }
+        let kept = quarantined && trouble.keeps;
+        if hit_any {
+            if !kept {
+                // Before the uses are given back: while they last, a registration holds each device, and no count here is the last.
+                devices.clear(&space.device_ops);
             }
-            hit.kept = (quarantined && hit.failed).then(|| used.count());
-            used.leave();
-        });
-        if !quarantined {
-            self.hits.clear();
+            hits.for_each(|hit| {
+                let Some(used) = hit.used.take() else { return };
+                if hit.quiesced && !(planted!("r13") && trouble.would_block) {
+                    let op = Op::new(core, part(&used, core));
+                    let end = || used.notifier.end(&op, outcome);
+                    if call(space, &used, core, Stage::End, end).is_none() {
+                        hit.failed |= trouble.panicked(&used);
+                    }
+                }
+                hit.kept = (kept && hit.failed).then(|| used.count());
+                used.leave();
+            });
         }
-        // What is kept for the caller goes back to the pool.
-        self.hits.leave_slot();
-        self.devices.leave_slot();
-        self.space.registry.active().end(self.claim);
-        self.space.stats.add(Counter::Invalidations, 1);
-        if outcome == Outcome::Quarantined {
-            self.space.stats.add(Counter::Quarantined, 1);
+        if kept {
+            ended.first = trouble.device.take();
+            ended.devices = std::mem::take(devices);
+            ended.hits = std::mem::take(hits);
+        } else if hit_any {
+            hits.clear(&space.hits);
         }
-        if outcome == Outcome::Quarantined || self.missed_deadline || self.trouble.panicked {
-            self.space.recorder.want_dump();
-            context::put_off(self.space);
+        if quarantined {
+            space.stats.add(Counter::Quarantined, 1);
         }
+        let id = core.id;
+        let mut spoilt = None;
+        if trouble.any || *missed_deadline || quarantined {
+            let noteworthy = quarantined || *missed_deadline || trouble.panicked;
+            ended.panicked = trouble.panicked.then_some((trouble.handler, core.range));
+            *missed_deadline = false;
+            spoilt = Some(std::mem::take(trouble));
+            if noteworthy {
+                space.recorder.want_dump();
+                context::put_off(space);
+            }
+        }
+        self.leave();
+        space.stats.add(Counter::Invalidations, 1);
         if hit_any {
             let number = match outcome {
                 Outcome::Changed => 0,
                 Outcome::Unchanged => 1,
                 Outcome::Quarantined => 2,
             };
-            self.space
-                .recorder
-                .record(Kind::End, self.core.id, number, 0);
+            space.recorder.record(Kind::End, id, number, 0);
         }
-        self.space.events.ended_and_fenced();
-    }
-
-    /// A handler that panicked in `end` is told to the caller too; the pages have changed by then.
-    pub(crate) fn panic_at_end(&self) -> Result<(), InvalidateError> {
-        if self.trouble.panicked {
-            let range = self.core.range;
-            return Err(InvalidateError::HandlerPanicked {
-                range,
-                handler: self.trouble.handler,
-                changed: true,
-            });
-        }
-        Ok(())
+        space.events.ended_and_fenced();
+        drop(spoilt);
+        ended
     }
 }
 
 impl Drop for Invalidation<'_> {
     fn drop(&mut self) {
         // Whoever drops it without a word may have changed the pages.
-        self.end(Outcome::Changed);
+        if self.desk.is_some() {
+            self.end(Outcome::Changed);
+        }
     }
 }

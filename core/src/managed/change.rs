@@ -2,7 +2,7 @@
 
 use super::table::{Found, Mappings, Sick, State, Then, Vma};
 use super::{Map, MapError};
-use crate::addr::{Addr, PageSize, Range};
+use crate::addr::{Addr, PageSize, PageSizes, Range};
 use crate::context::{self, OpenInvalidation};
 use crate::engine::{self, Failed, InvalidateError, Mode, What};
 use crate::lock::Leave;
@@ -197,6 +197,7 @@ pub(super) fn map(space: &Space, what: Map, lock: Lock) -> Result<Range, MapErro
             let vma = Vma {
                 last: range.last(),
                 page: what.page,
+                sizes: what.page.into(),
                 rights: what.rights,
                 state: State::Mapped,
                 segment: None,
@@ -232,6 +233,7 @@ pub(crate) fn map_segment(
                 let vma = Vma {
                     last: range.last(),
                     page: PageSize::FourKiB,
+                    sizes: PageSizes::FOUR_KIB,
                     rights: Rights::empty(),
                     state: State::Mapped,
                     segment: Some(segment.clone()),
@@ -324,6 +326,7 @@ fn run(
                 }
             }
             mappings.spans.extend(&spans);
+            mappings.set_apart(range);
             Ok(Claim::Claimed((found, spans)))
         },
     )?;
@@ -331,7 +334,6 @@ fn run(
     let _leave = Leave;
     let open = OpenInvalidation::enter();
     let Found {
-        sizes,
         segments,
         memory: has_memory,
     } = found;
@@ -341,12 +343,15 @@ fn run(
     };
     let what = What {
         range,
-        sizes,
+        pieces: &|range, each| space.table.pieces(range, each),
         cause: change.cause(),
         segments: &segments,
     };
     let result = engine::run(space, what, mode, || {
         let own = space.sources.own([Some(range), target]);
+        if has_memory {
+            space.table.mappings.lock().cutting(range);
+        }
         match change {
             _ if !has_memory => return Ok(()),
             Change::Unmap | Change::Recover => memory.unmap(range)?,
@@ -377,28 +382,15 @@ fn finish(
     let mut gone = Vec::new();
     mappings.split(range);
     match result.as_ref().map_err(|failed| (&failed.error, failed)) {
-        Ok(()) | Err((InvalidateError::HandlerPanicked { changed: true, .. }, _)) => match change {
-            Change::Unmap | Change::Recover => gone = mappings.remove(range),
-            Change::Discard => {}
-            Change::Protect(rights) => mappings.each(range, |(_, vma)| vma.rights = rights),
-            Change::Remap(to) => {
-                let mut moved = Vec::new();
-                mappings.each(range, |(start, vma)| moved.push((*start, vma.clone())));
-                drop(mappings.remove(range));
-                let shift = |addr: Addr| {
-                    let offset = addr.get() - range.start().get();
-                    Addr::new(to.start().get() + offset)
-                };
-                for (start, mut vma) in moved {
-                    vma.last = shift(vma.last);
-                    // A page that no longer lies on its own border has been split by the move.
-                    if !shift(start).is_aligned(vma.page) {
-                        vma.page = PageSize::FourKiB;
-                    }
-                    mappings.by_start.insert(shift(start), vma);
-                }
+        Ok(()) | Err((InvalidateError::HandlerPanicked { changed: true, .. }, _)) => {
+            mappings.has_cut(range);
+            match change {
+                Change::Unmap | Change::Recover => gone = mappings.remove(range),
+                Change::Discard => {}
+                Change::Protect(rights) => mappings.each(range, |(_, vma)| vma.rights = rights),
+                Change::Remap(to) => move_mappings(mappings, range, to),
             }
-        },
+        }
         Err((
             error @ (InvalidateError::Quarantined { .. }
             | InvalidateError::NotDrained { .. }
@@ -429,6 +421,25 @@ fn finish(
         Err(_) => {}
     }
     gone
+}
+
+fn move_mappings(mappings: &mut Mappings, range: Range, to: Range) {
+    let mut moved = Vec::new();
+    mappings.each(range, |(start, vma)| moved.push((*start, vma.clone())));
+    drop(mappings.remove(range));
+    let shift = |addr: Addr| {
+        let offset = addr.get() - range.start().get();
+        Addr::new(to.start().get() + offset)
+    };
+    for (start, mut vma) in moved {
+        vma.last = shift(vma.last);
+        // A page that no longer lies on its own border has been split by the move.
+        if !shift(start).is_aligned(vma.page) {
+            vma.page = PageSize::FourKiB;
+            vma.sizes = PageSizes::FOUR_KIB;
+        }
+        mappings.by_start.insert(shift(start), vma);
+    }
 }
 
 /// Gives back what was in quarantine for devices that are healthy again: an unmap that had failed is done once more, all of

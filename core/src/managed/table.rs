@@ -28,7 +28,10 @@ pub(super) enum State {
 #[derive(Clone, Debug)]
 pub(super) struct Vma {
     pub(super) last: Addr,
+    /// What its borders keep to, as long as no page is cut.
     pub(super) page: PageSize,
+    /// The sizes that its pages have.
+    pub(super) sizes: PageSizes,
     pub(super) rights: Rights,
     pub(super) state: State,
     /// These are addresses of a segment, with no memory behind them.
@@ -66,23 +69,12 @@ impl Sick {
 }
 
 /// What an operation finds in its range.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Found {
-    pub(super) sizes: PageSizes,
     /// Those that are not over.
     pub(super) segments: Vec<Arc<SegmentInner>>,
     /// There is memory, not only segments.
     pub(super) memory: bool,
-}
-
-impl Default for Found {
-    fn default() -> Self {
-        Self {
-            sizes: PageSizes::empty(),
-            segments: Vec::new(),
-            memory: false,
-        }
-    }
 }
 
 #[derive(Debug, Default)]
@@ -143,12 +135,6 @@ impl Mappings {
                 Some(_) => {}
                 None => found.memory = true,
             }
-            // Entries may be as small as the device likes, and a page that was cut has become small ones.
-            found.sizes |= PageSize::ALL
-                .into_iter()
-                .filter(|size| *size <= vma.page)
-                .map(PageSizes::from)
-                .collect();
             match whole.last().checked_add(1) {
                 Some(after) if whole.last() < range.last() => next = after,
                 _ => return Ok(found),
@@ -168,6 +154,41 @@ impl Mappings {
                 vma.last = Addr::new(at.get() - 1);
                 self.by_start.insert(at, rest);
             }
+        }
+    }
+
+    /// The large pages of which `range` holds a part and not all: one at each end.
+    fn cut(&self, range: Range) -> [Option<Range>; 2] {
+        [Some(range.start()), range.end()].map(|at| {
+            let at = at?;
+            let (_, vma) = self.by_start.range(..=at).next_back()?;
+            let cut = vma.last >= at && !at.is_aligned(vma.page) && vma.segment.is_none();
+            cut.then(|| Range::page(at, vma.page))
+        })
+    }
+
+    /// Makes the pages that a change of `range` will cut mappings of their own.
+    pub(super) fn set_apart(&mut self, range: Range) {
+        for whole in self.cut(range).into_iter().flatten() {
+            self.split(whole);
+        }
+    }
+
+    /// A change of `range` is about to cut large pages, which [`Mappings::set_apart`] has seen: from here on they may be small ones, and
+    /// who changes another part of them meanwhile has to flush those too. Does not allocate.
+    pub(super) fn cutting(&mut self, range: Range) {
+        for whole in self.cut(range).into_iter().flatten() {
+            self.each(whole, |(_, vma)| vma.sizes |= PageSizes::FOUR_KIB);
+        }
+    }
+
+    /// It has cut them: they are small ones.
+    pub(super) fn has_cut(&mut self, range: Range) {
+        for whole in self.cut(range).into_iter().flatten() {
+            self.each(whole, |(_, vma)| {
+                vma.page = PageSize::FourKiB;
+                vma.sizes = PageSizes::FOUR_KIB;
+            });
         }
     }
 
@@ -272,6 +293,14 @@ impl Table {
         let (well, sick) = all.into_iter().partition(Sick::may_be_tried);
         mappings.sick = sick;
         well
+    }
+
+    /// The pieces of `range`, and the sizes of their pages. Takes the table's lock for as long as it calls.
+    pub(super) fn pieces(&self, range: Range, each: &mut dyn FnMut(Range, PageSizes)) {
+        let mappings = self.mappings.lock();
+        for (whole, vma) in mappings.overlapping(range) {
+            each(whole, vma.sizes);
+        }
     }
 
     /// The mappings that are left of a segment.

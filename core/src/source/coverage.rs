@@ -38,8 +38,8 @@ impl Table {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("{range} is not watched well enough: of {operation} the driver needs {needs}, and what watches the space gives \"{sees}\"; {}",
     match would_do {
-        Some(source) => format!("the source {source} would do"),
-        None => "no source of this crate would do: leave the operation out of its `operations`, or declare that it tolerates faults".to_owned(),
+        Some(source) => format!("the source {source} would do, or `needs` that ask for less"),
+        None => "no other source of this crate would do: leave the operation out of `operations`, let `needs` ask for less, or declare there that it tolerates faults".to_owned(),
     })]
 pub struct Shortfall {
     /// What was to be registered.
@@ -50,7 +50,8 @@ pub struct Shortfall {
     pub needs: Needs,
     /// What the sources of the space give, together.
     pub sees: Sees,
-    /// The source of this crate that meets all the needs.
+    /// The source of this crate that meets all the needs; none that watches the range already, and gives less on this machine than it
+    /// declares.
     pub would_do: Option<&'static str>,
 }
 
@@ -60,6 +61,13 @@ struct Entry {
     range: Range,
     table: Table,
     source: Arc<dyn Source>,
+}
+
+/// A range that an operation of the space itself changes, and on which thread.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct OwnRange {
+    range: Range,
+    thread: u32,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -72,7 +80,7 @@ pub(crate) struct Sources {
     /// Raised and lowered under the lock, so that the many spaces without a source pay one load.
     count: AtomicUsize,
     /// What the space's own operations are about to change: a source is told of it too, and has nothing to tell.
-    own: Mutex<[Option<Range>; SLOTS]>,
+    own: Mutex<[Option<OwnRange>; SLOTS]>,
     observer: OnceLock<Arc<dyn Observer>>,
 }
 
@@ -151,11 +159,13 @@ impl Sources {
             return Ok(());
         };
         let sees = sees(operation);
-        drop(entries);
-        let would_do = BUILT_IN.iter().find(|(_, declares)| {
-            operations
-                .each()
-                .all(|operation| !needs.lacks(declares(operation)))
+        let watches = |name: &str| {
+            let mut covering = entries.iter().flatten();
+            covering.any(|one| one.range.contains(range) && one.source.name() == name)
+        };
+        let would_do = BUILT_IN.iter().find(|(name, declares)| {
+            let mut operations = operations.each();
+            !watches(name) && operations.all(|operation| !needs.lacks(declares(operation)))
         });
         Err(Shortfall {
             range,
@@ -208,10 +218,12 @@ impl Sources {
                 _changes: changes,
             };
         }
+        // SAFETY: no arguments.
+        let thread = unsafe { libc::syscall(libc::SYS_gettid) } as u32;
         let mut own = lock(&self.own);
         for range in ranges.into_iter().flatten() {
             if let Some(free) = own.iter_mut().find(|one| one.is_none()) {
-                *free = Some(range);
+                *free = Some(OwnRange { range, thread });
             }
         }
         Own {
@@ -221,14 +233,15 @@ impl Sources {
         }
     }
 
-    /// Whether exactly this is being changed by an operation of the space itself, which has shot it down.
-    pub(crate) fn is_own(&self, range: Range) -> bool {
-        lock(&self.own).iter().flatten().any(|one| *one == range)
+    /// Whether exactly this is being changed, on this thread, by an operation of the space itself, which has shot it down.
+    pub(crate) fn is_own(&self, range: Range, thread: u32) -> bool {
+        let asked = OwnRange { range, thread };
+        lock(&self.own).iter().flatten().any(|one| *one == asked)
     }
 
     /// What the space's own operations are changing.
     pub(crate) fn owned(&self) -> [Option<Range>; SLOTS] {
-        *lock(&self.own)
+        lock(&self.own).map(|one| one.map(|one| one.range))
     }
 }
 
@@ -274,7 +287,10 @@ impl Drop for Own<'_> {
         }
         let mut own = lock(&self.sources.own);
         for range in self.ranges.into_iter().flatten() {
-            if let Some(one) = own.iter_mut().find(|one| **one == Some(range)) {
+            if let Some(one) = own
+                .iter_mut()
+                .find(|one| one.is_some_and(|one| one.range == range))
+            {
                 *one = None;
             }
         }

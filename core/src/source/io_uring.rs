@@ -1,4 +1,4 @@
-//! One `madvise` by an io_uring: the way round every filter of system calls.
+//! One operation by an io_uring: the way round every filter of system calls.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -25,10 +25,10 @@ struct Params {
     cq_user: u64,
 }
 
-/// `struct io_uring_sqe`, as far as `madvise` needs it.
+/// `struct io_uring_sqe`, as far as these need it.
 #[repr(C)]
 #[derive(Default)]
-struct Entry {
+pub(super) struct Entry {
     opcode: u8,
     flags: u8,
     ioprio: u16,
@@ -40,7 +40,39 @@ struct Entry {
     rest: [u64; 4],
 }
 
-const OP_MADVISE: u8 = 25;
+impl Entry {
+    pub(super) fn madvise(at: usize, len: usize, advice: i32) -> Self {
+        Self {
+            opcode: 25,
+            fd: -1,
+            addr: at as u64,
+            len: len as u32,
+            advice: advice as u32,
+            ..Self::default()
+        }
+    }
+
+    /// `len` bytes from the start.
+    pub(super) fn fallocate(fd: usize, mode: i32, len: usize) -> Self {
+        Self {
+            opcode: 17,
+            fd: fd as i32,
+            addr: len as u64,
+            len: mode as u32,
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn ftruncate(fd: usize, len: usize) -> Self {
+        Self {
+            opcode: 55,
+            fd: fd as i32,
+            off: len as u64,
+            ..Self::default()
+        }
+    }
+}
+
 const OFF_SQES: usize = 0x1000_0000;
 const GETEVENTS: usize = 1;
 const FEAT_SINGLE_MMAP: u32 = 1;
@@ -65,13 +97,8 @@ impl Drop for Ring {
     }
 }
 
-/// Has a new ring advise the range, and waits for it. `armed` is called just before.
-pub(super) fn madvise(
-    at: usize,
-    len: usize,
-    advice: i32,
-    armed: impl FnOnce(),
-) -> Result<usize, NotTried> {
+/// Has a new ring do it, and waits for that. `armed` is called just before.
+pub(super) fn submit(entry: Entry, armed: impl FnOnce()) -> Result<usize, NotTried> {
     let said = |call: &str, errno| {
         let error = std::io::Error::from_raw_os_error(errno);
         format!("{call}: {error}")
@@ -98,14 +125,6 @@ pub(super) fn madvise(
     };
     ring.rings = map(0)?;
     ring.entries = map(OFF_SQES)?;
-    let entry = Entry {
-        opcode: OP_MADVISE,
-        fd: -1,
-        addr: at as u64,
-        len: len as u32,
-        advice: advice as u32,
-        ..Entry::default()
-    };
     let [_, tail, .., array, _] = params.sq_off;
     let rings = ring.rings;
     // SAFETY: two entries and the offsets that the kernel has given lie in the pages mapped above.
@@ -123,7 +142,7 @@ pub(super) fn madvise(
     word(params.cq_off[1]).load(Ordering::Acquire);
     let result = word(params.cq_off[5] + 8).load(Ordering::Relaxed) as i32;
     if result < 0 {
-        return Err(said("io_uring's madvise", -result));
+        return Err(said("what the io_uring did", -result));
     }
     Ok(0)
 }

@@ -13,11 +13,23 @@
 //! | [`Uffd`] | a userfaultfd, which says so when they are gone | late, end | told, beside it | not |
 //! | [`Unotify`] | seccomp hands the call to a thread of ours, which performs it | before, barrier, end | the same | the same |
 //!
+//! What each tells of nine kinds of memory, what the kernel refuses, and what no source sees is in `tests/source_kinds.md` beside the
+//! code, a table that a test makes and compares.
+//!
+//! # Children
+//! Memory of this crate ([`ProcessMemory`](crate::ProcessMemory)) is kept out of children that are forked. Other memory is not, and a
+//! registration does not change that: after a fork whoever writes first gets another frame, and a device that has not pinned the old one, or
+//! walks page tables, goes on with what is the child's by then. No source holds a fork up; uffd tells of it late, to the privileged.
+//! `MADV_DONTFORK` on what is registered is the remedy, and its owner's choice, as it takes the memory from the child. Between
+//! vfork and exec a child has this memory and no other; what it unmaps is unmapped here, and seen. At `exec` everything goes, devices and
+//! supervisors too: for whoever drives one it is the end of the process.
+//!
 //! # Threads
 //! Whoever makes a foreign call may hold the allocator's lock, as `free` itself unmaps (R18). So a source has threads that neither allocate
 //! nor free while somebody waits for them; what callbacks put off, releases above all, runs on one [`service`] thread of the
 //! process, which may itself make calls that a source has to serve.
 
+mod arena;
 mod coverage;
 pub(crate) mod gate;
 mod io_uring;
@@ -41,12 +53,14 @@ pub use self::gate::own_call;
 pub use self::observer::{Observed, Observer};
 pub use self::operation::{Needs, Operation, Operations, Sees};
 pub use self::probe::{Seen, Tried};
+use self::service::{Service, Stop};
 pub use self::uffd::Uffd;
 pub use self::unotify::Unotify;
-use crate::addr::{PageSize, PageSizes, Range};
+use crate::addr::{PageSize, Range};
 use crate::context::{self, Refused};
-use crate::engine::{InvalidateError, Invalidation, Mode, What};
+use crate::engine::{Invalidation, SinkError, What};
 use crate::notifier::{Cause, Outcome};
+use crate::plan;
 use crate::space::{AddressSpace, SpacePin};
 
 type Declares = fn(Operation) -> Sees;
@@ -170,6 +184,7 @@ pub trait Source: Send + Sync + 'static {
 pub struct Sink {
     pin: SpacePin,
     range: Range,
+    service: Service,
 }
 
 impl Sink {
@@ -180,7 +195,8 @@ impl Sink {
 
     /// `range`, as far as it is watched, is about to change: on return no device reaches it, until the value is
     /// [ended](ExternalChange::end). `None` if nothing of it is watched. Works during the exit of the space too: as long as
-    /// anybody is registered, he is told. Neither allocates nor frees.
+    /// anybody is registered, he is told. Neither allocates nor frees, nor does the end, nor who drops the error: what callbacks
+    /// put off runs on a thread of this crate.
     ///
     /// # Errors
     /// The pages must not change then.
@@ -188,27 +204,31 @@ impl Sink {
         &self,
         range: Range,
         cause: Cause,
-    ) -> Result<Option<ExternalChange<'_>>, InvalidateError> {
+    ) -> Result<Option<ExternalChange<'_>>, SinkError> {
         let Some(range) = range.intersect(self.range) else {
             return Ok(None);
         };
         context::callback_refusal_of_handlers("Sink::begin")?;
         let what = What {
             range,
-            sizes: PageSizes::all(),
+            pieces: &plan::unknown,
             cause,
             segments: &[],
         };
-        let begun = Invalidation::begin(self.pin.space(), what, Mode::Blocking);
-        let invalidation = begun.map_err(|failed| failed.error)?;
-        Ok(Some(ExternalChange { invalidation }))
+        // Also where it fails.
+        let handover = Handover(self.service);
+        let invalidation = Invalidation::begin_for_others(self.pin.space(), what)?;
+        Ok(Some(ExternalChange {
+            invalidation,
+            _handover: handover,
+        }))
     }
 
     /// `range` has changed, or is changing and nobody says when it is over.
     ///
     /// # Errors
     /// A device may still reach what is no longer there.
-    pub fn late(&self, range: Range, cause: Cause) -> Result<(), InvalidateError> {
+    pub fn late(&self, range: Range, cause: Cause) -> Result<(), SinkError> {
         match self.begin(range, cause)? {
             Some(change) => change.end(Outcome::Changed),
             None => Ok(()),
@@ -219,8 +239,13 @@ impl Sink {
     ///
     /// # Errors
     /// As [`Sink::late`].
-    pub fn lost(&self) -> Result<(), InvalidateError> {
+    pub fn lost(&self) -> Result<(), SinkError> {
         self.late(self.range, Cause::External)
+    }
+
+    /// The arena of the space's memory.
+    fn arena(&self) -> Option<Range> {
+        self.pin.space().table.arena
     }
 
     /// What the space's own operations are changing.
@@ -228,16 +253,30 @@ impl Sink {
         self.pin.space().sources.owned()
     }
 
-    /// Whether exactly this range is being changed by an operation of the space itself, which has shot it down.
-    pub fn is_own(&self, range: Range) -> bool {
-        self.pin.space().sources.is_own(range)
+    /// Whether exactly this range is being changed, by this thread (its number in the kernel), by an operation of the space itself,
+    /// which has shot it down. Another thread's change of the same range is not its own: it may come when that operation has ended.
+    pub fn is_own(&self, range: Range, thread: u32) -> bool {
+        self.pin.space().sources.is_own(range, thread)
     }
 }
 
 /// A change that somebody else is making: between start and end of an invalidation. Several may be open on one thread, as one
 /// system call can change several ranges. Dropping it counts as [`Outcome::Changed`].
 pub struct ExternalChange<'s> {
+    // In this order.
     invalidation: Invalidation<'s>,
+    _handover: Handover,
+}
+
+/// When it is dropped the service thread gets what callbacks have put off, unless this thread is inside one still.
+struct Handover(Service);
+
+impl Drop for Handover {
+    fn drop(&mut self) {
+        if !context::inside_callback() {
+            service::hand_over(self.0);
+        }
+    }
 }
 
 impl std::fmt::Debug for ExternalChange<'_> {
@@ -250,39 +289,41 @@ impl ExternalChange<'_> {
     /// It is over.
     ///
     /// # Errors
-    /// [`InvalidateError::HandlerPanicked`] if an `end` did; everybody else has been told.
-    pub fn end(mut self, outcome: Outcome) -> Result<(), InvalidateError> {
-        self.invalidation.end(outcome);
-        self.invalidation.panic_at_end()
+    /// [`SinkError::HandlerPanicked`] if an `end` did; everybody else has been told.
+    pub fn end(mut self, outcome: Outcome) -> Result<(), SinkError> {
+        self.invalidation.end(outcome).panic_at_end()
     }
 }
 
-/// A source that watches a space. Dropping it stops it.
+/// A source that watches a space. Dropping it stops it; where that could wait for itself, as in a callback, a thread of this crate
+/// does, and dropping neither waits nor frees.
 pub struct Watched {
-    source: Arc<dyn Source>,
-    sink: Arc<Sink>,
-    tried: Vec<Tried>,
-    stopped: bool,
+    /// Until it is stopped.
+    running: Option<Box<Stop>>,
 }
 
 impl std::fmt::Debug for Watched {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Watched")
-            .field("source", &self.source.name())
-            .field("range", &self.sink.range)
+            .field("source", &self.running().source.name())
+            .field("range", &self.range())
             .finish_non_exhaustive()
     }
 }
 
 impl Watched {
+    fn running(&self) -> &Stop {
+        self.running.as_ref().expect("it is stopped by its end")
+    }
+
     /// What is watched.
     pub fn range(&self) -> Range {
-        self.sink.range
+        self.running().sink.range
     }
 
     /// What the self-test came to, operation by operation.
     pub fn self_test(&self) -> &[Tried] {
-        &self.tried
+        &self.running().tried
     }
 
     /// Stops it: what has been begun for the space is over on return, and later changes are not told. Registrations stay.
@@ -290,39 +331,31 @@ impl Watched {
     /// # Errors
     /// [`Refused`] inside a callback, and with a `NotifierLock` held; the source goes on then, and is stopped by
     /// the value that was given back.
-    pub fn stop(mut self) -> Result<(), (Self, Refused)> {
+    pub fn stop(self) -> Result<(), (Self, Refused)> {
         if let Err(refused) = context::wait_refusal("stop") {
             return Err((self, refused));
         }
-        self.stop_now();
+        drop(self);
         Ok(())
     }
+}
 
-    fn stop_now(&mut self) {
-        if std::mem::replace(&mut self.stopped, true) {
-            return;
-        }
-        self.sink.pin.space().sources.remove(self.key());
-        self.source.stop(&self.sink);
-    }
-
-    fn key(&self) -> usize {
-        Arc::as_ptr(&self.sink) as usize
-    }
+fn key(sink: &Arc<Sink>) -> usize {
+    Arc::as_ptr(sink) as usize
 }
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        if self.stopped {
+        let Some(running) = self.running.take() else {
             return;
-        }
+        };
+        let sink = &running.sink;
+        sink.pin.space().sources.remove(key(sink));
         if context::wait_refusal("stop").is_ok() {
-            self.stop_now();
+            running.source.stop(sink);
         } else {
             // It could wait for itself: the service thread stops it.
-            self.stopped = true;
-            self.sink.pin.space().sources.remove(self.key());
-            service::stop_later(self.source.clone(), self.sink.clone());
+            service::stop_later(running);
         }
     }
 }
@@ -355,20 +388,24 @@ impl AddressSpace {
         let sink = Arc::new(Sink {
             pin: self.pin(),
             range,
+            service,
         });
         let tried = probe::start_and_test(&source, &sink, test, service)?;
         let table = Table::new(|operation| {
             let tried = tried.iter().find(|one| one.operation == operation);
             tried.map_or(Sees::empty(), |one| one.counts())
         });
-        let watched = Watched {
-            source,
-            sink,
-            tried,
-            stopped: false,
-        };
         let sources = &self.space.sources;
-        if !sources.add(watched.key(), range, table, watched.source.clone()) {
+        let entry = (key(&sink), source.clone());
+        let watched = Watched {
+            running: Some(Box::new(Stop {
+                source,
+                sink,
+                tried,
+                next: None,
+            })),
+        };
+        if !sources.add(entry.0, range, table, entry.1) {
             return Err(SourceError::NoRoom { limit: SOURCES });
         }
         Ok(watched)

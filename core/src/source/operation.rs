@@ -26,7 +26,7 @@ macro_rules! operations {
         bitflags::bitflags! {
             /// A set of operations.
             #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
-            pub struct Operations: u32 {
+            pub struct Operations: u64 {
                 $($(#[doc = $doc])* const $flag = 1 << Operation::$name as u32;)*
             }
         }
@@ -80,10 +80,26 @@ operations! {
     Ftruncate FTRUNCATE "ftruncate";
     /// `truncate` of the file behind it, by its path.
     Truncate TRUNCATE "truncate";
+    /// `mbind` that moves pages to other nodes: other frames.
+    Mbind MBIND "mbind MOVE";
+    /// `move_pages`.
+    MovePages MOVE_PAGES "move_pages";
+    /// `migrate_pages`.
+    MigratePages MIGRATE_PAGES "migrate_pages";
+    /// `UFFDIO_MOVE` of a userfaultfd: the pages go to another address.
+    UffdMove UFFD_MOVE "userfaultfd MOVE";
+    /// `UFFDIO_WRITEPROTECT` of a userfaultfd.
+    UffdWriteProtect UFFD_WRITE_PROTECT "userfaultfd WRITEPROTECT";
+    /// `open` with `O_TRUNC` of the file behind it.
+    OpenTruncate OPEN_TRUNCATE "open O_TRUNC";
     /// `fork`: private pages become copy-on-write.
     Fork FORK "fork";
     /// A `madvise(MADV_DONTNEED)` that an io_uring does.
     IoUringMadvise IO_URING_MADVISE "io_uring MADVISE";
+    /// A punching `fallocate` that an io_uring does.
+    IoUringFallocate IO_URING_FALLOCATE "io_uring FALLOCATE";
+    /// An `ftruncate` that an io_uring does.
+    IoUringFtruncate IO_URING_FTRUNCATE "io_uring FTRUNCATE";
     /// Another process punches or truncates the file behind it.
     OtherProcess OTHER_PROCESS "another process's punch";
 }
@@ -102,10 +118,14 @@ impl std::fmt::Display for Operation {
 }
 
 impl Operations {
-    /// What threads of the process do by system calls of their own. Left out: fork, io_uring, other processes.
+    /// What threads of the process do by system calls of their own. Left out is what no source of this crate can hold up: fork,
+    /// `open` with `O_TRUNC`, io_uring, other processes.
     pub const CALLS: Self = Self::all()
         .difference(Self::FORK)
+        .difference(Self::OPEN_TRUNCATE)
         .difference(Self::IO_URING_MADVISE)
+        .difference(Self::IO_URING_FALLOCATE)
+        .difference(Self::IO_URING_FTRUNCATE)
         .difference(Self::OTHER_PROCESS);
 
     /// One by one.

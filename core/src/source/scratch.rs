@@ -4,9 +4,12 @@
 //! was reserved for this and is used by one self-test at a time.
 
 use std::ffi::CString;
+use std::os::fd::AsRawFd;
 use std::sync::OnceLock;
 
+use super::io_uring::{self, Entry};
 use super::operation::Operation;
+use super::uffd::sys::{self, MODE_MISSING, MODE_WP, UFFDIO_MOVE, UFFDIO_WRITEPROTECT};
 use super::{SourceError, gate};
 use crate::addr::Range;
 
@@ -163,7 +166,8 @@ impl Scratch {
         let _ = must(libc::SYS_mmap, "mmap", args);
     }
 
-    /// Prepares the page, makes the operation, and says when. In a process that lives on `alone` is false: then it does not fork.
+    /// Prepares the page, makes the operation, and says when. In a process that lives on `alone` is false: then it does not fork, and
+    /// moves nobody's pages.
     pub(super) fn attempt(
         self,
         operation: Operation,
@@ -320,7 +324,91 @@ impl Scratch {
             }
             Operation::IoUringMadvise => {
                 private()?;
-                super::io_uring::madvise(page, PAGE, libc::MADV_DONTNEED, || arm(true))
+                io_uring::submit(Entry::madvise(page, PAGE, libc::MADV_DONTNEED), || {
+                    arm(true)
+                })
+            }
+            Operation::IoUringFallocate => {
+                let file = Self::file(page)?;
+                let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                io_uring::submit(Entry::fallocate(file.0, mode, PAGE), || arm(true))
+            }
+            Operation::IoUringFtruncate => {
+                let file = Self::file(page)?;
+                io_uring::submit(Entry::ftruncate(file.0, 0), || arm(true))
+            }
+            Operation::Mbind => {
+                private()?;
+                arm(false);
+                // Where it is already: the kernel looks at each page all the same.
+                foreign(
+                    libc::SYS_mbind,
+                    "mbind",
+                    [page, PAGE, 0, 0, 0, MPOL_MF_MOVE],
+                )
+            }
+            Operation::MovePages => {
+                private()?;
+                arm(false);
+                let (pages, nodes, mut status) = ([page], [0i32], [0i32]);
+                let [pages, nodes] = [pages.as_ptr() as usize, nodes.as_ptr() as usize];
+                let args = [
+                    0,
+                    1,
+                    pages,
+                    nodes,
+                    status.as_mut_ptr() as usize,
+                    MPOL_MF_MOVE,
+                ];
+                foreign(libc::SYS_move_pages, "move_pages", args)
+            }
+            Operation::MigratePages if !alone => {
+                Err("all memory of a process that lives on is not moved for a test".to_owned())
+            }
+            Operation::MigratePages => {
+                private()?;
+                arm(false);
+                let node = &raw const FIRST_NODE as usize;
+                let args = [0, 64, node, node, 0, 0];
+                foreign(libc::SYS_migrate_pages, "migrate_pages", args)
+            }
+            Operation::UffdMove => {
+                private()?;
+                let fd = sys::monitor(MODE_MISSING, aside, PAGE, || {
+                    Self::anonymous(aside, PAGE, NEW, false)?;
+                    let args = [aside, PAGE, libc::MADV_DONTNEED as usize, 0, 0, 0];
+                    must(libc::SYS_madvise, "madvise", args)
+                })?;
+                arm(true);
+                let argument = [aside, page, PAGE, 0, 0];
+                let argument = argument.as_ptr() as usize;
+                let args = [fd.as_raw_fd() as usize, UFFDIO_MOVE, argument, 0, 0, 0];
+                foreign(libc::SYS_ioctl, "UFFDIO_MOVE", args)
+            }
+            Operation::UffdWriteProtect => {
+                let fd = sys::monitor(MODE_WP, page, PAGE, private)?;
+                arm(false);
+                let argument = [page, PAGE, 1];
+                let argument = argument.as_ptr() as usize;
+                let args = [
+                    fd.as_raw_fd() as usize,
+                    UFFDIO_WRITEPROTECT,
+                    argument,
+                    0,
+                    0,
+                    0,
+                ];
+                foreign(libc::SYS_ioctl, "UFFDIO_WRITEPROTECT", args)
+            }
+            Operation::OpenTruncate => {
+                let file = Self::file(page)?;
+                let path = CString::new(format!("/proc/self/fd/{}", file.0)).expect("no nul");
+                arm(true);
+                let flags = (libc::O_RDWR | libc::O_TRUNC | libc::O_CLOEXEC) as usize;
+                let args = [path.as_ptr() as usize, flags, 0, 0, 0, 0];
+                foreign(libc::SYS_open, "open", args)
+                    .map(|fd| drop(Fd(fd)))
+                    .map(|()| 0)
             }
             Operation::OtherProcess => {
                 let file = Self::file(page)?;
@@ -358,7 +446,15 @@ impl Scratch {
 }
 
 const MADV_GUARD_INSTALL: i32 = 102;
+const MPOL_MF_MOVE: usize = 2;
+static FIRST_NODE: u64 = 1;
 const SHM_REMAP: usize = 0o40000;
+
+/// Whether there is nowhere to move pages to.
+pub(super) fn has_one_node() -> bool {
+    let nodes = std::fs::read_to_string("/sys/devices/system/node/online");
+    nodes.is_ok_and(|nodes| nodes.trim() == "0")
+}
 
 /// Forks; the child does `work`, by system calls only, when the parent is `armed`, and is waited for. The fork itself is the
 /// operation where there is no work.

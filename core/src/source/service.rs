@@ -6,20 +6,29 @@
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::{Sink, Source, SourceError};
+use super::{Sink, Source, SourceError, Tried};
 use crate::context::{self, PutOff};
+
+/// A source that is to be stopped by a thread that may wait. Made beforehand: whoever cannot wait may not allocate either.
+pub(super) struct Stop {
+    pub(super) source: Arc<dyn Source>,
+    pub(super) sink: Arc<Sink>,
+    /// Freed with it.
+    pub(super) tried: Vec<Tried>,
+    pub(super) next: Option<Box<Stop>>,
+}
 
 struct Queue {
     put_off: PutOff,
     /// Sources whose owners could not wait.
-    stops: Vec<(Arc<dyn Source>, Arc<Sink>)>,
+    stops: Option<Box<Stop>>,
     /// The process that the thread belongs to: a child by fork has none.
     process: u32,
 }
 
 static QUEUE: Mutex<Queue> = Mutex::new(Queue {
     put_off: PutOff::none(),
-    stops: Vec::new(),
+    stops: None,
     process: 0,
 });
 static CHANGED: Condvar = Condvar::new();
@@ -56,8 +65,12 @@ pub(super) fn hand_over(_: Service) {
     CHANGED.notify_all();
 }
 
-pub(super) fn stop_later(source: Arc<dyn Source>, sink: Arc<Sink>) {
-    queue().stops.push((source, sink));
+/// Has it stopped. Neither allocates nor frees.
+pub(super) fn stop_later(mut stop: Box<Stop>) {
+    let mut queue = queue();
+    stop.next = queue.stops.take();
+    queue.stops = Some(stop);
+    drop(queue);
     CHANGED.notify_all();
 }
 
@@ -65,15 +78,16 @@ fn run() {
     let mut queue = queue();
     loop {
         let put_off = std::mem::replace(&mut queue.put_off, PutOff::none());
-        let stops = std::mem::take(&mut queue.stops);
-        if put_off.is_none() && stops.is_empty() {
+        let mut stops = queue.stops.take();
+        if put_off.is_none() && stops.is_none() {
             queue = CHANGED.wait(queue).unwrap_or_else(PoisonError::into_inner);
             continue;
         }
         drop(queue);
         put_off.run();
-        for (source, sink) in stops {
-            source.stop(&sink);
+        while let Some(mut stop) = stops {
+            stop.source.stop(&stop.sink);
+            stops = stop.next.take();
         }
         queue = self::queue();
     }

@@ -6,15 +6,16 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc as StdArc;
 
 use super::{Deadlines, ExitError, MapLock};
-use crate::addr::{PageSizes, Range};
+use crate::addr::Range;
 use crate::context::{self, InCallback};
-use crate::engine::{self, DeviceOp, Hit, InvalidateError};
+use crate::engine::{self, Desks, DeviceOp, Hit, InvalidateError};
 use crate::events::Events;
 use crate::ghosts::Ghosts;
 use crate::list::{Link, List, PutOff};
 use crate::managed::Table;
 use crate::memory::Memory;
 use crate::notifier::{Cause, Notifier};
+use crate::plan;
 use crate::pool::Pool;
 use crate::primitive::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use crate::primitive::{Arc, Mutex};
@@ -45,6 +46,7 @@ pub(crate) struct Space {
     pub(crate) deadlines: Deadlines,
     pub(crate) registry: Registry<Inner>,
     pub(crate) events: Events,
+    pub(crate) desks: Desks,
     pub(crate) hits: Pool<Hit>,
     pub(crate) device_ops: Pool<DeviceOp>,
     pub(crate) stats: Counters,
@@ -105,6 +107,7 @@ impl Space {
             deadlines,
             registry: Registry::new(),
             events: Events::new(),
+            desks: Desks::new(),
             hits: Pool::new(HITS),
             device_ops: Pool::new(DEVICES),
             stats: Counters::new(),
@@ -228,7 +231,9 @@ impl Space {
 
     fn release(&self, inner: Arc<Inner>) {
         // Before it leaves the index: a device that does not answer any more may hold entries of its range for ever.
-        self.ghosts.add(inner.range, inner.targets());
+        if !planted!("r20-ghost") {
+            self.ghosts.add(inner.range, inner.targets());
+        }
         self.registry.remove([&*inner]);
         {
             let _watched = self.watch.enter_release(inner.id, inner.name);
@@ -349,7 +354,7 @@ impl Space {
     ) -> bool {
         let what = engine::What {
             range,
-            sizes: PageSizes::all(),
+            pieces: &plan::unknown,
             cause: Cause::Exit,
             segments,
         };

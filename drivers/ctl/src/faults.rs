@@ -24,6 +24,8 @@ pub(crate) enum Fault {
     PurgeInMiss,
     Delayed,
     SurvivesReset,
+    Error,
+    Nack,
 }
 
 #[derive(Debug, Error)]
@@ -42,7 +44,7 @@ const LATE_BY: Duration = Duration::from_millis(80);
 const SHORT: Duration = Duration::from_micros(100);
 
 impl Fault {
-    pub(crate) const ALL: [Fault; 8] = [
+    pub(crate) const ALL: [Fault; 10] = [
         Self::Lost,
         Self::Stuck,
         Self::Late,
@@ -51,6 +53,8 @@ impl Fault {
         Self::PurgeInMiss,
         Self::Delayed,
         Self::SurvivesReset,
+        Self::Error,
+        Self::Nack,
     ];
 
     pub(crate) fn name(self) -> &'static str {
@@ -63,6 +67,8 @@ impl Fault {
             Self::PurgeInMiss => "purge-in-miss",
             Self::Delayed => "delayed",
             Self::SurvivesReset => "survives-reset",
+            Self::Error => "error",
+            Self::Nack => "nack",
         }
     }
 
@@ -76,6 +82,8 @@ impl Fault {
             Self::PurgeInMiss => "a purge comes between a miss and the answer to it",
             Self::Delayed => "steps of handles, accesses, interrupts and resets take longer",
             Self::SurvivesReset => "every second reset is not heeded, and the chiplet goes on",
+            Self::Error => "an instruction ends with an error that is worth another try",
+            Self::Nack => "a message is not delivered, or its lines are left to software",
         }
     }
 
@@ -106,6 +114,8 @@ impl Fault {
             Self::PurgeInMiss => (FaultKind::PurgeInMiss, up_to(16), Duration::ZERO),
             Self::Delayed => (FaultKind::Delayed, up_to(64), 10 * SHORT),
             Self::SurvivesReset => (FaultKind::SurvivesReset, up_to(2), Duration::ZERO),
+            Self::Error => (FaultKind::Error, up_to(64), Duration::ZERO),
+            Self::Nack => (FaultKind::Nack, up_to(4), Duration::ZERO),
         };
         Scripted {
             device,
@@ -126,6 +136,8 @@ impl Fault {
             Self::PurgeInMiss => plan.purge_in_miss = 0.01,
             Self::Delayed => (plan.delayed, plan.delay) = (0.0005, 10 * SHORT),
             Self::SurvivesReset => plan.survives_reset = 0.5,
+            Self::Error => plan.error = 0.001,
+            Self::Nack => plan.nack = 0.1,
         }
     }
 }
@@ -141,6 +153,16 @@ pub(crate) struct Injected {
     purge_in_miss: u64,
     delayed: u64,
     survives_reset: u64,
+    error: u64,
+    nack: u64,
+}
+
+impl Injected {
+    /// Those that end by themselves, the last two at once.
+    fn by_itself(&self) -> u64 {
+        let purges = self.late + self.reordered + self.duplicated + self.purge_in_miss;
+        purges + self.delayed + self.error + self.nack
+    }
 }
 
 /// What became of it. Of purges that never end (lost, stuck) the driver counts what stood in for each; that a chiplet did not come
@@ -194,6 +216,8 @@ impl Faults {
             by_kind.purge_in_miss += counts.purges_in_miss;
             by_kind.delayed += counts.steps_delayed;
             by_kind.survives_reset += counts.resets_survived;
+            by_kind.error += counts.errors;
+            by_kind.nack += counts.nacks;
             by_outcome.over += counts.faults_over;
             by_outcome.cut_short += counts.faults_cut_short;
             by_outcome.no_faults += counts.purges_cut_short;
@@ -206,15 +230,10 @@ impl Faults {
         let Injected {
             lost,
             stuck,
-            late,
-            reordered,
-            duplicated,
-            purge_in_miss,
-            delayed,
             survives_reset,
+            ..
         } = by_kind;
-        let by_itself = late + reordered + duplicated + purge_in_miss + delayed;
-        self.injected = lost + stuck + by_itself + survives_reset;
+        self.injected = lost + stuck + by_kind.by_itself() + survives_reset;
         let o = by_outcome;
         let never = o.recovered_by_flush + o.recovered_by_reset + o.open;
         self.accounted = (never + o.over + o.cut_short + o.quarantined).saturating_sub(o.no_faults);
@@ -231,7 +250,7 @@ impl Faults {
             ),
             (
                 "faults that end by themselves",
-                k.late + k.reordered + k.duplicated + k.purge_in_miss + k.delayed,
+                k.by_itself(),
                 o.over + o.cut_short,
             ),
             ("resets that were survived", k.survives_reset, o.quarantined),
@@ -255,7 +274,7 @@ impl fmt::Display for Faults {
         let (k, o) = (self.by_kind, self.by_outcome);
         writeln!(
             f,
-            "  faults injected: {} lost, {} stuck, {} late, {} reordered, {} duplicated, {} in a miss, {} delayed, {} resets survived",
+            "  faults injected: {} lost, {} stuck, {} late, {} reordered, {} duplicated, {} in a miss, {} delayed, {} resets survived, {} errors, {} nacks",
             k.lost,
             k.stuck,
             k.late,
@@ -263,7 +282,9 @@ impl fmt::Display for Faults {
             k.duplicated,
             k.purge_in_miss,
             k.delayed,
-            k.survives_reset
+            k.survives_reset,
+            k.error,
+            k.nack
         )?;
         writeln!(
             f,

@@ -17,7 +17,8 @@ const SETTLES: Duration = Duration::from_secs(2);
 const FRAME_BYTES: u64 = 4096;
 
 /// Ends the space, and counts what is left.
-pub(crate) fn finish(report: &mut Report, shared: Shared, gru: &Gru, model: &Model) {
+pub(crate) fn finish(report: &mut Report, mut shared: Shared, gru: &Gru, model: &Model) {
+    drop(shared.kernel.take());
     let Shared {
         bus,
         space,
@@ -87,11 +88,14 @@ pub(crate) fn finish(report: &mut Report, shared: Shared, gru: &Gru, model: &Mod
         };
         report.faults.quarantines += stats.quarantined;
     }
+    report.accelerators = shared.accelerators.report();
+    report.device_ops += report.accelerators.map_or(0, |one| one.commands);
     for chiplet in model.chiplets() {
         report.device_ops += chiplet.counts().instructions;
     }
     let stats = account(&mut report.faults, gru, model);
     report.findings.extend(report.faults.unaccounted());
+    report.gru.count(gru, &stats);
     report.faults_resolved = stats.faults_resolved;
     report.fault_retries = stats.fault_retries;
     report.leaked = Leaked {

@@ -3,6 +3,7 @@
 //!
 //! Exit status: 0 passed, 1 a violation was found, 2 wrong usage, 3 this machine lacks something.
 
+mod accelerator;
 mod attach;
 mod audit;
 mod campaign;
@@ -11,6 +12,7 @@ mod devices;
 mod faults;
 mod finish;
 mod foreign;
+mod gru;
 mod hardware;
 mod options;
 mod plant;
@@ -18,10 +20,12 @@ mod races;
 mod recovery;
 mod report;
 mod run;
+mod services;
 mod shared;
 mod sim;
 mod soak;
 mod sources;
+mod status;
 mod trace;
 mod worker;
 
@@ -35,8 +39,9 @@ use clap::Parser;
 use serde::Serialize;
 
 use crate::faults::Fault;
-use crate::options::{Cli, Command, Options, PlantsOptions};
+use crate::options::{Cli, Command, GruCommand, Options, PlantsOptions};
 use crate::plant::Plant;
+use crate::status::Snapshot;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -59,6 +64,10 @@ fn main() -> ExitCode {
         Some(Command::Sources(options)) => match sources::run(&options) {
             Ok((sources, json)) => output(&sources, json, true),
             Err(error) => fail(&error, 3),
+        },
+        Some(Command::Gru(GruCommand::Status(options))) => match Snapshot::ask(&options) {
+            Ok(snapshot) => output(&snapshot, options.json, true),
+            Err(error) => fail(&error, error.exit_code()),
         },
         None => run(&cli.run),
     }

@@ -8,6 +8,7 @@ use crate::attach::AttachOptions;
 use crate::devices::DevicesOptions;
 use crate::foreign::SourceName;
 use crate::sources::SourcesOptions;
+use crate::status::StatusOptions;
 
 /// Shootdown of user-space accelerators' TLBs, run against model hardware.
 #[derive(Debug, Parser)]
@@ -34,6 +35,9 @@ pub(crate) enum Command {
     Devices(DevicesOptions),
     /// Attaches a real device through VFIO, checks it, and proves the shootdown on it.
     Attach(AttachOptions),
+    /// Looks at the GRUs of a run that is at work.
+    #[command(subcommand)]
+    Gru(GruCommand),
     /// Lists what tells of changes that others make to memory on this machine: what each source sees, and what it costs.
     Sources(SourcesOptions),
 }
@@ -41,6 +45,13 @@ pub(crate) enum Command {
 fn hexadecimal(text: &str) -> Result<u64, String> {
     let digits = text.strip_prefix("0x").unwrap_or(text);
     u64::from_str_radix(digits, 16).map_err(|error| format!("{error}: it is hexadecimal"))
+}
+
+/// What there is of the GRUs of a run.
+#[derive(Debug, Subcommand)]
+pub(crate) enum GruCommand {
+    /// Shows blades, chiplets, contexts, ASIDs, TLB occupancy and pending faults of a run that is at work.
+    Status(StatusOptions),
 }
 
 /// What `plants` does.
@@ -66,11 +77,14 @@ pub(crate) struct Options {
     /// Threads that change memory and give work to the devices.
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=64))]
     pub(crate) threads: u64,
-    /// Accelerators (GRU chiplets, 16 contexts each).
+    /// Accelerators (GRU chiplets, 16 contexts each, two a blade).
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) devices: u32,
-    /// Segments (contexts) that the threads hold together; at least one a thread, at most 15 a device.
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=960))]
+    /// Page-table accelerators beside them, on the same memory; none where there is a --source.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=16))]
+    pub(crate) accelerators: u32,
+    /// Segments that the threads hold together; at least one a thread. More than 16 a device steal each other's contexts.
+    #[arg(long, default_value_t = 72, value_parser = clap::value_parser!(u64).range(1..=960))]
     pub(crate) segments: u64,
     /// Fixes the workload and the faults; with `--sim` the interleaving, too.
     #[arg(long, default_value_t = 1)]
@@ -97,7 +111,7 @@ pub(crate) struct Options {
     #[arg(short, long)]
     pub(crate) verbose: bool,
     /// Simulates: one program of operations after the other, a seed each, interleaving and clock fixed by the seed.
-    #[arg(long, conflicts_with_all = ["seconds", "threads", "devices", "segments", "trace", "verbose", "source", "audit"])]
+    #[arg(long, conflicts_with_all = ["seconds", "threads", "devices", "segments", "accelerators", "trace", "verbose", "source", "audit"])]
     pub(crate) sim: bool,
     /// Seeds that are simulated, from `--seed` on, until something is found.
     #[arg(long, value_name = "COUNT", default_value_t = 200, requires = "sim", conflicts_with_all = ["schedule", "only"], value_parser = clap::value_parser!(u64).range(1..=1_000_000))]

@@ -305,6 +305,10 @@ impl Worker<'_> {
         if segment.run(0, &set, PATIENCE).is_ok() {
             self.matches(buffer.start(), CHUNK, value, "a vset in a space of its own");
         }
+        let queue = self.queue(&space);
+        if let Some(queue) = &queue {
+            self.accelerate(queue, buffer);
+        }
         // Nobody else changes this space, so misses and changes are not kept apart by the map lock.
         for size in [PageSize::FourKiB, PageSize::SixtyFourKiB] {
             if let Err(error) = self.change_beside(&space, &segment, size, Change::Discard)
@@ -314,6 +318,10 @@ impl Worker<'_> {
             }
         }
         start_long_work(&segment, buffer);
+        if let Some(queue) = &queue {
+            // It is at work when the space exits, or is lost already.
+            drop(Self::accelerate_beside(queue, buffer));
+        }
         match self.rng.random_range(0..4) {
             0 => self.unmap_segment(&segment, &space, false),
             1 => self.unmap_segment(&segment, &space, true),

@@ -5,9 +5,11 @@ use std::fmt;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
+use crate::accelerator;
 use crate::audit;
 use crate::faults::Faults;
 use crate::foreign;
+use crate::gru::Hardware;
 use crate::plant::Planted;
 use crate::soak::Soak;
 
@@ -81,6 +83,7 @@ pub(crate) struct Report {
     pub(crate) plant: Option<Planted>,
     pub(crate) interrupted: bool,
     pub(crate) device_ops: u64,
+    pub(crate) accelerators: Option<accelerator::Report>,
     pub(crate) device_accesses: u64,
     pub(crate) bytes_verified: u64,
     pub(crate) data_mismatches: u64,
@@ -100,6 +103,7 @@ pub(crate) struct Report {
     pub(crate) quarantined: u64,
     pub(crate) escalations: Escalations,
     pub(crate) faults: Faults,
+    pub(crate) gru: Hardware,
     pub(crate) foreign: Option<foreign::Report>,
     pub(crate) audit: Option<audit::Report>,
     pub(crate) soak: Soak,
@@ -236,7 +240,10 @@ impl fmt::Display for Report {
             "  leaked: {} frames, {} registrations, {} contexts, {} ASIDs",
             l.frames, l.registrations, l.contexts, l.asids
         )?;
-        write!(f, "{}{}", self.faults, self.soak)?;
+        if let Some(accelerators) = &self.accelerators {
+            write!(f, "{accelerators}")?;
+        }
+        write!(f, "{}{}{}", self.faults, self.soak, self.gru)?;
         for finding in &self.findings {
             writeln!(f, "\nfound: {finding}")?;
         }

@@ -9,11 +9,15 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use shootdown::{AddressSpace, Deadlines, Memory, Operations, SourceError, Watched};
-use shootdown_gru::{ChipletPorts, Config, Gru, MissMode, SegmentOptions};
+use shootdown_gru::{
+    ChipletPorts, Config, Gru, Kernel, MissMode, SegmentOptions, SelfTestFailed, Steal,
+};
 use shootdown_hw_model::gru::{ChipletConfig, FaultPlan, Latency, Model};
 use shootdown_hw_model::{Bus, ModelError, ModelMemory};
+use shootdown_pta::PtaError;
 use thiserror::Error;
 
+use crate::accelerator::Accelerators;
 use crate::audit::{Audit, AuditError};
 use crate::faults::{Fault, Faults};
 use crate::finish::finish;
@@ -24,6 +28,7 @@ use crate::recovery::Recovery;
 use crate::report::{Latencies, Report};
 use crate::shared::Shared;
 use crate::soak::{Count, Sampler};
+use crate::status::{Server, Snapshot};
 use crate::trace;
 use crate::worker::{BLOCKS, CHUNK, Worker};
 
@@ -32,14 +37,8 @@ use crate::worker::{BLOCKS, CHUNK, Worker};
 pub(crate) enum RunError {
     #[error("the model's memory could not be made: {0}")]
     Model(#[from] ModelError),
-    #[error(
-        "{segments} segments are more than {devices} devices have room for beside those of short-lived spaces: at most {most}"
-    )]
-    TooManySegments {
-        segments: u64,
-        devices: u32,
-        most: u64,
-    },
+    #[error("an accelerator does not come up: {0}")]
+    Accelerator(#[from] PtaError),
     #[error(transparent)]
     Source(#[from] SourceError),
     #[error(transparent)]
@@ -57,8 +56,12 @@ pub(crate) enum RunError {
 impl RunError {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
-            Self::TooManySegments { .. } | Self::NoTrace { .. } | Self::NothingToLearn { .. } => 2,
-            Self::Model(_) | Self::Source(_) | Self::Audit(_) | Self::Trace { .. } => 3,
+            Self::NoTrace { .. } | Self::NothingToLearn { .. } => 2,
+            Self::Model(_)
+            | Self::Accelerator(_)
+            | Self::Source(_)
+            | Self::Audit(_)
+            | Self::Trace { .. } => 3,
         }
     }
 }
@@ -83,6 +86,8 @@ fn watchdog() -> Sender<()> {
 /// 256 MiB.
 const FRAMES: u64 = 1 << 16;
 const ARENA: u64 = 1 << 30;
+/// For the driver's own memory.
+const KERNEL_ARENA: u64 = 4 << 20;
 
 pub(crate) fn deadlines() -> Deadlines {
     Deadlines {
@@ -121,10 +126,16 @@ pub(crate) fn driver(plant: Option<Plant>, foreign: Operations) -> Config {
     let mut config = Config {
         // One more than there are contexts, so that they wrap often and are enough.
         asids: 8..=8 * 17,
+        first_asid: Some(8 * 14),
         segment: SegmentOptions {
             control_blocks: BLOCKS,
             data_bytes: CHUNK as usize * 8,
             misses: MissMode::default(),
+        },
+        // Short, so that they are stolen often.
+        steal: Steal {
+            window: Duration::from_millis(1),
+            retry: Duration::from_micros(100),
         },
         // For the flush when they wrap, too, which is waited for with a chiplet's lock held.
         handle_deadline: Duration::from_millis(300),
@@ -170,15 +181,7 @@ pub(crate) fn run(
 ) -> Result<(Report, Result<(), RunError>), RunError> {
     let time = Duration::from_secs(options.seconds);
     let mut sampler = Sampler::new(time);
-    let most = u64::from(options.devices) * 15;
     let segments = options.segments.max(options.threads);
-    if segments > most {
-        return Err(RunError::TooManySegments {
-            segments,
-            devices: options.devices,
-            most,
-        });
-    }
     if options.source == Some(SourceName::None) {
         let beside = [
             (plant.is_some(), "--plant"),
@@ -221,8 +224,13 @@ pub(crate) fn run(
         .as_ref()
         .map_or(Operations::CALLS, Foreign::operations);
     let gru = attach(&model, driver(plant, operations));
+    let kernel = Kernel::new(&gru, ModelMemory::new(&bus, KERNEL_ARENA)?);
+    // Their driver has to be told in time, which not every source does.
+    let accelerators = options.source.map_or(options.accelerators, |_| 0);
     let faulty = !faults.is_empty() || plant.is_some_and(|plant| !plant.must_be_found());
     let shared = Shared {
+        kernel: Some(kernel),
+        accelerators: Accelerators::new(&bus, options.devices, accelerators, options.threads)?,
         foreign,
         ..Shared::new(&bus, &gru, space, arena, faulty)
     };
@@ -239,6 +247,14 @@ pub(crate) fn run(
         ..Report::default()
     };
 
+    self_test(&mut report, &shared);
+    let status = match Server::open() {
+        Ok(server) => Some(server),
+        Err(error) => {
+            tracing::warn!(%error, "`shootdown gru status` will not find this run");
+            None
+        }
+    };
     let begun = Instant::now();
     let ends = begun + time;
     let progress = bar(options);
@@ -250,7 +266,7 @@ pub(crate) fn run(
                     segments / options.threads + u64::from(nth < segments % options.threads);
                 let worker = Worker::new(
                     &shared,
-                    options.seed.wrapping_mul(1009) ^ nth,
+                    (nth, options.seed.wrapping_mul(1009) ^ nth),
                     share as usize,
                     shared
                         .foreign
@@ -274,6 +290,10 @@ pub(crate) fn run(
             );
             recovery.tick();
             sampler.look(begun.elapsed());
+            if let Some(status) = &status {
+                let seconds = begun.elapsed().as_secs_f64();
+                status.answer(|| Snapshot::new(&gru, &model, seconds));
+            }
             progress.set_position(begun.elapsed().as_millis() as u64 / 100);
             progress.set_message(format!(
                 "{} shootdowns",
@@ -291,6 +311,7 @@ pub(crate) fn run(
     });
     report.seconds = begun.elapsed().as_secs_f64();
     report.interrupted = interrupted.load(Ordering::Relaxed);
+    drop(status);
     progress.finish_and_clear();
     if !recovery.finish() {
         let findings = &mut report.findings;
@@ -365,4 +386,16 @@ pub(crate) fn run(
     report.findings.extend(report.soak.leaks(kept));
     report.judge();
     Ok((report, trace))
+}
+
+/// The driver's own tests of its chiplets, before the work begins.
+fn self_test(report: &mut Report, shared: &Shared) {
+    let Some(kernel) = &shared.kernel else { return };
+    report.gru.blades = kernel.blades().count();
+    report.gru.chiplets = report.devices as usize;
+    match kernel.self_test() {
+        Ok(passed) => report.gru.self_tests = passed,
+        Err(SelfTestFailed::Error { error, .. }) if shared.is_lost(&error) => {}
+        Err(failed) => report.findings.push(failed.to_string()),
+    }
 }

@@ -1,13 +1,14 @@
 //! What the threads of a run share, and what they do with its devices.
 
 use shootdown::{AddressSpace, Device, FaultError, Health, InvalidateError, MapError, Range};
-use shootdown_gru::{Gru, GruError, Instruction, Segment};
+use shootdown_gru::{Gru, GruError, Instruction, Kernel, Segment};
 use shootdown_hw_model::Bus;
 use shootdown_primitive::sync::Arc;
 use shootdown_primitive::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use shootdown_primitive::thread;
 use shootdown_primitive::time::{Duration, Instant};
 
+use crate::accelerator::Accelerators;
 use crate::churn::Releases;
 use crate::foreign::Foreign;
 
@@ -16,8 +17,11 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What all threads share.
 pub(crate) struct Shared {
+    /// The driver's own services, until the end of the run.
+    pub(crate) kernel: Option<Kernel>,
     pub(crate) bus: Bus,
     pub(crate) gru: Arc<Gru>,
+    pub(crate) accelerators: Accelerators,
     pub(crate) space: AddressSpace,
     pub(crate) arena: Range,
     /// Devices fail on purpose.
@@ -46,8 +50,10 @@ impl Shared {
         faulty: bool,
     ) -> Self {
         Self {
+            kernel: None,
             bus: bus.clone(),
             gru: gru.clone(),
+            accelerators: Accelerators::default(),
             space,
             arena,
             faulty,
@@ -85,7 +91,12 @@ impl Shared {
     pub(crate) fn is_lost(&self, error: &GruError) -> bool {
         match error {
             GruError::ContextLost { .. } | GruError::Timeout { .. } | GruError::Fault(_) => true,
-            GruError::HandleTimeout { .. } | GruError::NoContext { .. } => self.faulty,
+            GruError::HandleTimeout { .. }
+            | GruError::NoContext { .. }
+            | GruError::NoneStealable { .. }
+            | GruError::NoFreeBlocks { .. }
+            | GruError::Congested { .. } => self.faulty,
+            GruError::Exception { causes, .. } => self.faulty && causes.is_retryable(),
             GruError::Map(error) => self.faulty && is_quarantine(error),
             _ => false,
         }

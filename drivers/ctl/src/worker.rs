@@ -10,7 +10,9 @@ use rand::{Rng, SeedableRng};
 use shootdown::{
     Addr, AddressSpace, InvalidateError, Map, MapError, MemoryError, PageSize, Range, Rights,
 };
-use shootdown_gru::{Atomic, Element, GruError, Instruction, Segment};
+use shootdown_gru::{Atomic, Element, GruError, Instruction, MissMode, Segment, SegmentOptions};
+
+use shootdown_pta::Queue;
 
 use crate::churn;
 use crate::foreign::Stranger;
@@ -35,13 +37,19 @@ pub(crate) const BLOCKS: usize = 8;
 
 pub(crate) struct Worker<'s> {
     pub(crate) shared: &'s Shared,
+    /// Its number among the threads.
+    pub(crate) nth: u64,
     pub(crate) rng: SmallRng,
     pub(crate) segments: Vec<Segment>,
+    /// Of an accelerator.
+    queue: Option<Queue>,
     /// Makes foreign calls for this thread.
     pub(crate) stranger: Option<Stranger>,
     wanted: usize,
     pub(crate) measured: Measured,
     rounds: u64,
+    /// The segment that worked last, and where.
+    recent: Option<(usize, Addr)>,
     /// A device was lost in this round. What it was at work on it may go on with, if it survived.
     lost: bool,
     /// Changes that were refused, or failed.
@@ -53,14 +61,16 @@ pub(crate) struct Worker<'s> {
 impl<'s> Worker<'s> {
     pub(crate) fn new(
         shared: &'s Shared,
-        seed: u64,
+        (nth, seed): (u64, u64),
         segments: usize,
         stranger: Option<Stranger>,
     ) -> Self {
         Self {
             shared,
+            nth,
             rng: SmallRng::seed_from_u64(seed),
             segments: Vec::new(),
+            queue: None,
             stranger,
             wanted: segments,
             measured: Measured {
@@ -70,6 +80,7 @@ impl<'s> Worker<'s> {
                 findings: Vec::new(),
             },
             rounds: 0,
+            recent: None,
             lost: false,
             refused: 0,
             left: Vec::new(),
@@ -168,9 +179,11 @@ impl<'s> Worker<'s> {
 
     fn round(&mut self) {
         self.lost = false;
+        self.recent = None;
         self.unmap_left();
         while self.segments.len() < self.wanted {
-            match self.shared.gru.segment(&self.shared.space) {
+            let options = self.segment_options();
+            match self.shared.gru.segment_with(&self.shared.space, options) {
                 Ok(segment) => self.segments.push(segment),
                 Err(_) if !self.segments.is_empty() => break,
                 Err(error) => {
@@ -202,6 +215,11 @@ impl<'s> Worker<'s> {
         for _ in 0..self.rng.random_range(2..10) {
             self.work(buffer);
         }
+        if self.accelerates() {
+            let queue = self.queue.take();
+            let queue = queue.or_else(|| self.queue(&self.shared.space));
+            self.queue = queue.filter(|queue| self.lost || self.accelerate(queue, buffer));
+        }
         self.change(buffer);
         self.foreign(buffer);
         self.end(buffer);
@@ -217,10 +235,32 @@ impl<'s> Worker<'s> {
         if self.rounds % 16 == 9 {
             self.short_lived_space();
         }
+        if self.rounds % 16 == 13 {
+            self.services();
+        }
+    }
+
+    /// What the next segment is made with: misses are resolved in all ways.
+    fn segment_options(&mut self) -> SegmentOptions {
+        let misses = match self.rng.random_range(0..4) {
+            0 => MissMode::UserPolling,
+            1 => MissMode::FaultMapPolled,
+            _ => MissMode::FaultMap,
+        };
+        SegmentOptions {
+            control_blocks: BLOCKS,
+            data_bytes: CHUNK as usize * 8,
+            misses,
+        }
+    }
+
+    /// Whether an accelerator takes part in this round.
+    fn accelerates(&self) -> bool {
+        self.rounds % 4 == 2
     }
 
     /// A part of the buffer: whole double words.
-    fn part(&mut self, buffer: Range) -> (Addr, u32) {
+    pub(crate) fn part(&mut self, buffer: Range) -> (Addr, u32) {
         let words = (buffer.len() / 8) as u64;
         let count = self.rng.random_range(1..=u64::from(CHUNK).min(words));
         let first = self.rng.random_range(0..=words - count);
@@ -279,6 +319,7 @@ impl<'s> Worker<'s> {
             return;
         };
         let (at, count) = self.part(buffer);
+        self.recent = Some((nth, at));
         let value: u64 = self.rng.random();
         if !self.device(nth, &[Instruction::vset(at, value, Element::Double, count)]) {
             return;
@@ -367,7 +408,16 @@ impl<'s> Worker<'s> {
 
     /// Takes the buffer away, often with an instruction in flight, in one piece or in two, with the lock held or not.
     fn end(&mut self, buffer: Range) {
-        let nth = self.any_segment();
+        // Best where the last work was, as that chiplet has its page; the same bytes again and again, until the page goes.
+        let count = self.segments.len();
+        let there = |(nth, at): &(usize, Addr)| *nth < count && buffer.holds(*at);
+        let recent = self.recent.filter(there);
+        let again = recent.map(|(_, at)| {
+            let bytes = CHUNK * 8;
+            Instruction::vload(at, 0, Element::Byte, bytes).stride(0)
+        });
+        let nth = recent.map(|(nth, _)| nth).or_else(|| self.any_segment());
+        let mut blocks = 0;
         if let Some(nth) = nth {
             // In flight when the buffer goes: it ends with the data or an exception, whoever is first. It only reads, as another thread
             // may map the same address before it ends.
@@ -375,7 +425,14 @@ impl<'s> Worker<'s> {
             let load =
                 Instruction::vload(buffer.start(), 0, Element::Double, CHUNK).stride(stride.max(1));
             let _ = self.segments[nth].submit(0, &load);
+            blocks = 1;
+            if let Some(again) = again {
+                let _ = self.segments[nth].submit(1, &again);
+                blocks = 2;
+            }
         }
+        let queue = self.queue.as_ref().filter(|_| self.accelerates());
+        let reads = queue.is_some_and(|queue| Self::accelerate_beside(queue, buffer).is_ok());
         let half = buffer.pages(PageSize::FourKiB) / 2 * PageSize::FourKiB.bytes();
         let whole = match self.rng.random_range(0..4) {
             0 if half > 0 => {
@@ -395,9 +452,12 @@ impl<'s> Worker<'s> {
             self.unmap(whole);
         }
         if let Some(nth) = nth
-            && let Err(error) = self.shared.settle(&self.segments[nth], 1)
+            && let Err(error) = self.shared.settle(&self.segments[nth], blocks)
         {
             self.lose(nth, error, "a load beside an unmap");
+        }
+        if reads && let Some(queue) = self.queue.take() {
+            self.queue = Some(queue).filter(|queue| self.settle_accelerator(queue));
         }
     }
 

@@ -57,6 +57,23 @@ fn a_clean_run_passes_and_reports_everything() {
     for (key, want) in [("seed", 7), ("threads", 4), ("devices", 4)] {
         assert_eq!(report[key], want, "{key}");
     }
+    assert_eq!(report["gru"]["self_tests"], 8);
+    for key in [
+        "misses_user",
+        "misses_interrupt",
+        "misses_polled",
+        "contexts_stolen",
+        "asid_wraps",
+        "asids_retired",
+        "purges_pages",
+        "purges_spared",
+        "messages_sent",
+        "queue_flips",
+        "completions",
+    ] {
+        let count = report["gru"]["counters"][key].as_u64();
+        assert!(count > Some(0), "{key}: {report:#}");
+    }
     for key in ["data_mismatches", "stale_accesses", "quarantined"] {
         assert_eq!(report[key], 0, "{key}");
     }
@@ -79,6 +96,9 @@ fn a_clean_run_passes_and_reports_everything() {
         "/unregisters/inside_own_callback",
         "/unregisters/inside_other_callback",
         "/unregisters/during_release",
+        "/accelerators/commands",
+        "/accelerators/page_requests",
+        "/accelerators/pasid_flushes",
     ];
     let latencies = ["shootdown", "unregister", "fault"].into_iter();
     let latencies = latencies.flat_map(|kind| {
@@ -99,10 +119,16 @@ fn a_run_with_every_fault_passes_and_accounts_for_each() {
     assert_eq!(code, Some(0), "{report:#}");
     assert_eq!(stderr, "");
     let faults = &report["faults"];
-    assert_eq!(faults["given"].as_array().map(Vec::len), Some(8));
+    assert_eq!(faults["given"].as_array().map(Vec::len), Some(10));
     assert!(faults["injected"].as_u64() > Some(0));
     assert_eq!(faults["injected"], faults["accounted"]);
-    for kind in ["reordered", "duplicated", "purge_in_miss", "delayed"] {
+    for kind in [
+        "reordered",
+        "duplicated",
+        "purge_in_miss",
+        "delayed",
+        "nack",
+    ] {
         assert!(faults["by_kind"][kind].as_u64() > Some(0), "{kind}");
     }
     assert_eq!(
@@ -134,8 +160,8 @@ fn a_run_says_what_it_has_of_threads_descriptors_and_memory() {
     let report = object(&stdout);
     let soak = &report["soak"];
     let threads = |when: &str| soak[when]["threads"].as_u64().expect("a number");
-    // The workers; a chiplet's faults and its executor; the watchdog.
-    assert_eq!(threads("at_end"), threads("at_start") + 3 + 2 * 2 + 1);
+    // The workers; a chiplet's faults and its executor; the page-table accelerator's two; the watchdog.
+    assert_eq!(threads("at_end"), threads("at_start") + 3 + 2 * 2 + 2 + 1);
     assert_eq!(threads("after"), threads("at_start") + 1);
     assert_eq!(
         soak["after"]["descriptors"],
@@ -162,7 +188,9 @@ fn the_list_of_faults_names_each_and_what_it_is() {
             "duplicated",
             "purge-in-miss",
             "delayed",
-            "survives-reset"
+            "survives-reset",
+            "error",
+            "nack"
         ]
     );
 }
@@ -215,7 +243,10 @@ fn wrong_usage_is_status_2_and_names_what_is_wrong() {
         ("--no-such-flag", "--no-such-flag"),
         ("--seconds 0", "'0'"),
         ("--threads many", "'many'"),
-        ("--devices 1 --segments 99", "99 segments"),
+        ("--segments 0", "'0'"),
+        ("gru", "status"),
+        ("gru status --pid many", "'many'"),
+        ("gru status --no-such-flag", "--no-such-flag"),
         ("--plant unheard-of", "\"unheard-of\""),
         ("--faults lost,unheard-of", "\"unheard-of\""),
         ("--faults all --plant no-flush", "--plant"),
@@ -301,4 +332,91 @@ fn a_trace_has_the_phases() {
     for phase in ["quiesce", "issue", "sync"] {
         assert!(events.iter().any(|event| event["name"] == phase), "{phase}");
     }
+}
+
+/// Runs the command with a folder of its own for sockets.
+fn status(folder: &std::path::Path, arguments: &str) -> (Option<i32>, String, String) {
+    let mut command = shootdown(arguments);
+    command.env("XDG_RUNTIME_DIR", folder);
+    ended(command.output().expect("it starts"))
+}
+
+#[test]
+fn the_status_of_the_grus_is_that_of_the_run_that_is_at_work() {
+    let folder = std::env::temp_dir().join(format!("shootdown-status-{}", std::process::id()));
+    std::fs::create_dir(&folder).expect("a folder");
+    let (code, stdout, stderr) = status(&folder, "gru status");
+    assert_eq!((code, stdout.as_str()), (Some(3), ""), "{stderr}");
+    assert!(
+        stderr.contains("no run is at work") && stderr.contains("shootdown run"),
+        "{stderr}"
+    );
+    // Somebody who has crashed.
+    let stale = folder.join("shootdown-1.sock");
+    drop(std::os::unix::net::UnixListener::bind(&stale).expect("a socket"));
+    let start = || {
+        Command::new(env!("CARGO_BIN_EXE_shootdown"))
+            .args(["run", "--seconds", "600", "--devices", "2", "--json"])
+            .env("XDG_RUNTIME_DIR", &folder)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("it starts")
+    };
+    let first = start();
+    let begun = std::time::Instant::now();
+    let look = || loop {
+        let (code, stdout, stderr) = status(&folder, "gru status --json");
+        if code == Some(0) {
+            return object(&stdout);
+        }
+        assert!(begun.elapsed().as_secs() < 60, "{stderr}");
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    };
+    let instructions = |status: &Value| -> u64 {
+        let chiplets = status["chiplets"].as_array().expect("a list");
+        chiplets
+            .iter()
+            .filter_map(|one| one["instructions"].as_u64())
+            .sum()
+    };
+    let before = look();
+    assert_eq!(before["pid"], first.id());
+    assert_eq!(before["chiplets"].as_array().map(Vec::len), Some(2));
+    while instructions(&look()) == instructions(&before) {
+        assert!(begun.elapsed().as_secs() < 60, "it does not live");
+    }
+    assert!(!stale.exists(), "it was left by nobody");
+    let (code, table, _) = status(&folder, "gru status");
+    assert_eq!(code, Some(0));
+    for word in [
+        "blade",
+        "gru1",
+        "TLB",
+        "faults",
+        "ASID",
+        "drop-ins",
+        "START of a context",
+    ] {
+        assert!(table.contains(word), "{word}: {table}");
+    }
+    let (code, _, stderr) = status(&folder, "gru status --pid 1");
+    assert_eq!(code, Some(2), "{stderr}");
+    assert!(stderr.contains(&first.id().to_string()), "{stderr}");
+    let second = start();
+    let both = format!("gru status --pid {}", second.id());
+    while status(&folder, &both).0 != Some(0) {
+        assert!(begun.elapsed().as_secs() < 60, "the second run");
+    }
+    let (code, _, stderr) = status(&folder, "gru status");
+    assert_eq!(code, Some(2), "{stderr}");
+    for pid in [first.id(), second.id()] {
+        assert!(stderr.contains(&pid.to_string()), "{stderr}");
+    }
+    for run in [first, second] {
+        let (code, stdout, stderr) = interrupt(run);
+        assert_eq!(code, Some(0), "{stdout} {stderr}");
+    }
+    assert_eq!(status(&folder, "gru status").0, Some(3));
+    std::fs::remove_dir(&folder).expect("nothing is left in it");
 }

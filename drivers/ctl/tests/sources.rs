@@ -47,7 +47,15 @@ const MATRIX: &[(&str, [&str; 3])] = &[
     ("fallocate PUNCH_HOLE", [NOT, BARRIER, BESIDE]),
     ("ftruncate", [NOT, BARRIER, BESIDE]),
     ("truncate", [NOT, BARRIER, BESIDE]),
+    ("mbind MOVE", [NOT, BARRIER, BESIDE]),
+    ("move_pages", [NOT, BARRIER, BESIDE]),
+    ("migrate_pages", [NOT, BARRIER, BESIDE]),
+    ("userfaultfd MOVE", [NOT, BARRIER, BESIDE]),
+    ("userfaultfd WRITEPROTECT", [NOT, BARRIER, BESIDE]),
+    ("open O_TRUNC", [NOT, NOT, BESIDE]),
     ("io_uring MADVISE", [BESIDE, NOT, BESIDE]),
+    ("io_uring FALLOCATE", [NOT, NOT, BESIDE]),
+    ("io_uring FTRUNCATE", [NOT, NOT, BESIDE]),
     ("another process's punch", [NOT, NOT, BESIDE]),
 ];
 const LATE: &str = "late+end";

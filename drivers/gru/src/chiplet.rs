@@ -25,7 +25,7 @@ use crate::asid::{Asids, Words};
 use crate::config::{Config, Plant};
 use crate::context::{Context, Loaded};
 use crate::error::GruError;
-use crate::handle::Backoff;
+use crate::handle::{Backoff, Timing};
 use crate::layout::{CONTEXTS, RESET, cch, configuration, page_code, tgh};
 use crate::load;
 use crate::purge::{Purge, Purges, Unended};
@@ -173,6 +173,11 @@ impl Chiplet {
         })
     }
 
+    /// What purges have cost.
+    pub(crate) fn purge_timing(&self) -> &Timing {
+        &self.purges.timing
+    }
+
     /// What became of purges that did not end by themselves.
     pub(crate) fn unended(&self) -> Unended {
         self.purges.unended(&*self.registers)
@@ -295,10 +300,16 @@ impl DeviceTlb for ChipletTlb {
     fn limits(&self) -> Limits {
         Limits {
             entry_sizes: PageSizes::all(),
-            pages_per_command: tgh::PAGES,
+            // One page more makes a purge complete, which is what a full flush is.
+            pages_per_command: tgh::PAGES - 1,
             commands_per_batch: 8,
             full_flush_cost: 4,
         }
+    }
+
+    /// Entries are what [`fault`](crate::fault) installs: the page that the translation names.
+    fn splits_pages(&self) -> bool {
+        false
     }
 
     fn issue(&self, command: FlushCommand) -> Issue {

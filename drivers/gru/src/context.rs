@@ -87,7 +87,7 @@ pub(crate) struct User {
 pub(crate) struct Context {
     pub(crate) chiplet: Arc<Chiplet>,
     /// The chiplet, as the framework knows it.
-    device: Device,
+    pub(crate) device: Device,
     /// An address space's; none for one of the driver's own, which names memory itself.
     pub(crate) user: Option<User>,
     pub(crate) options: SegmentOptions,
@@ -243,6 +243,15 @@ impl Context {
         match *self.place() {
             Place::Ended(why) => Some(why),
             _ => None,
+        }
+    }
+
+    /// Whether a reset has cost it its state.
+    pub(crate) fn is_lost(&self) -> bool {
+        match *self.place() {
+            Place::Lost(_) => true,
+            Place::Loaded(loaded) => self.check_epoch(&loaded).is_err(),
+            Place::Saved | Place::Ended(_) => false,
         }
     }
 

@@ -160,6 +160,57 @@ pub enum GruError {
         /// How many there are.
         count: usize,
     },
+    /// No such blade.
+    #[error("no blade {blade}: there are {blades}")]
+    NoBlade {
+        /// What was asked for.
+        blade: u32,
+        /// How many there are.
+        blades: usize,
+    },
+    /// Memory of the driver's own shows no page table, so that its frames cannot be named.
+    #[error(
+        "nothing is known of the frame behind {address}: kernel services need a memory that translates"
+    )]
+    NotTranslated {
+        /// Where.
+        address: Addr,
+    },
+    /// A message queue of this size cannot be.
+    #[error(
+        "a queue of {lines} lines: it has 8 at least, 65536 at most, and as many in either half"
+    )]
+    QueueLines {
+        /// What was asked for.
+        lines: u32,
+    },
+    /// A message of this length cannot be.
+    #[error("a message of {words} words: it has 1 to {most}")]
+    MessageLength {
+        /// What was to be sent.
+        words: usize,
+        /// The most.
+        most: usize,
+    },
+    /// Both halves of a message queue are full.
+    #[error("the message queue is full: receive first")]
+    QueueFull,
+    /// The receiver of a message was congested for too long.
+    #[error("the receiver was congested for {waited:?}: try again")]
+    Congested {
+        /// How long was tried.
+        waited: Duration,
+    },
+    /// All control blocks of a blade's kernel context are in use.
+    #[error("no {count} control blocks of blade {blade} came free within {waited:?}")]
+    NoFreeBlocks {
+        /// The blade.
+        blade: u32,
+        /// How many were wanted.
+        count: usize,
+        /// How long was waited.
+        waited: Duration,
+    },
     /// The chiplet was reset, which ended its contexts.
     #[error("context {context} of chiplet {chiplet} was lost in a reset")]
     ContextLost {

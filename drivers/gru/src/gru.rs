@@ -1,6 +1,6 @@
 //! The driver: chiplets, their service threads, and the spaces that have segments.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use hdrhistogram::Histogram;
 use shootdown::{AddressSpace, Device, Range, Share, Target};
@@ -178,6 +178,22 @@ impl Gru {
             .collect()
     }
 
+    /// The blades by number, and of each the chiplet with the fewest segments.
+    pub(crate) fn blades(&self) -> impl Iterator<Item = (u32, (&Arc<Chiplet>, &Device))> {
+        let mut blades = BTreeMap::new();
+        for at in self.fabric.chiplets.iter().zip(&self.devices) {
+            let best = blades.entry(at.0.blade).or_insert(at);
+            if at.0.segments() < best.0.segments() {
+                *best = at;
+            }
+        }
+        blades.into_iter()
+    }
+
+    pub(crate) fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
     /// The chiplets, as they are now. Takes each one's lock for a moment, and reads its fault handles.
     ///
     /// # Errors
@@ -191,7 +207,9 @@ impl Gru {
 
     /// What each operation of the driver's handles has cost.
     pub fn operations(&self) -> Vec<OperationStats> {
-        self.counters.operations.read()
+        let chiplets = self.fabric.chiplets.iter();
+        let purges = chiplets.map(|chiplet| chiplet.purge_timing());
+        self.counters.operations.read(purges)
     }
 
     /// What has been counted.

@@ -98,6 +98,37 @@ impl Timing {
         self.max.fetch_max(nanos, Ordering::Relaxed);
     }
 
+    #[cfg(test)]
+    pub(crate) fn count(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    /// Adds what another has measured.
+    pub(crate) fn add(&self, other: &Self) {
+        let sums = [
+            (&self.count, &other.count),
+            (&self.nanos, &other.nanos),
+            (&self.failed, &other.failed),
+        ];
+        for (sum, more) in sums {
+            sum.fetch_add(more.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+        let max = other.max.load(Ordering::Relaxed);
+        self.max.fetch_max(max, Ordering::Relaxed);
+    }
+
+    fn read(&self, operation: Operation) -> OperationStats {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let count = get(&self.count);
+        OperationStats {
+            name: operation.name(),
+            count,
+            average: get(&self.nanos).checked_div(count).unwrap_or(0),
+            max: get(&self.max),
+            failed: get(&self.failed),
+        }
+    }
+
     fn fail(&self) {
         self.failed.fetch_add(1, Ordering::Relaxed);
     }
@@ -128,20 +159,20 @@ impl Timings {
         &self.0[operation as usize]
     }
 
-    pub(crate) fn read(&self) -> Vec<OperationStats> {
-        let read = |operation: Operation| {
-            let timing = self.of(operation);
-            let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-            let count = get(&timing.count);
-            OperationStats {
-                name: operation.name(),
-                count,
-                average: get(&timing.nanos).checked_div(count).unwrap_or(0),
-                max: get(&timing.max),
-                failed: get(&timing.failed),
-            }
+    /// What has been measured, with the purges of `chiplets`, which are timed by themselves.
+    pub(crate) fn read<'c>(
+        &self,
+        chiplets: impl Iterator<Item = &'c Timing>,
+    ) -> Vec<OperationStats> {
+        let purges = Timing::default();
+        chiplets.for_each(|one| purges.add(one));
+        let timing = |operation| match operation {
+            Operation::Purge => &purges,
+            _ => self.of(operation),
         };
-        Operation::ALL.into_iter().map(read).collect()
+        let all = Operation::ALL.into_iter();
+        all.map(|operation| timing(operation).read(operation))
+            .collect()
     }
 }
 

@@ -6,6 +6,9 @@
 //! carries a purge of that number or a lower one. Whoever sees that a RUNNING handle has become idle frees it; as no number
 //! comes twice, a slow observer cannot free its next purge.
 //!
+//! Sixteen handles belong to a processor each, the rest to everybody: whoever issues takes its own first, so that purges of several
+//! processors meet at no handle.
+//!
 //! # Wider purges
 //! A purge of the whole device does what every purge with a lower number was asked for: its acknowledgement counts for those
 //! too. Handles that still carry one are put out of service (OUT) until the hardware lets go of them or is reset. The last
@@ -16,9 +19,14 @@
 //! A handle that has become idle by itself still holds its opcode; one that a reset has taken off its work does not. So it is counted,
 //! once for each purge, what stood in for an end that never came: a wider purge, or a reset.
 
-use shootdown::{Completion, DeviceError, Registers};
-use shootdown_primitive::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::cell::Cell;
 
+use shootdown::{Completion, DeviceError, Registers};
+use shootdown_primitive::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use shootdown_primitive::thread_local;
+use shootdown_primitive::time::{Duration, Instant};
+
+use crate::handle::Timing;
 use crate::layout::{PURGES, purge, start, status, tgh};
 
 const FREE: u64 = 0;
@@ -28,6 +36,24 @@ const OUT: u64 = 3;
 const PHASE: u64 = 3;
 const WHOLE: u64 = 4;
 const SHIFT: u32 = 3;
+
+/// Handles that belong to a processor each. The others are everybody's.
+const PRIVATE: usize = 16;
+
+/// The handle of the processor that this thread is taken to run on: two threads meet at one only where there are more than 16.
+fn home() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    thread_local! {
+        static HOME: Cell<usize> = const { Cell::new(usize::MAX) };
+    }
+    HOME.with(|home| {
+        if home.get() == usize::MAX {
+            // Relaxed: the number orders nothing.
+            home.set(NEXT.fetch_add(1, Ordering::Relaxed) % PRIVATE);
+        }
+        home.get()
+    })
+}
 
 /// The fields of one purge.
 #[derive(Clone, Copy, Debug)]
@@ -64,6 +90,27 @@ pub(crate) struct Purges {
     never_ended: AtomicU64,
     /// Purges that a reset ended.
     reset: AtomicU64,
+    /// When each handle's purge was started, in nanoseconds of the clock.
+    started: [AtomicU64; PURGES],
+    clock: Clock,
+    /// What purges that ended by themselves took, from their start to when that was seen.
+    pub(crate) timing: Timing,
+}
+
+/// Counts from when it was made.
+#[derive(Debug)]
+struct Clock(Instant);
+
+impl Default for Clock {
+    fn default() -> Self {
+        Self(Instant::now())
+    }
+}
+
+impl Clock {
+    fn nanos(&self) -> u64 {
+        u64::try_from(self.0.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
 }
 
 /// What became of purges that did not end by themselves.
@@ -87,13 +134,25 @@ impl Purges {
         registers: &dyn Registers,
         what: &Purge,
     ) -> Result<bool, DeviceError> {
+        self.issue_by(home(), registers, what)
+    }
+
+    /// [`Purges::issue`] by the processor whose handle is `home`.
+    fn issue_by(
+        &self,
+        home: usize,
+        registers: &dyn Registers,
+        what: &Purge,
+    ) -> Result<bool, DeviceError> {
         // AcqRel, with the load in `ticket`: a ticket that is taken after this has at least this number.
         let number = self.last.fetch_add(1, Ordering::AcqRel) + 1;
         let word = (number << SHIFT) | if what.whole { WHOLE } else { 0 };
-        let Some(index) = self.claim(registers, word | STARTING, what.whole) else {
+        let Some(index) = self.claim(home, registers, word | STARTING, what.whole) else {
             return Ok(false);
         };
         let base = purge(index);
+        // Relaxed: ordered by the store of RUNNING, and a statistic.
+        self.started[index].store(self.clock.nanos(), Ordering::Relaxed);
         let started = registers
             .write(base + tgh::ADDRESS, what.address)
             .and_then(|()| registers.write(base + tgh::WHAT, what.what))
@@ -105,19 +164,28 @@ impl Purges {
         started.map(|()| true)
     }
 
-    fn claim(&self, registers: &dyn Registers, word: u64, whole: bool) -> Option<usize> {
+    fn claim(
+        &self,
+        home: usize,
+        registers: &dyn Registers,
+        word: u64,
+        whole: bool,
+    ) -> Option<usize> {
         let usable = if whole { PURGES } else { PURGES - 1 };
+        // Its own, those that everybody shares, then those of others.
+        let others = (0..PRIVATE).filter(|index| *index != home);
+        let order = std::iter::once(home).chain(PRIVATE..usable).chain(others);
         let free = |index: &usize| {
             // AcqRel: the fields are written after the claim, and after what the last owner did.
             self.handles[*index]
                 .compare_exchange(FREE, word, Ordering::AcqRel, Ordering::Relaxed)
                 .is_ok()
         };
-        (0..usable).find(free).or_else(|| {
+        order.clone().find(free).or_else(|| {
             for index in 0..usable {
                 self.observe(registers, index);
             }
-            (0..usable).find(free)
+            order.clone().find(free)
         })
     }
 
@@ -174,6 +242,7 @@ impl Purges {
         match status::of(dw0) {
             status::IDLE => {
                 let ended = tgh::has_ended(dw0);
+                let began = self.started[index].load(Ordering::Relaxed);
                 if ended && running && word & WHOLE != 0 {
                     self.cover(word >> SHIFT);
                 }
@@ -181,6 +250,10 @@ impl Purges {
                 // has freed it.
                 let freed =
                     handle.compare_exchange(word, FREE, Ordering::AcqRel, Ordering::Relaxed);
+                if freed.is_ok() && ended && running {
+                    let took = self.clock.nanos().saturating_sub(began);
+                    self.timing.record(Duration::from_nanos(took));
+                }
                 if freed.is_ok() && !ended {
                     let counter = if running {
                         &self.reset
@@ -301,22 +374,43 @@ mod tests {
     #[test]
     fn a_ticket_waits_for_its_purges_and_for_no_later_one() {
         let (fake, purges) = (Fake::default(), Purges::default());
-        assert!(purges.issue(&fake, &some()).unwrap());
+        assert!(purges.issue_by(0, &fake, &some()).unwrap());
         let ticket = purges.ticket();
-        assert!(purges.issue(&fake, &some()).unwrap());
+        assert!(purges.issue_by(0, &fake, &some()).unwrap());
         assert_eq!(purges.poll(&fake, ticket), Completion::Pending);
         fake.write(purge(0), ENDED).unwrap();
         assert_eq!(purges.poll(&fake, ticket), Completion::Done);
         assert_eq!(purges.poll(&fake, purges.ticket()), Completion::Pending);
+        assert_eq!(purges.timing.count(), 1, "one has ended");
+    }
+
+    #[test]
+    fn a_processor_takes_its_own_handle_then_those_of_everybody_then_others() {
+        let (fake, purges) = (Fake::default(), Purges::default());
+        let mut taken = Vec::new();
+        while purges.issue_by(5, &fake, &some()).unwrap() {
+            let active = |index: &usize| {
+                status::of(fake.read(purge(*index)).unwrap()) == status::ACTIVE
+                    && !taken.contains(index)
+            };
+            taken.extend((0..PURGES).find(active));
+        }
+        let others = (0..PRIVATE).filter(|index| *index != 5);
+        let want: Vec<_> = [5]
+            .into_iter()
+            .chain(PRIVATE..PURGES - 1)
+            .chain(others)
+            .collect();
+        assert_eq!(taken, want);
     }
 
     #[test]
     fn stuck_handles_are_covered_by_a_wider_purge_and_come_back_when_idle() {
         let (fake, purges) = (Fake::default(), Purges::default());
-        while purges.issue(&fake, &some()).unwrap() {}
+        while purges.issue_by(0, &fake, &some()).unwrap() {}
         let ticket = purges.ticket();
         assert!(
-            purges.issue(&fake, &Purge::whole()).unwrap(),
+            purges.issue_by(0, &fake, &Purge::whole()).unwrap(),
             "one handle is kept for it"
         );
         assert_eq!(purges.poll(&fake, ticket), Completion::Pending);
@@ -326,8 +420,8 @@ mod tests {
         assert_eq!(purges.out_of_service(), PURGES - 1);
         assert!(purges.is_exhausted());
         fake.write(purge(3), ENDED).unwrap();
-        assert!(purges.issue(&fake, &some()).unwrap());
-        assert!(!purges.issue(&fake, &some()).unwrap());
+        assert!(purges.issue_by(0, &fake, &some()).unwrap());
+        assert!(!purges.issue_by(0, &fake, &some()).unwrap());
         assert!(!purges.is_exhausted());
     }
 
@@ -335,10 +429,10 @@ mod tests {
     fn each_purge_that_never_ended_is_counted_once_with_what_stood_in_for_it() {
         let (fake, purges) = (Fake::default(), Purges::default());
         for _ in 0..3 {
-            assert!(purges.issue(&fake, &some()).unwrap());
+            assert!(purges.issue_by(0, &fake, &some()).unwrap());
         }
         fake.write(purge(0), ENDED).unwrap();
-        assert!(purges.issue(&fake, &Purge::whole()).unwrap());
+        assert!(purges.issue_by(0, &fake, &Purge::whole()).unwrap());
         let unended = |covered, reset, open| Unended {
             covered,
             reset,
@@ -346,14 +440,16 @@ mod tests {
         };
         assert_eq!(purges.unended(&fake), unended(0, 0, 3));
         let whole = (0..PURGES).find(|&index| {
-            index != 1 && index != 2 && status::of(fake.read(purge(index)).unwrap()) != status::IDLE
+            index != 16
+                && index != 17
+                && status::of(fake.read(purge(index)).unwrap()) != status::IDLE
         });
         fake.write(purge(whole.unwrap()), ENDED).unwrap();
         assert_eq!(purges.unended(&fake), unended(2, 0, 0));
         // One comes late after all, the other is shown by a reset, as is a third that nothing stood in for.
-        fake.write(purge(1), ENDED).unwrap();
+        fake.write(purge(16), ENDED).unwrap();
         assert_eq!(purges.unended(&fake), unended(1, 0, 0));
-        assert!(purges.issue(&fake, &some()).unwrap());
+        assert!(purges.issue_by(0, &fake, &some()).unwrap());
         let ticket = purges.ticket();
         (0..PURGES).for_each(|index| fake.write(purge(index), 0).unwrap());
         purges.reset(&fake, ticket);
@@ -363,7 +459,7 @@ mod tests {
     #[test]
     fn an_exception_fails_the_ticket() {
         let (fake, purges) = (Fake::default(), Purges::default());
-        purges.issue(&fake, &some()).unwrap();
+        purges.issue_by(0, &fake, &some()).unwrap();
         fake.write(purge(0), status::EXCEPTION << 16).unwrap();
         assert_eq!(purges.poll(&fake, purges.ticket()), Completion::Failed);
     }

@@ -35,6 +35,13 @@ macro_rules! counters {
             pub purges_open: u64,
         }
 
+        impl GruStats {
+            /// Counters that only grow, by name.
+            pub fn counters(&self) -> impl Iterator<Item = (&'static str, u64)> {
+                [$((stringify!($name), self.$name),)*].into_iter()
+            }
+        }
+
         impl Counters {
             pub(crate) fn read(&self) -> GruStats {
                 GruStats {

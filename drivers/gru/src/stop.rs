@@ -35,11 +35,15 @@ impl Context {
         }
     }
 
-    /// As [`Context::stop`], and a chiplet that does not stop it is reset.
+    /// As [`Context::stop`], and a chiplet that does not stop it is reset. Where that fails it is in quarantine: as the framework
+    /// has not asked for this reset, nobody else would try another one.
     pub(crate) fn stop_or_reset(&self, loaded: &Loaded) -> Result<(), GruError> {
         self.stop(loaded).or_else(|error| {
             let deadline = self.chiplet.config.handle_deadline;
-            self.chiplet.reset(deadline).map_err(|_| error)
+            self.chiplet.reset(deadline).map_err(|_| {
+                self.device.quarantine();
+                error
+            })
         })
     }
 

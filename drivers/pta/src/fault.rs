@@ -6,7 +6,6 @@
 //! others, so that a space which is being torn up does not keep them waiting. It takes no map lock, and whoever ends a queue does not
 //! wait for it (R33).
 
-use shootdown_primitive::sync::Arc;
 use shootdown_primitive::sync::atomic::{AtomicBool, Ordering};
 use shootdown_primitive::time::{Duration, Instant};
 
@@ -96,8 +95,9 @@ fn take(core: &Core, open: &mut Vec<Request>) -> Result<(), DeviceError> {
 
 /// Tries each once; what was disturbed is left.
 fn answer_all(core: &Core, open: &mut Vec<Request>) -> Result<(), DeviceError> {
+    let mut spares = Spares::default();
     for request in std::mem::take(open) {
-        let filled = match resolve(core, &request)? {
+        let filled = match resolve(core, &request, &mut spares)? {
             Fill::Disturbed if request.taken.elapsed() < core.config.fault_deadline => {
                 core.counters.request_retries.hit();
                 open.push(request);
@@ -118,16 +118,17 @@ fn answer_all(core: &Core, open: &mut Vec<Request>) -> Result<(), DeviceError> {
         let answer = PASID.of(request.pasid) | request::GROUP.of(request.group) | code;
         core.registers.write(request::RESPONSE, answer)?;
     }
+    spares.give_back(core);
     Ok(())
 }
 
 /// Resolves a request by the registration of any queue that still has one.
-fn resolve(core: &Core, request: &Request) -> Result<Fill, DeviceError> {
+fn resolve(core: &Core, request: &Request, spares: &mut Spares) -> Result<Fill, DeviceError> {
     for work in core.works_of(request.pasid) {
         let Some(space) = work.space.pin.upgrade() else {
             break;
         };
-        match fill(core, &work, &space, request) {
+        match fill(core, (&work, &space), request, spares) {
             Ok(filled) => return Ok(filled),
             Err(Failed::Device(error)) => return Err(error),
             // It was given up just now: there may be others.
@@ -195,12 +196,13 @@ fn pages(space: &AddressSpace, block: Range, found: &Translation) -> Vec<Transla
 /// Installs what a request asks for, if it may.
 fn fill(
     core: &Core,
-    work: &Arc<Work>,
-    space: &AddressSpace,
+    (work, space): (&Work, &AddressSpace),
     request: &Request,
+    spares: &mut Spares,
 ) -> Result<Fill, Failed> {
-    let mut spares = Spares::default();
-    let filled = loop {
+    // Nothing is allocated with the lock held.
+    spares.fill(core);
+    loop {
         let before = space.translate(request.addr);
         let block = block(core, request.addr, before.as_ref());
         let sequence = work.share.begin(block, SLICE)?;
@@ -210,34 +212,31 @@ fn fill(
             continue;
         }
         let Some(found) = found.filter(|found| found.rights.contains(request.needed)) else {
-            break Fill::NotAllowed;
+            return Ok(Fill::NotAllowed);
         };
         let pages = pages(space, block, &found);
         let mut mirror = work.space.mirror.lock();
         if sequence.retry(&mirror) {
-            break Fill::Disturbed;
+            return Ok(Fill::Disturbed);
         }
         let mut complete = true;
         for page in &pages {
-            complete &= mirror.install(page, &mut spares)?.is_ok();
+            complete &= mirror.install(page, spares)?.is_ok();
         }
         if complete {
-            break Fill::Installed;
+            return Ok(Fill::Installed);
         }
         drop(mirror);
-        // Nothing is allocated with the lock held.
         if spares.fill(core) {
             continue;
         }
         let mut mirror = work.space.mirror.lock();
         if !mirror.suffices() {
             tracing::warn!(limit = core.table_limit, "no table of local memory is free");
-            break Fill::NotAllowed;
+            return Ok(Fill::NotAllowed);
         }
         // All that it has is dropped, and faults anew.
         core.counters.mirrors_recycled.hit();
         mirror.recycle()?;
-    };
-    spares.give_back(core);
-    Ok(filled)
+    }
 }

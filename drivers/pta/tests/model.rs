@@ -406,3 +406,28 @@ fn exclusive_access_to_memory_whose_touches_nobody_sees_is_refused_by_name() {
         PtaError::Exclude(ExcludeError::Memory(MemoryError::TouchNotSeen { .. }))
     ));
 }
+
+#[test]
+fn an_unmap_of_a_queue_waits_for_its_access() {
+    let rig = healthy();
+    let space = rig.space();
+    let page = space.map(Map::anonymous(PAGE)).unwrap();
+    let queue = rig.pta.queue(&space).unwrap();
+    let range = page;
+    rig.model.hold(true);
+    let fill = Command::Fill { range, word: 4 };
+    queue.submit(0, &fill).unwrap();
+    while rig.model.works_at(space.id(), page).is_none() {
+        std::thread::yield_now();
+    }
+    std::thread::scope(|scope| {
+        let unmap = scope.spawn(|| queue.unmap());
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(!unmap.is_finished());
+        rig.model.hold(false);
+        unmap.join().unwrap().unwrap();
+    });
+    assert!(rig.model.works_at(space.id(), page).is_none());
+    assert_eq!(load(page.start()), 4);
+    rig.clean();
+}

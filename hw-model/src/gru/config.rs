@@ -42,10 +42,14 @@ pub enum FaultKind {
     Delayed,
     /// A reset that is survived; the nth.
     SurvivesReset,
+    /// An instruction that ends with an error; the nth step.
+    Error,
+    /// A message that is not delivered; the nth.
+    Nack,
 }
 
 impl FaultKind {
-    pub(super) const COUNT: usize = Self::SurvivesReset as usize + 1;
+    pub(super) const COUNT: usize = Self::Nack as usize + 1;
 }
 
 /// A fault at a given place, whatever is drawn.

@@ -136,7 +136,7 @@ impl Core {
             Kind::Nop => Outcome::of(step.count, 0),
             Kind::Copy => self.copy(step, buffer),
             Kind::Vector { transfer, .. } => self.vector(step, transfer, buffer),
-            Kind::Message => self.message(step, buffer),
+            Kind::Message => self.message(step),
             Kind::Atomic(atomic) => self.atomic(step, atomic),
         };
         (outcome, self.lock())

@@ -4,11 +4,16 @@
 //! past the lines that are claimed, where they fit below the limit; then the lines are stored there. A queue has two halves, and
 //! its software moves head and limit to the other one when one is full: the chiplet knows nothing of that.
 
+use shootdown::Addr;
+use shootdown_primitive::sync::atomic::{Ordering, fence};
+
 use super::control::Core;
-use super::exec::{Outcome, PAGE, Step};
+use super::exec::{Outcome, Step};
 use super::instruction::Illegal;
 use super::layout::{cb, cbe};
-use shootdown::Addr;
+
+/// Bytes of a line.
+const LINE: u64 = 64;
 
 /// The fields of a queue's first word.
 fn head_and_limit(word: u64) -> (u32, u32) {
@@ -17,7 +22,7 @@ fn head_and_limit(word: u64) -> (u32, u32) {
 
 impl Core {
     /// Claims lines and stores the message there.
-    pub(super) fn message(&self, step: &Step, buffer: &mut [u8; PAGE as usize]) -> Outcome {
+    pub(super) fn message(&self, step: &Step) -> Outcome {
         let instruction = &step.instruction;
         let lines = instruction.count;
         let mut outcome = Outcome {
@@ -62,22 +67,26 @@ impl Core {
         } else if let Some(nack) = step.nack {
             outcome.substatus = nack;
         } else {
-            self.store_lines(step, first, bytes, buffer);
+            self.store_lines(step, first, lines);
             self.counters.messages.hit();
             outcome.bytes += bytes;
         }
         outcome
     }
 
-    fn store_lines(&self, step: &Step, first: u64, bytes: u64, buffer: &mut [u8; PAGE as usize]) {
-        let mut done = 0;
-        while done < bytes {
-            let vaddr = first + done;
-            let part = &mut buffer[..(bytes - done).min(PAGE - vaddr % PAGE) as usize];
-            self.segment
-                .load(step.dsr_map, step.instruction.tri0 + done, part);
-            self.write(step, &step.entry, vaddr, part);
-            done += part.len() as u64;
+    /// A line arrives whole: who sees its first word sees the rest, and of several the last one arrives first.
+    fn store_lines(&self, step: &Step, first: u64, lines: u64) {
+        for line in (0..lines).rev() {
+            for part in [8..LINE, 0..8] {
+                let mut bytes = [0; LINE as usize];
+                let bytes = &mut bytes[..(part.end - part.start) as usize];
+                let offset = line * LINE + part.start;
+                self.segment
+                    .load(step.dsr_map, step.instruction.tri0 + offset, bytes);
+                // Release: pairs with the acquire load of whoever looks for the line.
+                fence(Ordering::Release);
+                self.write(step, &step.entry, first + offset, bytes);
+            }
         }
     }
 }

@@ -363,8 +363,29 @@ impl Model {
         &self.bus
     }
 
+    /// The chiplet whose window is at `offset`.
+    fn at(&self, offset: u64) -> Result<&Chiplet, DeviceError> {
+        let chiplet = self.chiplets.get((offset / WINDOW_BYTES) as usize);
+        chiplet.map(Arc::as_ref).ok_or(no_register(offset))
+    }
+
     /// The chiplets, by device number.
     pub fn chiplets(&self) -> &[Arc<Chiplet>] {
         &self.chiplets
+    }
+}
+
+/// All chiplets in one window, as the machine has them: chiplet `c` of blade `b` is 128 MiB x (2 b + c) from its start.
+impl Registers for Model {
+    fn len(&self) -> u64 {
+        WINDOW_BYTES * self.chiplets.len() as u64
+    }
+
+    fn read(&self, offset: u64) -> Result<u64, DeviceError> {
+        self.at(offset)?.read(offset % WINDOW_BYTES)
+    }
+
+    fn write(&self, offset: u64, value: u64) -> Result<(), DeviceError> {
+        self.at(offset)?.write(offset % WINDOW_BYTES, value)
     }
 }

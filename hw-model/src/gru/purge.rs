@@ -201,6 +201,6 @@ fn cancel(control: &mut Control, purge: &Purge) {
 }
 
 /// True with `probability`.
-pub(super) fn draw(control: &mut Control, probability: f64) -> bool {
+fn draw(control: &mut Control, probability: f64) -> bool {
     probability > 0.0 && control.rng.random_bool(probability.min(1.0))
 }

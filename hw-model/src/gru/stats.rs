@@ -74,7 +74,8 @@ counters! {
     steps_delayed,
     /// Injected: resets that the chiplet survived.
     resets_survived,
-    /// Of what was injected and ends by itself (late, reordered, duplicated, in a miss, delayed), how much has ended.
+    /// Of what was injected and ends by itself (late, reordered, duplicated, in a miss, delayed; errors and nacks at once), how much
+    /// has ended.
     faults_over,
     /// Of that, how much a reset has ended instead.
     faults_cut_short,

@@ -30,8 +30,8 @@
 //! table is software's to change *before* it queues: what is left in it is read again.
 //!
 //! # Taking away
-//! A queue, or a PASID, is stopped by disabling it: its commands end at once, [`layout::BUSY`] says until when an access of it is in
-//! flight. Entries of a PASID stay in the device TLB: who gives it to somebody else flushes first. A reset ends everything and leaves
+//! A queue, or a PASID, is stopped by disabling it: its commands end at once, but for those with an access in flight, and
+//! [`layout::BUSY`] says until when there are any. Entries of a PASID stay in the device TLB: who gives it to somebody else flushes first. A reset ends everything and leaves
 //! local memory zeroed; page tables and PASIDs are to be written anew.
 //!
 //! # Locks
@@ -39,6 +39,7 @@
 //! are performed by one thread, which ends with the device; everything else is carried out by whoever touches the device when its time
 //! has come.
 
+mod command;
 mod config;
 mod engine;
 mod invalidate;

@@ -10,12 +10,13 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use shootdown::{PageSize, Range, Rights};
 
+use super::command::{is_possible, needs};
 use super::config::{Plant, PtaConfig};
 use super::invalidate::Invalidations;
 use super::layout::{
-    ACTIVE, ADD, ADDRESSES, BAD_COMMAND, CAUSE, CHECKSUM, COMMAND, COMPARE, COPY, DESTINATION,
-    DISABLED, DONE, DONE_BYTES, ERROR, FAULT, FILL, FOR_WRITE, IDLE, LENGTH, OPCODE, OPERAND,
-    PASIDS, QUEUES, RESULT, SLOTS, SOURCE, STATUS, TOUCH,
+    ACTIVE, BAD_COMMAND, CAUSE, CHECKSUM, COMMAND, COMPARE, DESTINATION, DISABLED, DONE,
+    DONE_BYTES, ERROR, FAULT, IDLE, LENGTH, OPCODE, OPERAND, PASIDS, QUEUES, RESULT, SLOTS, SOURCE,
+    STATUS, TOUCH,
 };
 use super::request::Requests;
 use super::stats::Counts;
@@ -86,6 +87,11 @@ pub(super) struct Slot {
 }
 
 impl Slot {
+    /// It has its translations, and will access memory.
+    fn is_in_flight(&self) -> bool {
+        matches!(self.phase, Phase::Latched(_))
+    }
+
     fn is_performing(&self) -> bool {
         matches!(self.phase, Phase::Latched(latch) if latch.performing)
     }
@@ -228,21 +234,21 @@ impl State {
         self.end(place, ERROR, cause);
     }
 
-    /// Ends the commands of queues that may not run any more, but for those whose access is being performed.
+    /// Ends the commands of queues that may not run any more, but for those that have an access in flight.
     pub(super) fn stop_disabled(&mut self) {
         for place in self.active.clone() {
             let queue = &self.queues[place.0];
-            if !self.runs(queue) && !queue.slots[place.1].is_performing() {
+            if !self.runs(queue) && !queue.slots[place.1].is_in_flight() {
                 self.fail(place, DISABLED);
             }
         }
     }
 
-    /// Whether an access is being performed for a queue that `of` says so of.
+    /// Whether an access is in flight for a queue that `of` says so of.
     pub(super) fn is_busy(&self, of: impl Fn(usize, &Queue) -> bool) -> bool {
         self.active.iter().any(|&(number, slot)| {
             let queue = &self.queues[number];
-            of(number, queue) && queue.slots[slot].is_performing()
+            of(number, queue) && queue.slots[slot].is_in_flight()
         })
     }
 
@@ -310,7 +316,11 @@ impl State {
     pub(super) fn settle(&mut self, now: Instant) {
         self.settle_invalidations(now);
         let due = self.resetting.is_some_and(|due| due <= now);
-        if due && !self.is_busy(|_, _| true) {
+        // What has not begun by now never does.
+        let mut places = self.active.iter();
+        let performing =
+            places.any(|&(queue, slot)| self.queues[queue].slots[slot].is_performing());
+        if due && !performing {
             self.resetting = None;
             self.active.clear();
             self.queues.fill(Queue::default());
@@ -478,39 +488,4 @@ impl State {
             self.fail(place, DISABLED);
         }
     }
-}
-
-/// What a command needs to be allowed at its source, and at its destination.
-fn needs(words: &[u64; 8]) -> (Option<Rights>, Option<Rights>) {
-    let command = words[COMMAND];
-    let touch = if FOR_WRITE.get(command) == 1 {
-        Rights::WRITE
-    } else {
-        Rights::READ
-    };
-    match OPCODE.get(command) {
-        COPY => (Some(Rights::READ), Some(Rights::WRITE)),
-        FILL => (None, Some(Rights::WRITE)),
-        COMPARE => (Some(Rights::READ), Some(Rights::READ)),
-        CHECKSUM => (Some(Rights::READ), None),
-        ADD => (None, Some(Rights::READ_WRITE)),
-        TOUCH => (None, Some(touch)),
-        _ => (None, None),
-    }
-}
-
-/// Whether the device takes the command.
-fn is_possible(words: &[u64; 8]) -> bool {
-    let (source, destination) = needs(words);
-    let len = words[LENGTH];
-    let translated = |word: usize| {
-        let end = words[word].checked_add(len);
-        end.is_some_and(|end| end <= ADDRESSES)
-    };
-    let word = words[DESTINATION].is_multiple_of(8) && len == 8;
-    (source.is_some() || destination.is_some())
-        && len > 0
-        && (source.is_none() || translated(SOURCE))
-        && (destination.is_none() || translated(DESTINATION))
-        && (OPCODE.get(words[COMMAND]) != ADD || word)
 }

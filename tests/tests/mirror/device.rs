@@ -89,7 +89,9 @@ impl Mirror for OnGru {
 
     fn entries(&self, user: &Self::User, part: Range) -> Vec<Range> {
         let entries = self.model.chiplets()[0].tlb_entries();
-        let own = entries.iter().filter(|one| Some(one.key.asid) == user.asid());
+        let own = entries
+            .iter()
+            .filter(|one| Some(one.key.asid) == user.asid());
         let pages = own.map(|one| one.key.range());
         pages.filter(|page| page.overlaps(part)).collect()
     }

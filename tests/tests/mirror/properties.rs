@@ -99,6 +99,8 @@ pub(crate) fn writes_after_protect_fault_and_change_nothing<M: Mirror>() {
     assert_eq!(user.fill(own, 6), Err(Fault(own.start())));
     assert_eq!(user.add(own.start(), 1), Err(Fault(own.start())));
     assert_eq!(seen(&user, own.start()), Ok(5), "reading is allowed");
+    // Through the entry that the read has brought.
+    assert_eq!(user.fill(own, 6), Err(Fault(own.start())));
     assert_eq!(get(own.start()), 5);
     user.fill(beside, 7).unwrap();
     rig.space.protect(own, Rights::READ_WRITE).unwrap();

@@ -99,6 +99,15 @@ macro_rules! atomic {
                 Err(last)
             }
 
+            /// An atomic where a value lies.
+            ///
+            /// # Safety
+            /// As the standard library's.
+            pub const unsafe fn from_ptr<'a>(value: *mut $value) -> &'a Self {
+                // SAFETY: the caller's word; this is laid out like the standard library's, and that like the value.
+                unsafe { &*value.cast::<Self>() }
+            }
+
             /// What it holds; nobody else can reach it.
             pub fn get_mut(&mut self) -> &mut $value {
                 self.0.get_mut()

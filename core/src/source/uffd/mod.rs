@@ -11,8 +11,9 @@
 //!
 //! # Two threads
 //! The *reader* reads, queues, and does nothing else: it takes no lock of an application, allocates nothing, and never
-//! unmaps what is watched, as it would wait for itself for ever. The *server* makes the invalidations, and runs releases, which may unmap
-//! what they like. The queue has a fixed size; what does not fit means that everything is flushed (R19).
+//! unmaps what is watched, as it would wait for itself for ever. The *server* makes the invalidations; releases, which may unmap what
+//! they like and take any lock, run on the service thread. The queue has a fixed size; what does not fit means that everything is
+//! flushed (R19).
 //!
 //! # News of an earlier mapping (R29)
 //! While an event is unread its range can be mapped and registered again. So an insertion waits ([`Source::settle`]) until what had
@@ -22,7 +23,7 @@
 
 #[cfg(all(any(test, fuzzing), not(loom)))]
 pub(crate) mod fuzz;
-mod sys;
+pub(super) mod sys;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -32,8 +33,10 @@ use std::thread::{JoinHandle, ThreadId};
 
 use self::sys::{Descriptor, Event};
 use super::operation::{Operation, Sees};
-use super::{Sink, Source, SourceError};
+use super::service::{self, Service};
+use super::{Sink, Source, SourceError, arena};
 use crate::addr::Range;
+use crate::context::OpenInvalidation;
 use crate::notifier::Cause;
 use crate::primitive::Backoff;
 
@@ -96,6 +99,7 @@ struct Shared {
     queue: Mutex<Queue>,
     changed: Condvar,
     server: Mutex<Option<ThreadId>>,
+    service: Service,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -167,6 +171,7 @@ impl Source for Uffd {
             }),
             changed: Condvar::new(),
             server: Mutex::new(None),
+            service: service::start()?,
         });
         let spawn = |name: &str, run: fn(&Shared)| {
             let shared = shared.clone();
@@ -354,15 +359,20 @@ impl Shared {
                 continue;
             }
             drop(queue);
-            if lost {
-                self.tell(None, Cause::External);
+            {
+                // What the handlers put off is not waited for by those who wait until this is told.
+                let _open = OpenInvalidation::enter();
+                if lost {
+                    self.tell(None, Cause::External);
+                }
+                if let Some(event) = event {
+                    self.act(event);
+                }
             }
-            if let Some(event) = event {
-                self.act(event);
-            }
-            queue = lock(&self.queue);
-            queue.done += u64::from(event.is_some());
+            lock(&self.queue).done += u64::from(event.is_some());
             self.changed.notify_all();
+            service::hand_over(self.service);
+            queue = lock(&self.queue);
         }
     }
 
@@ -370,11 +380,13 @@ impl Shared {
         match event {
             Event::Unmap(range) => {
                 self.tell(Some(range), Cause::Unmap);
+                self.reserve(range);
                 self.look_again(range);
             }
             Event::Remove(range) => self.tell(Some(range), Cause::Discard),
             Event::Remap(from, to) => {
                 self.tell(Some(from), Cause::Remap);
+                self.reserve(from);
                 self.look_again(from);
                 // Where it went is nobody's business here.
                 let inside = |to: &Range| {
@@ -400,6 +412,13 @@ impl Shared {
                 tracing::error!(source = Uffd::NAME, %error, "late, and not shot down");
             }
         }
+    }
+
+    /// The addresses of an arena stay its own, if nobody was faster.
+    fn reserve(&self, range: Range) {
+        let sinks = self.sinks();
+        let arenas = sinks.iter().flatten().filter_map(|sink| sink.arena());
+        arena::reserve_hole(range, arenas);
     }
 
     /// What is mapped there now, by `MAP_FIXED` or later, is watched again.

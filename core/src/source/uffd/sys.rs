@@ -2,10 +2,12 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::addr::Range;
-use crate::source::scratch::PAGE;
-use crate::source::{SourceError, Uffd};
+use crate::source::scratch::{NotTried, PAGE};
+use crate::source::{SourceError, Uffd, gate};
 
 #[repr(C)]
 struct Api {
@@ -37,8 +39,11 @@ const NEW: libc::Ioctl = libc::_IO(0xaa, 0x00);
 const UFFDIO_API: libc::Ioctl = libc::_IOWR::<Api>(0xaa, 0x3f);
 const UFFDIO_REGISTER: libc::Ioctl = libc::_IOWR::<Register>(0xaa, 0x00);
 const UFFDIO_UNREGISTER: libc::Ioctl = libc::_IOR::<[u64; 2]>(0xaa, 0x01);
-const UFFDIO_WRITEPROTECT: libc::Ioctl = libc::_IOWR::<WriteProtect>(0xaa, 0x06);
-const MODE_WP: u64 = 2;
+pub(in crate::source) const UFFDIO_WRITEPROTECT: usize =
+    libc::_IOWR::<WriteProtect>(0xaa, 0x06) as usize;
+pub(in crate::source) const UFFDIO_MOVE: usize = libc::_IOWR::<[u64; 5]>(0xaa, 0x05) as usize;
+pub(in crate::source) const MODE_MISSING: u64 = 1;
+pub(in crate::source) const MODE_WP: u64 = 2;
 const USER_MODE_ONLY: libc::c_int = 1;
 
 const EVENT_FORK: u64 = 1 << 1;
@@ -48,6 +53,8 @@ const EVENT_UNMAP: u64 = 1 << 6;
 const PAGEFAULT_FLAG_WP: u64 = 1;
 const WP_UNPOPULATED: u64 = 1 << 13;
 const WP_ASYNC: u64 = 1 << 15;
+/// Linux 6.8.
+const FEATURE_MOVE: u64 = 1 << 16;
 const FEATURES: u64 =
     EVENT_REMAP | EVENT_REMOVE | EVENT_UNMAP | PAGEFAULT_FLAG_WP | WP_UNPOPULATED | WP_ASYNC;
 
@@ -101,14 +108,17 @@ pub(super) struct Descriptor {
     sentinel: usize,
     /// It is told of forks.
     pub(super) forks: bool,
+    /// The event of a fork comes with a descriptor: this one is given up for it where no more can be had.
+    spare: Mutex<Option<OwnedFd>>,
 }
 
 fn ioctl<T>(fd: &OwnedFd, request: libc::Ioctl, argument: &mut T) -> io::Result<()> {
-    // SAFETY: each request of this module is given the structure that it is defined with; none changes memory but that, and
-    // registrations.
-    match unsafe { libc::ioctl(fd.as_raw_fd(), request, std::ptr::from_mut(argument)) } {
-        -1 => Err(io::Error::last_os_error()),
-        _ => Ok(()),
+    let argument = std::ptr::from_mut(argument) as usize;
+    let args = [fd.as_raw_fd() as usize, request as usize, argument, 0, 0, 0];
+    // SAFETY: each request is given the structure that it is defined with, and pages that are its caller's.
+    match unsafe { gate::own_call(libc::SYS_ioctl, args) } {
+        Ok(_) => Ok(()),
+        Err(errno) => Err(io::Error::from_raw_os_error(errno)),
     }
 }
 
@@ -133,6 +143,37 @@ fn open() -> io::Result<OwnedFd> {
         error = io::Error::last_os_error();
     }
     Err(error)
+}
+
+/// A userfaultfd that has nothing to do with any source, over `len` bytes at `at`, which `prepare` maps.
+pub(in crate::source) fn monitor<T>(
+    mode: u64,
+    at: usize,
+    len: usize,
+    prepare: impl FnOnce() -> Result<T, NotTried>,
+) -> Result<OwnedFd, NotTried> {
+    let said = |call: &'static str| move |error| format!("{call}: {error}");
+    let fd = open().map_err(said("userfaultfd"))?;
+    let features = if mode == MODE_MISSING {
+        FEATURE_MOVE
+    } else {
+        PAGEFAULT_FLAG_WP
+    };
+    let mut api = Api {
+        api: API,
+        features,
+        ioctls: 0,
+    };
+    ioctl(&fd, UFFDIO_API, &mut api).map_err(said("UFFDIO_API"))?;
+    prepare()?;
+    let mut register = Register {
+        start: at as u64,
+        len: len as u64,
+        mode,
+        ioctls: 0,
+    };
+    ioctl(&fd, UFFDIO_REGISTER, &mut register).map_err(said("UFFDIO_REGISTER"))?;
+    Ok(fd)
 }
 
 impl Descriptor {
@@ -163,11 +204,16 @@ impl Descriptor {
         if page == libc::MAP_FAILED {
             return Err(SourceError::last("mmap of the sentinel"));
         }
+        let spare = fd
+            .try_clone()
+            .map_err(|error| SourceError::System { call: "dup", error });
         let this = Self {
             fd,
             sentinel: page as usize,
             forks,
+            spare: Mutex::new(None),
         };
+        *this.spare.lock().unwrap_or_else(PoisonError::into_inner) = Some(spare?);
         // SAFETY: mapped just now. It stays out of children, as its descriptor does.
         unsafe { libc::madvise(page, PAGE, libc::MADV_DONTFORK) };
         let sentinel = Range::new(this.sentinel as u64, PAGE as u64).expect("a page");
@@ -207,22 +253,41 @@ impl Descriptor {
             len: PAGE as u64,
             mode: 0,
         };
-        let said = ioctl(&self.fd, UFFDIO_WRITEPROTECT, &mut protect);
+        let said = ioctl(&self.fd, UFFDIO_WRITEPROTECT as libc::Ioctl, &mut protect);
         !matches!(said, Err(error) if error.raw_os_error() == Some(libc::EAGAIN))
+    }
+
+    fn read_message(&self) -> io::Result<Message> {
+        let mut message = Message::default();
+        let (at, len) = (&raw mut message, message.len());
+        // SAFETY: the message is as long as said.
+        match unsafe { libc::read(self.raw(), at.cast(), len) } {
+            -1 => Err(io::Error::last_os_error()),
+            read if read == len as isize => Ok(message),
+            _ => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
     }
 
     /// The next event, if there is one: whoever caused it goes on.
     pub(super) fn read(&self) -> Option<Event> {
-        let mut message = Message::default();
-        // SAFETY: the message is as long as said.
-        let read = unsafe { libc::read(self.raw(), (&raw mut message).cast(), message.len()) };
-        if read != message.len() as isize {
-            return None;
+        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        let none_left =
+            |error: &io::Error| matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE));
+        let mut message = self.read_message();
+        if message.as_ref().is_err_and(none_left) {
+            if spare.take().is_none() {
+                // Somebody has taken it: until he gives one back, the fork waits.
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            message = self.read_message();
         }
-        let (event, child) = Event::parse(&message);
+        let (event, child) = Event::parse(&message.ok()?);
         if let Some(child) = child {
             // SAFETY: the child's descriptor, which came with the event: nobody watches the child.
             unsafe { libc::close(child) };
+        }
+        if spare.is_none() {
+            *spare = self.fd.try_clone().ok();
         }
         Some(event)
     }

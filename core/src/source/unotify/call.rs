@@ -3,10 +3,15 @@
 //! Nothing here allocates: somebody waits who may hold the allocator's lock. What is not sure errs on the side of telling
 //! too much; more ranges than there is room for are everything (R19).
 
+use std::cell::Cell;
+use std::os::fd::AsRawFd;
+
 use super::super::gate;
 use super::super::scratch::PAGE;
-use super::filter::{ADVICE, FALLOCATE};
-use super::maps::{self, Mapping};
+use super::super::uffd::sys::UFFDIO_MOVE;
+use super::caller::StandIn;
+use super::filter::{ADVICE, FALLOCATE, GROWS};
+use super::maps::{self, GIB, HUGE, Mapping, Maps};
 use crate::addr::Range;
 use crate::notifier::{Cause, Outcome};
 
@@ -41,19 +46,47 @@ impl Changes {
 
 /// A call, as the kernel hands it over.
 pub(super) struct Call {
-    nr: libc::c_long,
-    args: [usize; 6],
+    pub(super) nr: libc::c_long,
+    pub(super) args: [usize; 6],
     /// The ranges that `process_madvise` was given: looked at once, and given to the kernel from here.
     vectors: [libc::iovec; CHANGES],
+    /// It was made in parts, and one of them failed when others had been made.
+    pub(super) half: Cell<bool>,
 }
 
 /// Whole pages; `None` for what the kernel will refuse, or what is empty.
-fn pages(at: usize, len: usize) -> Option<Range> {
+pub(super) fn pages(at: usize, len: usize) -> Option<Range> {
     let len = len.checked_next_multiple_of(PAGE)?;
     if !at.is_multiple_of(PAGE) {
         return None;
     }
     Range::new(at as u64, len as u64).ok()
+}
+
+/// As [`pages`], of huge ones: the kernel rounds a length up to the size of the page, to which the address is aligned.
+fn huge_pages(at: usize, len: usize) -> Option<Range> {
+    let size = if at.is_multiple_of(GIB) { GIB } else { HUGE };
+    match at.is_multiple_of(HUGE) {
+        true => pages(at, len.checked_next_multiple_of(size)?),
+        false => pages(at, len),
+    }
+}
+
+/// Reads words of this process, through the kernel: they may lie anywhere.
+fn read(at: usize, words: &mut [usize]) -> bool {
+    let bytes = size_of_val(words);
+    let local = libc::iovec {
+        iov_base: words.as_mut_ptr().cast(),
+        iov_len: bytes,
+    };
+    let remote = libc::iovec {
+        iov_base: at as *mut libc::c_void,
+        iov_len: bytes,
+    };
+    let own = std::process::id() as libc::pid_t;
+    // SAFETY: as many bytes as there are words are written; the other side is read by the kernel, wherever it lies.
+    let read = unsafe { libc::process_vm_readv(own, &local, 1, &remote, 1, 0) };
+    read == bytes as isize
 }
 
 /// The pages at `at` that go when `len` bytes there become `kept`.
@@ -72,42 +105,82 @@ impl Call {
                 iov_base: std::ptr::null_mut(),
                 iov_len: 0,
             }; CHANGES],
+            half: Cell::new(false),
         }
     }
 
-    /// Whether one of its arguments is a file descriptor.
-    pub(super) fn takes_descriptor(&self) -> bool {
+    /// Which of its arguments is a file descriptor.
+    fn place_of_descriptor(&self) -> Option<usize> {
         let anonymous = self.args[3] & libc::MAP_ANONYMOUS as usize != 0;
-        matches!(
-            self.nr,
-            libc::SYS_fallocate | libc::SYS_ftruncate | libc::SYS_process_madvise
-        ) || self.nr == libc::SYS_mmap && !anonymous
+        match self.nr {
+            libc::SYS_fallocate
+            | libc::SYS_ftruncate
+            | libc::SYS_process_madvise
+            | libc::SYS_ioctl => Some(0),
+            libc::SYS_mmap if !anonymous => Some(4),
+            _ => None,
+        }
     }
 
-    /// What it is going to change.
-    pub(super) fn changes(&mut self) -> Changes {
+    /// The file descriptor that it is given.
+    pub(super) fn descriptor(&self) -> Option<usize> {
+        self.place_of_descriptor().map(|place| self.args[place])
+    }
+
+    /// Whether it is given a path, which starts where its caller is.
+    pub(super) fn takes_path(&self) -> bool {
+        self.nr == libc::SYS_truncate
+    }
+
+    /// Whether the kernel asks what its caller may do, rather than what the descriptor allows.
+    pub(super) fn asks_for_rights(&self) -> bool {
+        matches!(
+            self.nr,
+            libc::SYS_truncate
+                | libc::SYS_shmat
+                | libc::SYS_mbind
+                | libc::SYS_move_pages
+                | libc::SYS_migrate_pages
+        )
+    }
+
+    /// What it is going to change. From here on it is as the stand-in makes it.
+    pub(super) fn changes(&mut self, stand_in: &StandIn, maps: &Maps) -> Changes {
         let mut changes = Changes::default();
+        match (stand_in, self.place_of_descriptor()) {
+            (StandIn::With(fd), Some(place)) => self.args[place] = fd.as_raw_fd() as usize,
+            (StandIn::Not, _) => {
+                // What it means is not known here.
+                changes.everything = true;
+                return changes;
+            }
+            _ => {}
+        }
         let [a, b, c, d, e, _] = self.args;
         match self.nr {
             libc::SYS_munmap => changes.add(pages(a, b), Cause::Unmap),
             libc::SYS_mmap => {
                 // The kernel rounds these up to their size; 2 MiB where none is said.
-                let huge = d & libc::MAP_HUGETLB as usize != 0;
-                let shift = match d >> libc::MAP_HUGE_SHIFT & 0x3f {
-                    0 => 21,
-                    shift => shift,
+                let anonymous = d & libc::MAP_ANONYMOUS as usize != 0;
+                let size = match d >> libc::MAP_HUGE_SHIFT & 0x3f {
+                    _ if !anonymous => maps::huge_page_of_descriptor(e).unwrap_or(PAGE),
+                    _ if d & libc::MAP_HUGETLB as usize == 0 => PAGE,
+                    0 => HUGE,
+                    shift => 1 << shift,
                 };
-                let len = match huge {
-                    true => b.checked_next_multiple_of(1 << shift).unwrap_or(b),
-                    false => b,
-                };
+                let len = b.checked_next_multiple_of(size).unwrap_or(b);
                 changes.add(pages(a, len), Cause::Unmap);
             }
             libc::SYS_mremap => {
                 let fixed = d & libc::MREMAP_FIXED as usize != 0;
-                let shrinks = !fixed && c < b;
-                if shrinks {
-                    changes.add(behind(a, c, b), Cause::Unmap);
+                // These have a file. That others have one too does no harm.
+                let huge = a.is_multiple_of(HUGE)
+                    && maps.at(a as u64).is_some_and(|mapping| mapping.inode != 0);
+                let pages = if huge { huge_pages } else { pages };
+                let old = pages(a, b);
+                let len = old.map_or(b, |old| old.len() as usize);
+                if !fixed && c < len {
+                    changes.add(behind(a, c, len), Cause::Unmap);
                 } else {
                     // In place or not is the kernel's choice.
                     changes.add(pages(a, b), Cause::Remap);
@@ -118,22 +191,56 @@ impl Call {
             }
             libc::SYS_madvise => changes.add(pages(a, b), advised(c)),
             libc::SYS_mprotect | libc::SYS_pkey_mprotect => {
+                // A stack: from its lowest page.
+                let below = (c & GROWS as usize != 0)
+                    .then(|| maps.at(a as u64))
+                    .flatten();
+                changes.add(below.and_then(Mapping::range), Cause::Protect);
                 changes.add(pages(a, b), Cause::Protect);
             }
-            libc::SYS_remap_file_pages => changes.add(pages(a, b), Cause::Remap),
+            // The kernel rounds both down.
+            libc::SYS_remap_file_pages => changes.add(pages(down(a), down(b)), Cause::Remap),
             libc::SYS_brk => {
                 if a != 0 {
                     changes.add(behind(0, a, current_break()), Cause::Unmap);
                 }
             }
-            libc::SYS_shmdt => segment(a, &mut changes),
+            libc::SYS_shmdt => segment(a, maps, &mut changes),
             libc::SYS_shmat => {
-                let at = if c & SHM_RND != 0 { a_down(b) } else { b };
-                // Without a length the kernel will say why.
+                let at = if c & SHM_RND != 0 { down(b) } else { b };
+                // Without a length the kernel will say why. Nothing tells whether its pages are huge.
                 if let Some(len) = segment_bytes(a) {
-                    changes.add(pages(at, len), Cause::Unmap);
+                    changes.add(huge_pages(at, len), Cause::Unmap);
                 }
             }
+            libc::SYS_mbind => {
+                // A huge page that lies in the range in part moves as a whole.
+                let (first, len) = (a - a % HUGE, b.checked_add(a % HUGE));
+                let huge = len.and_then(|len| huge_pages(first, len));
+                changes.add(pages(a, b).and(huge), Cause::Migrate);
+            }
+            libc::SYS_ioctl => {
+                // Destination, source, length; or start, length.
+                let mut words = [0; 3];
+                changes.everything = !read(c, &mut words);
+                let [first, second, third] = words;
+                match b as u32 == UFFDIO_MOVE as u32 {
+                    true => changes.add(pages(second, third), Cause::Remap),
+                    false => changes.add(pages(first, second), Cause::Protect),
+                }
+            }
+            libc::SYS_move_pages | libc::SYS_migrate_pages if !is_own_process(a) => {}
+            libc::SYS_move_pages if b <= CHANGES => {
+                let mut moved = [0; CHANGES];
+                changes.everything = !read(c, &mut moved[..b]);
+                for page in &moved[..b] {
+                    // Of a huge one all of it. Those have a file; that others have one too does no harm.
+                    let file = maps.at(*page as u64).is_some_and(|one| one.inode != 0);
+                    let size = if file { GIB } else { HUGE };
+                    changes.add(pages(page - page % size, size), Cause::Migrate);
+                }
+            }
+            libc::SYS_move_pages | libc::SYS_migrate_pages => changes.everything = true,
             libc::SYS_fallocate => {
                 let shifts = b & 0x28 != 0;
                 let last = match shifts {
@@ -141,19 +248,17 @@ impl Call {
                     false => (c as u64).saturating_add((d as u64).saturating_sub(1)),
                 };
                 if b & FALLOCATE as usize != 0 {
-                    file(maps::inode_of_descriptor(a), c as u64, last, &mut changes);
+                    let inode = maps::inode_of_descriptor(a);
+                    file((inode, c as u64, last), maps, &mut changes);
                 }
             }
             libc::SYS_ftruncate => {
-                file(
-                    maps::inode_of_descriptor(a),
-                    b as u64,
-                    u64::MAX,
-                    &mut changes,
-                );
+                let inode = maps::inode_of_descriptor(a);
+                file((inode, b as u64, u64::MAX), maps, &mut changes);
             }
             libc::SYS_truncate => {
-                file(maps::inode_of_path(a), b as u64, u64::MAX, &mut changes);
+                let inode = maps::inode_of_path(a);
+                file((inode, b as u64, u64::MAX), maps, &mut changes);
             }
             libc::SYS_process_madvise => self.vectors(&mut changes),
             _ => changes.everything = true,
@@ -161,7 +266,7 @@ impl Call {
         changes
     }
 
-    /// Looks at the ranges of `process_madvise`, through the kernel: they may lie anywhere.
+    /// Looks at the ranges of `process_madvise`.
     fn vectors(&mut self, changes: &mut Changes) {
         let [_, at, count, advice, ..] = self.args;
         if !ADVICE.contains(&(advice as i32)) || count == 0 {
@@ -171,22 +276,16 @@ impl Call {
             changes.everything = true;
             return;
         }
-        let bytes = count * size_of::<libc::iovec>();
-        let local = libc::iovec {
-            iov_base: self.vectors.as_mut_ptr().cast(),
-            iov_len: bytes,
-        };
-        let remote = libc::iovec {
-            iov_base: at as *mut libc::c_void,
-            iov_len: bytes,
-        };
-        let own = std::process::id() as libc::pid_t;
-        // SAFETY: `count` elements fit the array; the other side is read by the kernel, wherever it lies.
-        let read = unsafe { libc::process_vm_readv(own, &local, 1, &remote, 1, 0) };
-        if read != bytes as isize {
+        let mut words = [0; 2 * CHANGES];
+        let words = &mut words[..2 * count];
+        if !read(at, words) {
             // The kernel will say EFAULT, or read what is there by then.
             changes.everything = true;
             return;
+        }
+        for (vector, word) in self.vectors.iter_mut().zip(words.chunks_exact(2)) {
+            vector.iov_base = word[0] as *mut libc::c_void;
+            vector.iov_len = word[1];
         }
         for vector in &self.vectors[..count] {
             changes.add(
@@ -197,37 +296,61 @@ impl Call {
         self.args[1] = self.vectors.as_ptr() as usize;
     }
 
-    /// Makes the call.
-    pub(super) fn perform(&self) -> Result<usize, i32> {
-        let mut args = self.args;
-        if self.nr == libc::SYS_process_madvise && args[1] != 0 && args[2] <= CHANGES {
-            args[1] = self.vectors.as_ptr() as usize;
-        }
-        // SAFETY: what a thread of this process asked for, with its arguments: as sound, or not, as its own call would be.
-        unsafe { gate::own_call(self.nr, args) }
+    /// Where the ranges of `process_madvise` are that were looked at.
+    pub(super) fn own_vectors(&self) -> Option<usize> {
+        let looked_at =
+            self.nr == libc::SYS_process_madvise && self.args[1] != 0 && self.args[2] <= CHANGES;
+        looked_at.then_some(self.vectors.as_ptr() as usize)
     }
 
     /// What the handlers are told. "Unchanged" where that is certain: some calls fail half-way.
-    pub(super) fn outcome(&self, result: Result<usize, i32>) -> Outcome {
-        let [at, len, _, flags, ..] = self.args;
+    pub(super) fn outcome(&self, result: Result<usize, i32>, maps: &Maps) -> Outcome {
+        let [at, len, advice, flags, ..] = self.args;
         let errno = match result {
             Ok(now) if self.nr == libc::SYS_brk && now != at => return Outcome::Unchanged,
             Ok(_) => return Outcome::Changed,
             Err(errno) => errno,
         };
-        let never_half = matches!(
-            self.nr,
-            libc::SYS_munmap | libc::SYS_shmdt | libc::SYS_ftruncate | libc::SYS_truncate
-        ) || self.nr == libc::SYS_mremap
-            && flags & libc::MREMAP_FIXED as usize == 0;
+        if self.half.get() {
+            return Outcome::Changed;
+        }
+        let never_half = matches!(self.nr, libc::SYS_munmap | libc::SYS_shmdt)
+            || self.nr == libc::SYS_mremap && flags & libc::MREMAP_FIXED as usize == 0;
+        // What a file system says before it begins.
+        let of_file = matches!(self.nr, libc::SYS_ftruncate | libc::SYS_truncate)
+            && matches!(
+                errno,
+                libc::EINVAL
+                    | libc::EACCES
+                    | libc::EFAULT
+                    | libc::EFBIG
+                    | libc::EISDIR
+                    | libc::ELOOP
+                    | libc::ENAMETOOLONG
+                    | libc::ENOENT
+                    | libc::ENOTDIR
+                    | libc::EROFS
+                    | libc::ETXTBSY
+            );
         let refused = matches!(errno, libc::EBADF | libc::ENOSYS | libc::EPERM)
             || errno == libc::EINVAL && (!at.is_multiple_of(PAGE) || len == 0);
-        // One mapping is changed as a whole or not at all.
-        let one_mapping = matches!(
-            self.nr,
-            libc::SYS_mprotect | libc::SYS_pkey_mprotect | libc::SYS_madvise
-        ) && pages(at, len).is_some_and(maps::is_one_mapping);
-        if never_half || refused || one_mapping {
+        // One mapping is changed as a whole or not at all by these.
+        let whole = match self.nr {
+            libc::SYS_mprotect | libc::SYS_pkey_mprotect => true,
+            libc::SYS_madvise => matches!(
+                advice as i32,
+                libc::MADV_DONTNEED | libc::MADV_DONTNEED_LOCKED | libc::MADV_FREE
+            ),
+            _ => false,
+        };
+        let one_mapping = whole
+            && pages(at, len).is_some_and(|range| {
+                let mapping = maps.at(range.start().get());
+                mapping
+                    .and_then(Mapping::range)
+                    .is_some_and(|all| all.contains(range))
+            });
+        if never_half || of_file || refused || one_mapping {
             Outcome::Unchanged
         } else {
             Outcome::Changed
@@ -235,9 +358,13 @@ impl Call {
     }
 }
 
+fn is_own_process(pid: usize) -> bool {
+    pid == 0 || pid == std::process::id() as usize
+}
+
 const SHM_RND: usize = 0o20000;
 
-fn a_down(at: usize) -> usize {
+fn down(at: usize) -> usize {
     at & !(PAGE - 1)
 }
 
@@ -262,17 +389,12 @@ fn segment_bytes(id: usize) -> Option<usize> {
     (said == 0).then_some(about.shm_segsz)
 }
 
-/// What is attached at `at`, all of it that is left: as the kernel finds it.
-fn segment(at: usize, changes: &mut Changes) {
-    let mut inode = None;
-    let known = maps::each(|mapping: Mapping| {
-        let Some(offset) = mapping.start.checked_sub(at as u64) else {
-            return;
-        };
-        if mapping.shared
-            && mapping.offset == offset
-            && *inode.get_or_insert(mapping.inode) == mapping.inode
-        {
+/// What may be attached at `at`, all of it that is left: pieces of a segment have its file, and lie as far behind its start as in it.
+/// Other files may happen to lie so, and are told of too.
+fn segment(at: usize, maps: &Maps, changes: &mut Changes) {
+    let known = maps.each(|mapping| {
+        let offset = mapping.start.checked_sub(at as u64);
+        if mapping.shared && offset == Some(mapping.offset) {
             changes.add(mapping.range(), Cause::Unmap);
         }
     });
@@ -281,13 +403,14 @@ fn segment(at: usize, changes: &mut Changes) {
 
 /// Wherever bytes `first` to `last` of a file are mapped. Files are known by their inode numbers alone, as the devices that
 /// different calls tell differ on some file systems.
-fn file(inode: Option<u64>, first: u64, last: u64, changes: &mut Changes) {
+fn file((inode, first, last): (Option<u64>, u64, u64), maps: &Maps, changes: &mut Changes) {
     // The kernel will refuse it.
     let Some(inode) = inode else { return };
     let first = first & !(PAGE as u64 - 1);
-    let known = maps::each(|mapping: Mapping| {
+    let known = maps.each(|mapping| {
         let len = mapping.end - mapping.start;
-        if mapping.inode != inode || mapping.offset > last || mapping.offset + (len - 1) < first {
+        let behind = mapping.offset.saturating_add(len - 1);
+        if mapping.inode != inode || mapping.offset > last || behind < first {
             return;
         }
         let from = mapping.start + first.saturating_sub(mapping.offset);
@@ -297,3 +420,6 @@ fn file(inode: Option<u64>, first: u64, last: u64, changes: &mut Changes) {
     });
     changes.everything |= !known;
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,9 +3,11 @@
 //! A classic BPF program over `struct seccomp_data`: 32-bit words, no loops, conditional jumps of at most 255 instructions. Calls that carry
 //! their range in registers are compared with the watched ranges as 64-bit numbers, in halves, the sum of address and length with its
 //! carry; a sum that wraps is handed over, as is everything that is not sure to lie elsewhere. A watched range is whole pages,
-//! so a length that is not makes no difference. All other calls are let through by their number alone: the kernel finds that out
+//! so a length that is not makes no difference, unless the pages may be huge. All other calls are let through by their number alone: the kernel finds that out
 //! when the filter is installed, and does not run it for them.
 
+use super::super::uffd::sys::{UFFDIO_MOVE, UFFDIO_WRITEPROTECT};
+use super::maps::{GIB, HUGE};
 use crate::addr::Range;
 
 /// `struct sock_filter`.
@@ -128,6 +130,12 @@ fn arg(nth: u32) -> (u32, u32) {
 enum When {
     /// The range in the arguments of these numbers (address, length) overlaps.
     Range(u32, u32),
+    /// It does, or would if the kernel rounded the length up to a huge page: to that the address is aligned then.
+    HugeRange(u32, u32),
+    /// The argument has any of these bits, in its low word.
+    Any(u32, u32),
+    /// The argument is not zero.
+    Given(u32),
     /// The address in this argument does not lie behind all that is watched.
     NotBehind(u32),
     /// It is made at all.
@@ -185,22 +193,37 @@ impl Watch<'_> {
 
     fn calls(&self) -> Vec<(libc::c_long, First<'static>, Vec<When>)> {
         let registers = |address, len| vec![When::Range(address, len)];
+        // With one of these bits it begins where the mapping does.
+        let protect = vec![When::Range(0, 1), When::Any(2, GROWS)];
         let mut calls = vec![
             (libc::SYS_munmap, First::None, registers(0, 1)),
             (libc::SYS_madvise, First::OneOf(2, ADVICE), registers(0, 1)),
-            (libc::SYS_mprotect, First::None, registers(0, 1)),
-            (libc::SYS_pkey_mprotect, First::None, registers(0, 1)),
+            (libc::SYS_mprotect, First::None, protect.clone()),
+            (libc::SYS_pkey_mprotect, First::None, protect),
             (libc::SYS_remap_file_pages, First::None, registers(0, 1)),
             (
                 libc::SYS_mmap,
                 First::Any(3, libc::MAP_FIXED as u32),
-                registers(0, 1),
+                vec![When::HugeRange(0, 1)],
             ),
             (
                 libc::SYS_mremap,
                 First::None,
                 // Old and new place; the latter only counts where it is given, and is harmless where it is not.
-                vec![When::Range(0, 1), When::Range(4, 2)],
+                vec![When::HugeRange(0, 1), When::HugeRange(4, 2)],
+            ),
+            (
+                libc::SYS_mbind,
+                First::Any(5, MPOL_MF_MOVE),
+                vec![When::HugeRange(0, 1)],
+            ),
+            // Without nodes it only asks.
+            (libc::SYS_move_pages, First::None, vec![When::Given(3)]),
+            (libc::SYS_migrate_pages, First::None, vec![When::Always]),
+            (
+                libc::SYS_ioctl,
+                First::OneOf(1, &[UFFDIO_MOVE as i32, UFFDIO_WRITEPROTECT as i32]),
+                vec![When::Always],
             ),
             (libc::SYS_shmdt, First::None, vec![When::NotBehind(0)]),
             (
@@ -272,7 +295,41 @@ impl Watch<'_> {
                     asm.plain(RETURN, NOTIFY);
                     asm.here(behind);
                 }
-                When::Range(address, len) => self.overlap(asm, address, len),
+                When::Range(address, len) => Self::overlap(asm, address, len, self.ranges),
+                When::HugeRange(address, len) => {
+                    Self::overlap(asm, address, len, self.ranges);
+                    let (on, over) = (asm.label(), asm.label());
+                    asm.plain(LOAD, arg(address).1);
+                    asm.branch(IF_SET, HUGE as u32 - 1, None, Some(on));
+                    asm.goto(over);
+                    asm.here(on);
+                    // What begins before a border of the largest ends before it.
+                    let down = |range: &Range| {
+                        let start = range.start().get() & !(GIB as u64 - 1);
+                        Range::inclusive(start, range.last()).unwrap_or(*range)
+                    };
+                    let wider: Vec<Range> = self.ranges.iter().map(down).collect();
+                    Self::overlap(asm, address, len, &wider);
+                    asm.here(over);
+                }
+                When::Any(nth, mask) => {
+                    let (hit, on) = (asm.label(), asm.label());
+                    asm.plain(LOAD, arg(nth).1);
+                    asm.branch(IF_SET, mask, Some(hit), Some(on));
+                    asm.here(hit);
+                    asm.plain(RETURN, NOTIFY);
+                    asm.here(on);
+                }
+                When::Given(nth) => {
+                    let (hit, on) = (asm.label(), asm.label());
+                    asm.plain(LOAD, arg(nth).0);
+                    asm.branch(IF_EQ, 0, None, Some(hit));
+                    asm.plain(LOAD, arg(nth).1);
+                    asm.branch(IF_EQ, 0, Some(on), None);
+                    asm.here(hit);
+                    asm.plain(RETURN, NOTIFY);
+                    asm.here(on);
+                }
             }
         }
         asm.plain(RETURN, ALLOW);
@@ -291,7 +348,7 @@ impl Watch<'_> {
     }
 
     /// Hands the call over if the range overlaps one that is watched, or wraps; else goes on.
-    fn overlap(&self, asm: &mut Assembler, address: u32, len: u32) {
+    fn overlap(asm: &mut Assembler, address: u32, len: u32, ranges: &[Range]) {
         /// Words of the end: low, high.
         const LOW: u32 = 0;
         const HIGH: u32 = 1;
@@ -319,7 +376,7 @@ impl Watch<'_> {
         }
         asm.here(summed);
         asm.plain(STORE, HIGH);
-        for range in self.ranges {
+        for range in ranges {
             let next = asm.label();
             let (high, low) = halves(range.start().get());
             let ends_inside = asm.label();
@@ -343,12 +400,18 @@ impl Watch<'_> {
 
 const SHM_REMAP: u32 = 0o40000;
 
-/// Modes of `fallocate` that change what is there: punch, collapse, zero, insert.
-pub(super) const FALLOCATE: u32 = 0x02 | 0x08 | 0x10 | 0x20;
+/// MPOL_MF_MOVE, MPOL_MF_MOVE_ALL.
+const MPOL_MF_MOVE: u32 = 0x02 | 0x04;
 
-/// Advice that changes pages: DONTNEED, FREE, REMOVE, PAGEOUT, DONTNEED_LOCKED, COLLAPSE, HWPOISON, SOFT_OFFLINE,
+/// PROT_GROWSDOWN, PROT_GROWSUP.
+pub(super) const GROWS: u32 = 0x0300_0000;
+
+/// Modes of `fallocate` that change what is there: punch, collapse, zero, insert, write zeroes.
+pub(super) const FALLOCATE: u32 = 0x02 | 0x08 | 0x10 | 0x20 | 0x80;
+
+/// Advice that changes pages: DONTNEED, FREE, REMOVE, UNMERGEABLE, PAGEOUT, DONTNEED_LOCKED, COLLAPSE, HWPOISON, SOFT_OFFLINE,
 /// GUARD_INSTALL.
-pub(super) const ADVICE: &[i32] = &[4, 8, 9, 21, 24, 25, 100, 101, 102];
+pub(super) const ADVICE: &[i32] = &[4, 8, 9, 13, 21, 24, 25, 100, 101, 102];
 
 #[cfg(test)]
 mod tests;

@@ -1,8 +1,11 @@
 //! What the kernel writes of mappings, and calls as somebody may make them.
 
+use std::sync::OnceLock;
+
 use super::super::scratch::PAGE;
 use super::call::{Call, Changes};
-use super::maps::{Line, Mapping};
+use super::caller::StandIn;
+use super::maps::{Line, Mapping, Maps};
 
 /// A line of `/proc/self/maps`, split at its spaces; `None` for what no kernel writes.
 fn split(line: &[u8]) -> Option<Mapping> {
@@ -134,14 +137,16 @@ pub fn seccomp_call(bytes: &[u8]) {
         args,
     };
     let mut call = Call::new(&data);
-    let changes = call.changes();
+    static MAPS: OnceLock<Maps> = OnceLock::new();
+    let maps = MAPS.get_or_init(|| Maps::open().expect("this process has mappings"));
+    let changes = call.changes(&StandIn::AsItIs, maps);
     for (from, to) in affected(nr, args) {
         let middle = from + (to - from) / 2 / PAGE as u128 * PAGE as u128;
         for at in [from, middle, to - 1] {
             assert!(is_told(&changes, at), "{nr}{args:x?}: {at:#x} is not told");
         }
     }
-    let refused = call.outcome(Err(libc::EPERM));
+    let refused = call.outcome(Err(libc::EPERM), maps);
     assert_eq!(
         refused,
         crate::Outcome::Unchanged,

@@ -1,9 +1,13 @@
 //! The mappings of this process, read without allocating.
 
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::OnceLock;
 
 use crate::addr::Range;
+
+/// Sizes of huge pages, in bytes.
+pub(super) const HUGE: usize = 2 << 20;
+pub(super) const GIB: usize = 1 << 30;
 
 /// A mapping, as `/proc/self/maps` tells it.
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
@@ -22,17 +26,6 @@ impl Mapping {
     pub(super) fn range(self) -> Option<Range> {
         Range::new(self.start, self.end.checked_sub(self.start)?).ok()
     }
-}
-
-static MAPS: OnceLock<OwnedFd> = OnceLock::new();
-
-/// Opens the file, which is read later where nothing may be opened that could fail.
-pub(super) fn open() -> std::io::Result<()> {
-    if MAPS.get().is_none() {
-        let file = std::fs::File::open("/proc/self/maps")?;
-        MAPS.get_or_init(|| file.into());
-    }
-    Ok(())
 }
 
 /// Reads a line byte by byte: `start-end perms offset major:minor inode path`.
@@ -93,42 +86,49 @@ const PERMISSIONS: usize = 2;
 const OFFSET: usize = 3;
 const INODE: usize = 5;
 
-/// Calls `see` with each mapping; false if they could not be read.
-pub(super) fn each(mut see: impl FnMut(Mapping)) -> bool {
-    let Some(maps) = MAPS.get() else { return false };
-    let (mut buffer, mut at, mut line) = ([0u8; 4096], 0, Line::default());
-    loop {
-        // SAFETY: the buffer is as long as said.
-        let read = unsafe {
-            libc::pread(
-                maps.as_raw_fd(),
-                buffer.as_mut_ptr().cast(),
-                buffer.len(),
-                at,
-            )
-        };
-        match read {
-            0 => return true,
-            read if read > 0 => {
-                at += read as libc::off_t;
-                for byte in &buffer[..read as usize] {
-                    if let Some(mapping) = line.byte(*byte) {
-                        see(mapping);
+/// The file, open: it is read where nothing may be opened that could fail. Each reader has one of its own: the kernel goes on where the
+/// last piece of text ended, by address, only for whoever read that piece. For any other it counts bytes from the start, and in a
+/// list that has changed meanwhile those end in the middle of a line.
+#[derive(Debug)]
+pub(super) struct Maps(OwnedFd);
+
+impl Maps {
+    pub(super) fn open() -> io::Result<Self> {
+        std::fs::File::open("/proc/self/maps").map(|file| Self(file.into()))
+    }
+
+    /// Calls `see` with each mapping; false if they could not be read. A mapping that is there throughout is seen.
+    pub(super) fn each(&self, mut see: impl FnMut(Mapping)) -> bool {
+        let (mut buffer, mut at, mut line) = ([0u8; 4096], 0, Line::default());
+        loop {
+            let (fd, len) = (self.0.as_raw_fd(), buffer.len());
+            // SAFETY: the buffer is as long as said.
+            let read = unsafe { libc::pread(fd, buffer.as_mut_ptr().cast(), len, at) };
+            match read {
+                0 => return true,
+                read if read > 0 => {
+                    at += read as libc::off_t;
+                    for byte in &buffer[..read as usize] {
+                        if let Some(mapping) = line.byte(*byte) {
+                            see(mapping);
+                        }
                     }
                 }
+                _ => return false,
             }
-            _ => return false,
         }
     }
-}
 
-/// Whether one mapping holds all of the range.
-pub(super) fn is_one_mapping(range: Range) -> bool {
-    let mut one = false;
-    let known = each(|mapping| {
-        one |= mapping.range().is_some_and(|whole| whole.contains(range));
-    });
-    known && one
+    /// The mapping that holds this address.
+    pub(super) fn at(&self, address: u64) -> Option<Mapping> {
+        let mut found = None;
+        self.each(|one| {
+            if one.start <= address && address < one.end {
+                found = Some(one);
+            }
+        });
+        found
+    }
 }
 
 /// The inode behind a descriptor of this process.
@@ -138,6 +138,16 @@ pub(super) fn inode_of_descriptor(fd: usize) -> Option<u64> {
     // SAFETY: the kernel fills the structure.
     let said = unsafe { libc::fstat(fd as i32, &mut about) };
     (said == 0).then_some(about.st_ino)
+}
+
+/// The size of the pages of a file that has huge ones.
+pub(super) fn huge_page_of_descriptor(fd: usize) -> Option<usize> {
+    const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+    // SAFETY: integers only.
+    let mut about: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel fills the structure.
+    let said = unsafe { libc::fstatfs(fd as i32, &mut about) };
+    (said == 0 && about.f_type == HUGETLBFS_MAGIC).then_some(about.f_bsize as usize)
 }
 
 /// The inode behind a path, which the kernel reads wherever it lies.
@@ -183,12 +193,59 @@ mod tests {
 
     #[test]
     fn this_process_has_its_own_code_mapped() {
-        open().unwrap();
         let here = this_process_has_its_own_code_mapped as *const () as u64;
         let mut found = 0;
-        assert!(each(
-            |one| found += u64::from(one.start <= here && here < one.end)
-        ));
+        assert!(
+            Maps::open()
+                .unwrap()
+                .each(|one| found += u64::from(one.start <= here && here < one.end))
+        );
         assert_eq!(found, 1);
+    }
+
+    /// Two read while a third maps and unmaps; what stays mapped is found, each time.
+    #[test]
+    fn readers_do_not_disturb_each_other() {
+        use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+        const PAGES: usize = 400;
+        let rights = libc::PROT_READ;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: new mappings where the kernel likes; every other page is this test's to protect.
+        let map = |len| unsafe { libc::mmap(std::ptr::null_mut(), len, rights, flags, -1, 0) };
+        let base = map(PAGES * 4096) as u64;
+        for nth in (0..PAGES as u64).step_by(2) {
+            // SAFETY: as above.
+            unsafe { libc::mprotect((base + nth * 4096) as *mut _, 4096, libc::PROT_NONE) };
+        }
+        let stop = AtomicBool::new(false);
+        let readers = [Maps::open().unwrap(), Maps::open().unwrap()];
+        let read = |maps: &Maps| {
+            for _ in 0..50 {
+                let mut found = 0;
+                let inside = base..base + (PAGES as u64) * 4096;
+                assert!(maps.each(|one| {
+                    found += u64::from(inside.contains(&one.start) && one.end - one.start == 4096);
+                }));
+                if found < PAGES as u64 - 1 {
+                    return Err(found);
+                }
+            }
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Relaxed) {
+                    let many: Vec<_> = [1, 3, 5, 7].map(|len| map(len * 4096)).into();
+                    for (at, len) in many.into_iter().zip([1, 3, 5, 7]) {
+                        // SAFETY: mapped just now.
+                        unsafe { libc::munmap(at, len * 4096) };
+                    }
+                }
+            });
+            let threads = [&readers[0], &readers[1]].map(|maps| scope.spawn(move || read(maps)));
+            let found = threads.map(|thread| thread.join().unwrap());
+            stop.store(true, Relaxed);
+            assert_eq!(found, [Ok(()), Ok(())]);
+        });
     }
 }

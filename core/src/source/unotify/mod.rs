@@ -9,41 +9,70 @@
 //! The filter is installed for all threads at once (TSYNC), the supervisors among them, and inherited by those that come later. What exempts
 //! the supervisors' calls is not the thread, which a filter cannot see, but the place that they come from: the [`gate`]. The
 //! supervisors wait for calls before the filter exists: the start of a thread allocates, on both sides, while somebody who holds the
-//! allocator's lock may be waiting for it. There are two: disjoint calls are served in parallel, and a handler that makes a call which its own
-//! supervisor would have to serve is told EDEADLK by the other one.
+//! allocator's lock may be waiting for it. There are three. Two run handlers at a time, so disjoint calls are served in parallel; the
+//! third receives what comes meanwhile, and tells a handler that makes a call which a supervisor would have to serve EDEADLK.
+//!
+//! # Whose call it is
+//! A supervisor makes the call that its caller meant. A thread may have descriptors, a directory, a user of its own (`unshare`, raw
+//! system calls), and a child between vfork and exec has descriptors of its own. Descriptors are borrowed (`pidfd_getfd`). Where the kernel
+//! forbids that, forbids the comparison (`kcmp`), or directory or rights differ, the caller makes the call himself when the
+//! invalidation has ended: before, but no barrier. The self-test sees where that is so for all. A caller that is killed meanwhile
+//! is not represented: his call is not made.
+//!
+//! # Arenas
+//! What lies in the arena of a managed space is unmapped, moved away or detached by others as they like, but its addresses stay
+//! reserved: the space counts them as mapped until it unmaps them itself, and nobody else is to be given them. A supervisor
+//! reserves where it would unmap, so there is no moment between. Two calls leave one: an `mremap` that moves *and* grows, and `shmdt`.
+//!
+//! # What it does not see
+//! * What is no call of a thread of this process: other processes that change a file, whatever an io_uring does, and what the kernel does
+//!   by itself: copies on write after a fork, merging (KSM), compaction, reclaim. A vfork child is this process, a fork's is not.
+//! * `open` with `O_TRUNC`. It would have to be stopped by path, and a program that this one has started could not truncate any
+//!   more once this one is gone. Nor direct writes (`O_DIRECT`) to a file, and what else a file system does to its pages.
+//! * `PAGEMAP_SCAN` with write protection; tagged addresses, where a processor ignores their upper bits.
+//! * A mapping that another thread makes of a file while this one truncates it, in a place where nothing was mapped.
+//!
+//! The [`Operations`](crate::Operations) of these that have a name are tried by the self-test, and a driver that lists one is refused.
 //!
 //! # What stays
 //! A filter is permanent, and a process has one listener. So the supervisors live as long as the process; a source that is stopped
 //! takes its range from their list, and what is handed over for nobody is performed as it is. Programs that the process starts inherit
-//! the filter: their calls are let go on while this process lives. Later the calls that the filter stops fail there with ENOSYS: those that lie
-//! at the same addresses, and those that a filter cannot tell by address (`ftruncate`, `truncate`, punching
-//! `fallocate`, discarding `process_madvise`).
+//! the filter: their calls are let go on while this process lives. Later, and at once in what this process itself becomes by
+//! `exec`, the calls that the filter stops fail with ENOSYS: those that lie at the same addresses, and those that a filter cannot
+//! tell by address (`ftruncate`, `truncate`, punching `fallocate`, discarding `process_madvise`, `migrate_pages`, `move_pages`, two requests
+//! to a userfaultfd). Programs of another architecture, 32-bit ones too, get ENOSYS for every call. A child that was not forked by the C
+//! library's `fork` keeps the listener, and when its parent is gone waits for itself where its calls are stopped.
 //!
 //! # Signals (R35)
 //! A caller that was interrupted after its call was performed would make it again, on what is a new mapping by then. So the filter is
 //! only installed where the kernel lets a caller be killed but not interrupted once its call was received (WAIT_KILLABLE_RECV,
-//! Linux 5.19). Before that it may be interrupted: nothing has happened yet, and it is made anew.
+//! Linux 5.19). Before that, for the moment until a supervisor has received it, it may be interrupted: nothing has happened yet, and
+//! the call is made anew, or fails with EINTR where the signal's handler does not restart calls (no `SA_RESTART`).
 
 mod call;
+mod caller;
 mod filter;
 #[cfg(all(any(test, fuzzing), not(loom)))]
 pub(crate) mod fuzz;
+mod listener;
 mod maps;
+mod perform;
 mod supervisor;
 
 use std::io;
 use std::sync::atomic::{AtomicI32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, OnceLock, PoisonError};
 
 use self::filter::{RANGES, Watch};
+use self::maps::Maps;
 use self::supervisor::{Supervisor, supervise};
 use super::operation::{Operation, Operations, Sees};
 use super::service;
 use super::{Sink, Source, SourceError, gate};
 use crate::addr::Range;
 
-/// Supervisors of a process.
-const SUPERVISORS: usize = 2;
+/// Supervisors of a process: all but one run handlers at a time.
+const SUPERVISORS: usize = 3;
 
 /// Seccomp user notification. Opt-in: read the module's notes on what stays. Any number of values stand for the one listener that
 /// a process has.
@@ -153,24 +182,36 @@ fn install(sinks: &[Arc<Sink>]) -> Result<&'static Supervisor, SourceError> {
         if ranges.len() > limit {
             return Err(SourceError::NoRoom { limit });
         }
-        maps::open().map_err(|error| SourceError::System {
-            call: "the opening of /proc/self/maps",
-            error,
-        })?;
+        let open = || {
+            Maps::open().map_err(|error| SourceError::System {
+                call: "the opening of /proc/self/maps",
+                error,
+            })
+        };
+        let heap = heap(&open()?);
         let service = service::start()?;
         SUPERVISOR.get_or_init(|| Supervisor::new(service));
         *lock(&LISTENER.0) = Listener { fd: None, ready: 0 };
         for nth in 0..SUPERVISORS {
-            let thread = std::thread::Builder::new().name("shootdown-supervisor".to_owned());
-            thread.spawn(move || supervise(nth)).map_err(|error| {
-                announce(NONE_COMES);
-                SourceError::System {
+            let started = open().and_then(|maps| {
+                let thread = std::thread::Builder::new().name("shootdown-supervisor".to_owned());
+                let started = thread.spawn(move || supervise(nth, &maps));
+                started.map_err(|error| SourceError::System {
                     call: "the start of a supervisor",
                     error,
-                }
-            })?;
+                })
+            });
+            if let Err(error) = started {
+                announce(NONE_COMES);
+                return Err(error);
+            }
         }
-        let heap = heap();
+        // Before there is anything to close: a child of whatever moment closes it.
+        static FORKS: Once = Once::new();
+        // SAFETY: the function is safe to call in a child.
+        FORKS.call_once(|| unsafe {
+            libc::pthread_atfork(None, None, Some(close_in_child));
+        });
         let watch = Watch {
             gate,
             ranges: &ranges,
@@ -201,8 +242,6 @@ fn install(sinks: &[Arc<Sink>]) -> Result<&'static Supervisor, SourceError> {
                 return Err(error);
             }
         }
-        // SAFETY: the function is safe to call in a child.
-        unsafe { libc::pthread_atfork(None, None, Some(close_in_child)) };
     }
     Ok(SUPERVISOR
         .get()
@@ -224,11 +263,11 @@ fn announce(listener: i32) {
 }
 
 /// From the start of the heap to the next mapping: as far as it can grow.
-fn heap() -> Range {
+fn heap(maps: &Maps) -> Range {
     // SAFETY: asks only.
     let end = unsafe { gate::own_call(libc::SYS_brk, [0; 6]) }.unwrap_or(0) as u64;
     let (mut first, mut next) = (end, u64::MAX);
-    maps::each(|mapping| {
+    maps.each(|mapping| {
         if mapping.start < end && mapping.end >= end {
             first = mapping.start;
         } else if mapping.start >= end {

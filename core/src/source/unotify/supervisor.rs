@@ -1,20 +1,31 @@
 //! The supervisors: each receives a call, shoots down, performs it, and answers.
+//!
+//! All but one of them run handlers at a time. The one that is left goes on receiving: a call may be a handler's of the others, which
+//! would wait for itself, and is told so. What else it receives waits for a supervisor.
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::collections::VecDeque;
+use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use super::call::{CHANGES, Call, Changes};
+use super::caller::{Caller, StandIn, caller, own_thread};
 use super::filter::RANGES;
+use super::listener::{self, Notification, Wait};
+use super::maps::Maps;
+use super::perform::Arenas;
 use super::{LISTENER, NONE_COMES, SUPERVISOR, SUPERVISORS, lock};
 use crate::addr::Range;
 use crate::context::OpenInvalidation;
-use crate::engine::InvalidateError;
+use crate::engine::SinkError;
 use crate::notifier::{Cause, Outcome};
 use crate::source::service::{self, Service};
 use crate::source::{ExternalChange, Sink, SourceError};
 
 static THREADS: [AtomicU32; SUPERVISORS] = [const { AtomicU32::new(0) }; SUPERVISORS];
+
+/// Calls that can have been received and wait for a supervisor; one more fails with EAGAIN.
+const WAITING: usize = 1024;
 
 /// A sink in the list, and how many calls are being served for it.
 #[derive(Debug)]
@@ -24,16 +35,25 @@ struct Route {
     stopping: bool,
 }
 
+/// What is being served, and what waits to be.
+#[derive(Debug)]
+struct Calls {
+    serving: usize,
+    /// Never grows: it has room for [`WAITING`].
+    waiting: VecDeque<Notification>,
+}
+
 /// The list of all supervisors.
 #[derive(Debug)]
 pub(super) struct Supervisor {
     routes: Mutex<[Option<Route>; RANGES]>,
     left: Condvar,
+    calls: Mutex<Calls>,
     service: Service,
 }
 
 /// A supervisor thread: receives and answers for as long as the process lives.
-pub(super) fn supervise(nth: usize) {
+pub(super) fn supervise(nth: usize, maps: &Maps) {
     // Handlers of the application's signals do not run here: they could make a call that waits for this thread.
     // SAFETY: the set is filled before it is used.
     unsafe {
@@ -41,9 +61,7 @@ pub(super) fn supervise(nth: usize) {
         libc::sigfillset(&mut all);
         libc::pthread_sigmask(libc::SIG_BLOCK, &all, std::ptr::null_mut());
     }
-    // SAFETY: no arguments.
-    let own = unsafe { libc::syscall(libc::SYS_gettid) } as u32;
-    THREADS[nth].store(own, Ordering::Relaxed);
+    THREADS[nth].store(own_thread(), Ordering::Relaxed);
     let listener = {
         let mut listener = lock(&LISTENER.0);
         listener.ready += 1;
@@ -60,133 +78,24 @@ pub(super) fn supervise(nth: usize) {
             }
         }
     };
-    if listener == NONE_COMES {
-        return;
-    }
-    let (Some(supervisor), Some(wait)) = (SUPERVISOR.get(), Wait::new(listener)) else {
+    let Some(supervisor) = SUPERVISOR.get().filter(|_| listener != NONE_COMES) else {
         return;
     };
+    let wait = Wait::new(listener);
     loop {
         wait.wait();
-        if let Some(notification) = receive(listener) {
-            supervisor.serve(listener, &notification);
+        match listener::receive(listener) {
+            Ok(notification) => supervisor.take(listener, maps, notification),
+            Err(error) if is_passing(&error) => {}
+            // Somebody has closed it: what the filter stops fails from here on.
+            Err(_) => return,
         }
     }
 }
 
-/// Waits for calls, so that one supervisor wakes for each.
-struct Wait(OwnedFd);
-
-impl Wait {
-    fn new(listener: i32) -> Option<Self> {
-        // SAFETY: numbers only.
-        let fd = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
-        if fd < 0 {
-            return None;
-        }
-        // SAFETY: opened just now.
-        let this = Self(unsafe { OwnedFd::from_raw_fd(fd) });
-        let mut event = libc::epoll_event {
-            events: (libc::EPOLLIN | libc::EPOLLEXCLUSIVE) as u32,
-            u64: 0,
-        };
-        // SAFETY: both descriptors are open.
-        let added = unsafe { libc::epoll_ctl(fd, libc::EPOLL_CTL_ADD, listener, &mut event) };
-        (added == 0).then_some(this)
-    }
-
-    fn wait(&self) {
-        let mut event = libc::epoll_event { events: 0, u64: 0 };
-        // SAFETY: there is room for one event.
-        unsafe { libc::epoll_wait(self.0.as_raw_fd(), &mut event, 1, -1) };
-    }
-}
-
-fn receive(listener: i32) -> Option<libc::seccomp_notif> {
-    // SAFETY: integers only; the kernel wants it zeroed.
-    let mut notification: libc::seccomp_notif = unsafe { std::mem::zeroed() };
-    // SAFETY: the kernel fills the structure.
-    let said = unsafe {
-        libc::ioctl(
-            listener,
-            libc::SECCOMP_IOCTL_NOTIF_RECV,
-            &raw mut notification,
-        )
-    };
-    (said == 0).then_some(notification)
-}
-
-fn answer(listener: i32, id: u64, result: Result<usize, i32>) {
-    let response = match result {
-        Ok(value) => libc::seccomp_notif_resp {
-            id,
-            val: value as i64,
-            error: 0,
-            flags: 0,
-        },
-        Err(errno) => libc::seccomp_notif_resp {
-            id,
-            val: 0,
-            error: -errno,
-            flags: 0,
-        },
-    };
-    send(listener, response);
-}
-
-/// The caller makes the call itself.
-fn let_go_on(listener: i32, id: u64) {
-    send(
-        listener,
-        libc::seccomp_notif_resp {
-            id,
-            val: 0,
-            error: 0,
-            flags: libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32,
-        },
-    );
-}
-
-fn send(listener: i32, response: libc::seccomp_notif_resp) {
-    // ENOENT: the caller was killed meanwhile, and wants no answer.
-    // SAFETY: the kernel reads the structure.
-    unsafe {
-        libc::ioctl(
-            listener,
-            libc::SECCOMP_IOCTL_NOTIF_SEND,
-            &raw const response,
-        )
-    };
-}
-
-/// Who makes a call.
-#[derive(PartialEq, Eq)]
-enum Caller {
-    Supervisor,
-    Thread,
-    /// Another process with this one's memory: between vfork and exec.
-    SameMemory,
-    Other,
-}
-
-fn caller(thread: u32) -> Caller {
-    if THREADS
-        .iter()
-        .any(|one| one.load(Ordering::Relaxed) == thread)
-    {
-        return Caller::Supervisor;
-    }
-    let own = std::process::id();
-    // SAFETY: signal 0 is none: this asks whether the thread is one of this process.
-    if unsafe { libc::syscall(libc::SYS_tgkill, own, thread, 0) } == 0 {
-        return Caller::Thread;
-    }
-    const KCMP_VM: i32 = 1;
-    // SAFETY: numbers only.
-    if unsafe { libc::syscall(libc::SYS_kcmp, own, thread, KCMP_VM, 0, 0) } == 0 {
-        return Caller::SameMemory;
-    }
-    Caller::Other
+/// A signal, or a caller that was gone by then.
+fn is_passing(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINTR | libc::ENOENT))
 }
 
 /// One range of one route, to be invalidated.
@@ -201,6 +110,10 @@ impl Supervisor {
         Self {
             routes: Mutex::new([const { None }; RANGES]),
             left: Condvar::new(),
+            calls: Mutex::new(Calls {
+                serving: 0,
+                waiting: VecDeque::with_capacity(WAITING),
+            }),
             service,
         }
     }
@@ -248,26 +161,61 @@ impl Supervisor {
         }
     }
 
+    /// Serves a call that was received, then those that wait, unless all but this one are at it.
+    fn take(&self, listener: i32, maps: &Maps, notification: Notification) {
+        let mut is_supervisor = THREADS.iter().map(|one| one.load(Ordering::Relaxed));
+        if is_supervisor.any(|one| one == notification.pid) {
+            // Its handler waits for this very call.
+            return listener::answer(listener, notification.id, Err(libc::EDEADLK));
+        }
+        if caller(notification.pid) == Caller::Other {
+            return listener::let_go_on(listener, notification.id);
+        }
+        {
+            let mut calls = lock(&self.calls);
+            if calls.serving == SUPERVISORS - 1 {
+                if calls.waiting.len() < WAITING {
+                    calls.waiting.push_back(notification);
+                } else {
+                    listener::answer(listener, notification.id, Err(libc::EAGAIN));
+                }
+                return;
+            }
+            calls.serving += 1;
+        }
+        let mut next = Some(notification);
+        while let Some(notification) = next {
+            self.serve(listener, maps, &notification);
+            let mut calls = lock(&self.calls);
+            next = calls.waiting.pop_front();
+            calls.serving -= usize::from(next.is_none());
+        }
+    }
+
     /// Serves one call. From its receipt to its answer nothing is allocated or freed.
-    fn serve(&self, listener: i32, notification: &libc::seccomp_notif) {
+    fn serve(&self, listener: i32, maps: &Maps, notification: &Notification) {
         let id = notification.id;
         {
             // As if inside a callback: what the handlers put off stays put off until the caller has its answer.
             let _open = OpenInvalidation::enter();
-            match caller(notification.pid) {
-                // Its handler waits for this very call.
-                Caller::Supervisor => answer(listener, id, Err(libc::EDEADLK)),
-                Caller::Other => let_go_on(listener, id),
-                who => {
-                    let mut call = Call::new(&notification.data);
-                    // Its descriptors are its own: it makes such a call itself, when the devices have been told.
-                    let own_files = who == Caller::SameMemory && call.takes_descriptor();
-                    let changes = call.changes();
-                    match self.shoot_down(&mut call, &changes, own_files) {
-                        Some(result) => answer(listener, id, result),
-                        None => let_go_on(listener, id),
-                    }
+            let mut call = Call::new(&notification.data);
+            let stand_in = StandIn::find(&call, notification.pid);
+            let changes = call.changes(&stand_in, maps);
+            let perform = |arenas: &Arenas| {
+                // A caller that was killed is gone, and what it wanted to unmap may be somebody else's by the time that this is made.
+                // Whoever waits still is also who was looked at above: his number was not given to another.
+                if !listener::is_waited_for(listener, id) {
+                    return (Some(Err(libc::EINTR)), Outcome::Unchanged);
                 }
+                if matches!(stand_in, StandIn::Not) {
+                    return (None, Outcome::Changed);
+                }
+                let result = call.perform(&changes, arenas);
+                (Some(result), call.outcome(result, maps))
+            };
+            match self.shoot_down(&changes, notification.pid, perform) {
+                Some(result) => listener::answer(listener, id, result),
+                None => listener::let_go_on(listener, id),
             }
         }
         service::hand_over(self.service);
@@ -276,18 +224,18 @@ impl Supervisor {
     /// Invalidates, performs, ends. `None`: the caller shall make the call.
     fn shoot_down(
         &self,
-        call: &mut Call,
         changes: &Changes,
-        own_files: bool,
+        thread: u32,
+        perform: impl FnOnce(&Arenas) -> (Option<Result<usize, i32>>, Outcome),
     ) -> Option<Result<usize, i32>> {
         let sinks = self.enter();
         let result = {
             let mut open: [Option<ExternalChange<'_>>; CHANGES] = [const { None }; CHANGES];
-            match begin(&sinks, changes, &mut open) {
+            match begin(&sinks, changes, thread, &mut open) {
                 Err(errno) => Some(Err(errno)),
                 Ok(()) => {
-                    let result = (!own_files).then(|| call.perform());
-                    let outcome = call.outcome(result.unwrap_or(Ok(0)));
+                    let arenas = std::array::from_fn(|nth| sinks[nth].as_ref()?.arena());
+                    let (result, outcome) = perform(&arenas);
                     for change in open.iter_mut().filter_map(Option::take) {
                         // A handler's panic is known to the space; the pages have changed.
                         let _ = change.end(outcome);
@@ -331,6 +279,7 @@ impl Supervisor {
 fn begin<'s>(
     sinks: &'s [Option<Arc<Sink>>; RANGES],
     changes: &Changes,
+    thread: u32,
     open: &mut [Option<ExternalChange<'s>>; CHANGES],
 ) -> Result<(), i32> {
     let sinks = || sinks.iter().flatten().map(|sink| &**sink);
@@ -338,7 +287,7 @@ fn begin<'s>(
         changes.iter().flat_map(move |(range, cause)| {
             let touched = sinks().filter(move |sink| sink.range().overlaps(range));
             // The space's own operation has shot it down, and comes here only if its memory does not use the gate.
-            let foreign = touched.filter(move |sink| !sink.is_own(range));
+            let foreign = touched.filter(move |sink| !sink.is_own(range, thread));
             foreign.map(move |sink| Part { sink, range, cause })
         })
     };
@@ -373,12 +322,12 @@ fn begin_each<'s>(
 }
 
 /// What the caller is told: the pages stay as they are.
-fn errno(error: &InvalidateError) -> i32 {
+fn errno(error: &SinkError) -> i32 {
     match error {
         // Its devices may still reach the pages.
-        InvalidateError::Quarantined { .. }
-        | InvalidateError::NotDrained { .. }
-        | InvalidateError::HandlerPanicked { .. } => libc::EBUSY,
+        SinkError::Reached { .. }
+        | SinkError::NotDrained { .. }
+        | SinkError::HandlerPanicked { .. } => libc::EBUSY,
         _ => libc::EAGAIN,
     }
 }

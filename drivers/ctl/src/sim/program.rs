@@ -200,6 +200,8 @@ impl fmt::Display for Event {
             FaultKind::PurgeInMiss => "miss",
             FaultKind::Delayed => "step",
             FaultKind::SurvivesReset => "reset",
+            FaultKind::Error => "access",
+            FaultKind::Nack => "message",
         };
         write!(
             f,

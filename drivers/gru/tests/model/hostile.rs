@@ -11,8 +11,8 @@ use shootdown::{
 };
 use shootdown_gru::{ChipletPorts, Config, Element, Gru, GruError, Instruction, Segment};
 use shootdown_hw_model::gru::layout::{
-    ACTIVE, CAUSE, CCH, EXCEPTION, IDLE, MANAGEMENT, OPCODE, RESET, SLOTS, STATUS, TFH, TFM, TGH,
-    cch, tfh,
+    ACTIVE, CAUSE, CCH, CONTEXTS, EXCEPTION, IDLE, MANAGEMENT, OPCODE, RESET, SLOTS, STATUS, TFH,
+    TFM, TGH, cch, tfh,
 };
 use shootdown_hw_model::gru::{Chiplet, ChipletConfig, Model};
 use shootdown_hw_model::{Bus, ModelMemory};
@@ -208,12 +208,20 @@ impl Pair {
         pair
     }
 
-    /// A segment on each chiplet.
+    /// A segment on each chiplet. A context that was kept is stopped for them; where a fault locks it that takes a reset, and they are
+    /// told. Whoever resolves a fault may still have a segment that is gone, which counts where there are fewest.
     fn segments(&mut self) {
-        let two = [(); 2].map(|()| self.gru.segment(&self.space).unwrap());
-        for segment in two {
-            let nth = usize::from(segment.chiplet() == "honest");
-            assert!(self.segments[nth].replace(segment).is_none());
+        let (begun, mut refused) = (Instant::now(), 0);
+        while self.segments.iter().any(Option::is_none) {
+            match self.gru.segment(&self.space) {
+                Ok(segment) => {
+                    let nth = usize::from(segment.chiplet() == "honest");
+                    self.segments[nth].get_or_insert(segment);
+                }
+                Err(GruError::HandleException { .. }) => refused += 1,
+                Err(error) => panic!("{error}"),
+            }
+            assert!(refused <= CONTEXTS && begun.elapsed() < MOST);
         }
     }
 
@@ -303,6 +311,25 @@ fn no_lie_of_a_chiplet_hangs_leaks_or_reaches_anything() {
         let findings = pair.bus.oracle().findings();
         assert!(findings.is_empty(), "{lie:?}: {}", findings[0]);
     }
+}
+
+/// A reset that the framework has not asked for.
+#[test]
+fn a_chiplet_that_does_not_come_back_from_its_drivers_reset_is_in_quarantine_until_it_recovers() {
+    let mut pair = Pair::new(ChipletConfig::default());
+    pair.segments = [None, None];
+    assert_eq!(pair.liars().health(), Health::Healthy);
+    pair.liar.set(Lie::Gone);
+    let segments = [(); 2].map(|()| pair.gru.segment(&pair.space));
+    assert!(segments.iter().any(Result::is_err));
+    assert_eq!(pair.liars().health(), Health::Quarantined);
+    drop(segments);
+    pair.liar.set(Lie::None);
+    pair.liars().recover(MOST).unwrap();
+    pair.space.drain().unwrap();
+    // One on each.
+    pair.segments();
+    pair.works(0, 1).unwrap();
 }
 
 #[test]

@@ -345,3 +345,57 @@ fn users_unmaps_and_thieves_at_once_leave_nothing_behind() {
     assert!(rig.gru.stats().contexts_stolen > 0);
     rig.clean();
 }
+
+/// Takes the context of `segment`, which is the only one of its space, by those of another space.
+fn steal(rig: &Rig, segment: &shootdown_gru::Segment) {
+    let others = rig.space();
+    let thieves: Vec<_> = (0..16).map(|_| rig.gru.segment(&others).unwrap()).collect();
+    for thief in &thieves {
+        thief.run(0, &Instruction::nop(), LONG).unwrap();
+    }
+    assert_eq!(segment.context(), None);
+}
+
+#[test]
+fn an_instruction_goes_on_where_it_was_stopped_and_an_exception_keeps_its_cause() {
+    let hardware = ChipletConfig {
+        latency: Latency {
+            access: Duration::from_millis(1),
+            ..Latency::default()
+        },
+        ..ChipletConfig::default()
+    };
+    let rig = Rig::new(1, hardware, config(Duration::ZERO));
+    let space = rig.space();
+    let buffer = space.map(Map::anonymous(64 << 12)).unwrap().start();
+    let segment = rig.gru.segment(&space).unwrap();
+    const BYTES: u64 = 64 << 12;
+    let set = Instruction::vset(buffer, 5, Element::Double, (BYTES / 8) as u32);
+    segment.submit(0, &set).unwrap();
+    let bytes = || rig.model.chiplets()[0].counts().bytes;
+    let begun = Instant::now();
+    while bytes() < 8 << 12 {
+        assert!(begun.elapsed() < LONG);
+    }
+    // At address 4: not a multiple of 8.
+    let wrong = Instruction::vset(shootdown::Addr::new(4), 5, Element::Double, 1);
+    segment.submit(1, &wrong).unwrap();
+    while segment.poll(1).unwrap() != Status::Exception {
+        assert!(begun.elapsed() < LONG);
+    }
+    steal(&rig, &segment);
+    assert!(bytes() < BYTES, "it was not stopped");
+    let error = segment.wait(1, LONG).unwrap_err();
+    let GruError::Exception {
+        detail, address, ..
+    } = error
+    else {
+        panic!("{error}");
+    };
+    assert_eq!((detail, address.get()), (4, 4));
+    segment.wait(0, LONG).unwrap();
+    assert_eq!(bytes(), BYTES, "nothing is done twice");
+    assert_eq!(load(at(buffer, BYTES - 8)), 5);
+    drop(segment);
+    rig.clean();
+}

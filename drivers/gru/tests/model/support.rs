@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shootdown::{Addr, AddressSpace, Deadlines};
-use shootdown_gru::{ChipletPorts, Config, Gru};
+use shootdown_gru::{ChipletPorts, Config, Gru, Kernel};
 use shootdown_hw_model::gru::{ChipletConfig, Model};
 use shootdown_hw_model::{Bus, ModelMemory};
 
@@ -20,7 +20,16 @@ pub(crate) struct Rig {
 
 impl Rig {
     pub(crate) fn new(chiplets: u32, hardware: ChipletConfig, config: Config) -> Self {
-        let bus = Bus::new(16 << 10).unwrap();
+        Self::with_frames(16 << 10, chiplets, hardware, config)
+    }
+
+    pub(crate) fn with_frames(
+        frames: u64,
+        chiplets: u32,
+        hardware: ChipletConfig,
+        config: Config,
+    ) -> Self {
+        let bus = Bus::new(frames).unwrap();
         let model = Model::new(&bus, chiplets, hardware);
         let ports = model.chiplets().iter().map(|chiplet| ChipletPorts {
             name: format!("gru{}", chiplet.config().device),
@@ -32,8 +41,18 @@ impl Rig {
         Self { bus, model, gru }
     }
 
+    /// The driver's own services, over memory of their own.
+    pub(crate) fn kernel(&self) -> Kernel {
+        Kernel::new(&self.gru, ModelMemory::new(&self.bus, 4 << 20).unwrap())
+    }
+
     pub(crate) fn space(&self) -> AddressSpace {
         self.space_with(Deadlines::default())
+    }
+
+    pub(crate) fn space_of(&self, bytes: u64) -> AddressSpace {
+        let memory = ModelMemory::new(&self.bus, bytes).unwrap();
+        AddressSpace::managed(memory, Deadlines::default())
     }
 
     pub(crate) fn space_with(&self, deadlines: Deadlines) -> AddressSpace {

@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use shootdown::Range;
 
-/// A filter that hands `munmap` in a range over, and one thread that performs the call and answers.
+/// A filter that hands the `munmap` of a page over, and one thread that performs the call and answers.
 pub(crate) struct BareUnotify;
 
 /// `munmap` from a place of its own, which the filter knows: the result as the kernel gives it. With a length of 0, which is no
@@ -33,15 +33,12 @@ fn check(said: libc::c_long) -> io::Result<i32> {
 }
 
 impl BareUnotify {
+    /// For a page.
     pub(crate) fn start(range: Range) -> io::Result<()> {
         // SAFETY: no call is made.
         let place = unsafe { perform(0, 0) } as u64;
         let (first, last) = (range.start().get(), range.last().get());
-        assert_eq!(
-            first >> 32,
-            last >> 32,
-            "the filter compares low words only"
-        );
+        assert_eq!(first >> 32, last >> 32, "one page");
         let load = |k| line(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, k, 0, 0);
         let equal = |k: u64, no| line(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, k as u32, 0, no);
         let least = |k: u64, no| line(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, k as u32, 0, no);

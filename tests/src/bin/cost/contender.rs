@@ -61,7 +61,7 @@ pub(crate) fn serve(contender: Contender) -> Result<(), Error> {
     match contender {
         Contender::Nothing => turns(page, &mut || Ok(())),
         Contender::BareUnotify => {
-            BareUnotify::start(arena)?;
+            BareUnotify::start(page)?;
             turns(page, &mut || Ok(()))
         }
         Contender::Unotify => {

@@ -26,6 +26,10 @@ struct Options {
     /// Calls in a turn.
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     calls: u32,
+    /// Exit status 1 if a source costs more than so many times its bare mechanism, or a call that has nothing to do with memory more
+    /// than 1.1 times what it costs beside that.
+    #[arg(long, value_name = "RATIO")]
+    at_most: Option<f64>,
     /// Prints one JSON list.
     #[arg(long)]
     json: bool,
@@ -79,11 +83,14 @@ struct Row {
 fn main() -> ExitCode {
     let options = Options::parse();
     let result = match options.child {
-        Some(contender) => contender::serve(contender).map_err(Error::from),
+        Some(contender) => contender::serve(contender)
+            .map(|()| true)
+            .map_err(Error::from),
         None => compare(&options),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
         Err(error) => {
             eprintln!("error: {error}");
             ExitCode::from(3)
@@ -130,7 +137,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // It ends by itself when its standard input does; its own child it is not waited for by anybody else.
+        // It would end by itself when its standard input does.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -177,7 +184,8 @@ fn row(options: &Options, bare: Contender, source: Contender) -> Result<Row, Err
     })
 }
 
-fn compare(options: &Options) -> Result<(), Error> {
+/// False if a source costs more than it may.
+fn compare(options: &Options) -> Result<bool, Error> {
     let pairs = [
         (Contender::BareUnotify, Contender::Unotify),
         (Contender::BareUffd, Contender::Uffd),
@@ -186,14 +194,24 @@ fn compare(options: &Options) -> Result<(), Error> {
     let rows = rows.into_iter().collect::<Result<Vec<_>, _>>()?;
     if options.json {
         println!("{}", serde_json::to_string(&rows).expect("numbers"));
-        return Ok(());
+    } else {
+        print(options, &rows);
     }
+    let is_dear = |row: &Row, most| row.munmap_ratio > most || row.unrelated_ratio > UNRELATED;
+    let dear = |most| rows.iter().any(|row| is_dear(row, most));
+    Ok(!options.at_most.is_some_and(dear))
+}
+
+/// Calls that have nothing to do with memory pay for the filter, whoever has installed it.
+const UNRELATED: f64 = 1.1;
+
+fn print(options: &Options, rows: &[Row]) {
     println!(
         "medians of {} turns of {} calls, ns",
         options.turns, options.calls
     );
     println!("                              nothing   bare   framework   framework / bare");
-    for row in &rows {
+    for row in rows {
         let name = format!("{:?}", row.source).to_lowercase();
         for (what, [nothing, bare, framework], ratio) in [
             ("munmap, watched", row.munmap_ns, row.munmap_ratio),
@@ -205,5 +223,4 @@ fn compare(options: &Options) -> Result<(), Error> {
             );
         }
     }
-    Ok(())
 }

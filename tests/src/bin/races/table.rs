@@ -35,6 +35,12 @@ pub(crate) const TABLE: &[Entry] = &[
         "model::exit_and_unregister_release_once_and_return_after_it",
     ),
     model(
+        "R4",
+        "r4-event",
+        "whoever ends something and whoever waits for it fence before they look for each other (events)",
+        "model::litmus::an_end_and_a_waiter_do_not_miss_each_other",
+    ),
+    model(
         "R5",
         "r5",
         "the last to leave completes, not who detached (registration::state)",
@@ -225,6 +231,15 @@ pub(crate) const TABLE: &[Entry] = &[
             test: "forty_hits_over_several_devices_do_not_allocate",
         },
     },
+    Entry {
+        race: "R18",
+        guard: "a change that is refused leaves its teller no count that may be the last (engine, begin_for_others)",
+        plant: "r18-failed",
+        check: Check::Trap {
+            target: "source_no_alloc",
+            test: "a_change_that_is_refused_frees_no_device",
+        },
+    },
     test(
         "R19",
         "r19-command",
@@ -273,6 +288,12 @@ pub(crate) const TABLE: &[Entry] = &[
         "nothing is installed in a device in quarantine (fault)",
         "shootdown",
         "a_dead_device_quarantines_the_pages_and_is_not_waited_for_twice",
+    ),
+    model(
+        "R20",
+        "r20-ghost",
+        "what a registration in quarantine leaves behind is remembered before it leaves the index (space::inner, release)",
+        "model::litmus::an_invalidation_meets_a_registration_in_quarantine_or_its_ghost",
     ),
     model(
         "R21",

@@ -113,8 +113,25 @@ proptest! {
         for nr in [libc::SYS_munmap, libc::SYS_mprotect, libc::SYS_pkey_mprotect] {
             prop_assert_eq!(run(&program, &call(nr, [at, len, 0, 0, 0, 0])), expected);
         }
+        // Rounded up to huge pages the range may reach further.
+        let rounded = |size: u64| match at.is_multiple_of(size) {
+            true => len.checked_next_multiple_of(size).unwrap_or(len),
+            false => len,
+        };
+        let reaches = |len: u64| {
+            let end = u128::from(at) + u128::from(len);
+            let meets = |range: &Range| {
+                u128::from(range.start().get()) < end && at <= range.last().get()
+            };
+            end >= 1 << 64 || ranges.iter().any(meets)
+        };
+        let huge = reaches(rounded(2 << 20)) || reaches(rounded(1 << 30));
         let fixed = [at, len, 3, libc::MAP_FIXED as u64, 0, 0];
-        prop_assert_eq!(run(&program, &call(libc::SYS_mmap, fixed)), expected);
+        let said = run(&program, &call(libc::SYS_mmap, fixed));
+        prop_assert!(said == NOTIFY || !huge);
+        if !at.is_multiple_of(2 << 20) {
+            prop_assert_eq!(said, expected);
+        }
         prop_assert_eq!(run(&program, &call(libc::SYS_mmap, [at, len, 3, 2, 0, 0])), ALLOW);
         let advice = [at, len, libc::MADV_DONTNEED as u64, 0, 0, 0];
         prop_assert_eq!(run(&program, &call(libc::SYS_madvise, advice)), expected);
@@ -122,7 +139,13 @@ proptest! {
         prop_assert_eq!(run(&program, &call(libc::SYS_madvise, harmless)), ALLOW);
         // The target of a move counts as well.
         let moved = call(libc::SYS_mremap, [0x1000_0000, 0x1000, len, 3, at, 0]);
-        prop_assert_eq!(run(&program, &moved), expected);
+        prop_assert_eq!(run(&program, &moved), said);
+        let bound = |flags| call(libc::SYS_mbind, [at, len, 0, 0, 0, flags]);
+        prop_assert_eq!(run(&program, &bound(2)), said);
+        prop_assert_eq!(run(&program, &bound(1)), ALLOW);
+        // Down to the start of a stack.
+        let grows = [at, len, libc::PROT_GROWSDOWN as u64, 0, 0, 0];
+        prop_assert_eq!(run(&program, &call(libc::SYS_mprotect, grows)), NOTIFY);
         // What comes through the gate is let through, whatever it is.
         let own = Data { ip: GATE, ..call(libc::SYS_munmap, [at, len, 0, 0, 0, 0]) };
         prop_assert_eq!(run(&program, &own), ALLOW);
@@ -136,11 +159,29 @@ fn other_calls_are_let_through_and_foreign_ones_refused() {
     for nr in (0..500).filter(|nr| {
         !matches!(
             *nr,
-            9..=12 | 25 | 28 | 30 | 67 | 76 | 77 | 216 | 285 | 329 | 440
+            9..=12 | 25 | 28 | 30 | 67 | 76 | 77 | 216 | 256 | 285 | 329 | 440
         )
     }) {
         let data = call(nr, [range.start().get(), 0x1000, 0, 0, 0, 0]);
         assert_eq!(run(&program, &data), ALLOW, "call {nr}");
+    }
+    let asks = call(libc::SYS_move_pages, [0, 1, 0x1000, 0, 0x2000, 2]);
+    assert_eq!(run(&program, &asks), ALLOW);
+    for nodes in [1, 1 << 40] {
+        let moves = call(libc::SYS_move_pages, [0, 1, 0x1000, nodes, 0x2000, 2]);
+        assert_eq!(run(&program, &moves), NOTIFY);
+    }
+    for (request, expected) in [
+        (UFFDIO_MOVE as u32, NOTIFY),
+        (UFFDIO_WRITEPROTECT as u32, NOTIFY),
+        (libc::TIOCGWINSZ as u32, ALLOW),
+    ] {
+        let asked = call(libc::SYS_ioctl, [3, request.into(), 0, 0, 0, 0]);
+        assert_eq!(run(&program, &asked), expected);
+    }
+    for mode in [0x02, 0x08, 0x10, 0x20, 0x80] {
+        let asked = call(libc::SYS_fallocate, [3, mode, 0, 0x1000, 0, 0]);
+        assert_eq!(run(&program, &asked), NOTIFY);
     }
     let native = call(libc::SYS_getpid, [0; 6]);
     let i386 = Data {

@@ -1,0 +1,86 @@
+//! What an invalidation works with. It lies ready beside the slot that is claimed, so that nothing large is moved, made or dropped for an
+//! invalidation that hits nothing, and so that the first entries of its lists are there already.
+
+use std::cell::UnsafeCell;
+use std::ops::{Deref, DerefMut};
+
+use super::{DeviceOp, Hit, Trouble};
+use crate::active::{Claim, SLOTS};
+use crate::notifier::OpCore;
+use crate::pool::Chain;
+use crate::primitive::Arc;
+use crate::space::Space;
+
+/// Between two invalidations the lists are empty and there is no trouble.
+pub(crate) struct Work {
+    pub(super) core: OpCore,
+    pub(super) hits: Chain<Hit>,
+    pub(super) devices: Chain<DeviceOp>,
+    pub(super) trouble: Trouble,
+    pub(super) missed_deadline: bool,
+}
+
+#[repr(align(128))]
+struct Place(UnsafeCell<Work>);
+
+/// One for each slot of the claims.
+pub(crate) struct Desks(Box<[Place]>);
+
+// SAFETY: a place is used through a `Desk` only, of which there is one for each claim, and one claim of a slot at a time, the end of
+// which is ordered before the next. What lies there may be used on any thread: uses and devices are shared between threads anyway.
+unsafe impl Send for Desks {}
+// SAFETY: as above.
+unsafe impl Sync for Desks {}
+
+impl Desks {
+    pub(crate) fn new() -> Self {
+        let place = |_| {
+            Place(UnsafeCell::new(Work {
+                core: OpCore::none(),
+                hits: Chain::new(),
+                devices: Chain::new(),
+                trouble: Trouble::default(),
+                missed_deadline: false,
+            }))
+        };
+        Self((0..SLOTS).map(place).collect())
+    }
+}
+
+/// The place of one claim, from there to its end.
+pub(super) struct Desk<'s> {
+    pub(super) space: &'s Arc<Space>,
+    claim: Claim,
+}
+
+impl<'s> Desk<'s> {
+    /// Claims a slot for an invalidation, and begins its walk; `None` with all taken.
+    pub(super) fn claim(space: &'s Arc<Space>, range: crate::addr::Range) -> Option<Self> {
+        let claim = space.registry.active().claim(range)?;
+        Some(Self { space, claim })
+    }
+
+    pub(super) fn claimed(&self) -> Claim {
+        self.claim
+    }
+
+    /// Ends the invalidation.
+    pub(super) fn leave(self) {
+        self.space.registry.active().end(self.claim);
+    }
+}
+
+impl Deref for Desk<'_> {
+    type Target = Work;
+    fn deref(&self) -> &Work {
+        // SAFETY: this value's own from the claim, of which it was made, until `leave` takes it; and it is borrowed.
+        unsafe { &*self.space.desks.0[self.claim.slot()].0.get() }
+    }
+}
+
+impl DerefMut for Desk<'_> {
+    fn deref_mut(&mut self) -> &mut Work {
+        // SAFETY: as above; borrowed exclusively.
+        unsafe { &mut *self.space.desks.0[self.claim.slot()].0.get() }
+    }
+}

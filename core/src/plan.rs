@@ -1,0 +1,138 @@
+//! How a range is flushed on a device: the fewest commands that its declared limits allow, or one full flush where that is cheaper.
+//!
+//! What is mapped in the range comes in pieces, in the order of their addresses, each with the sizes that entries of it can have.
+//! For each size the pages are points on a line, and a command is an interval of at most so many pages that may also cover pages
+//! of which nothing is cached. Whoever begins an interval at the first page that is not covered, and makes it as long as it may be,
+//! needs the fewest.
+
+use crate::addr::{PageSize, PageSizes, Range};
+use crate::tlb::{BATCH, Device, Scope};
+
+/// What walks the pieces of a range: calls with each one, and the sizes that its pages have.
+pub(crate) type Pieces<'a> = &'a dyn Fn(Range, &mut dyn FnMut(Range, PageSizes));
+
+/// A range of which nothing is known but that pages of any size may be in it.
+pub(crate) fn unknown(range: Range, each: &mut dyn FnMut(Range, PageSizes)) {
+    each(range, PageSizes::all());
+}
+
+/// A command that is being made: the first page, and the last one so far that is to be covered, by number.
+#[derive(Clone, Copy, Debug)]
+struct Open {
+    first: u64,
+    last: u64,
+}
+
+/// The commands of one range for one device.
+#[derive(Debug)]
+pub(crate) struct FlushPlan {
+    entry_sizes: PageSizes,
+    splits_pages: bool,
+    per_command: u64,
+    /// More commands than this are dearer than a full flush, or more than a batch holds.
+    most: usize,
+    open: [Option<Open>; PageSize::ALL.len()],
+    scopes: [Scope; BATCH],
+    len: usize,
+    full: bool,
+}
+
+impl FlushPlan {
+    /// The plan for `range` on `device`.
+    pub(crate) fn new(range: Range, pieces: Pieces<'_>, device: &Device) -> Self {
+        let limits = device.limits();
+        let most = limits.commands_per_batch.clamp(1, BATCH);
+        let cost = usize::try_from(limits.full_flush_cost.max(1)).unwrap_or(usize::MAX);
+        let mut plan = Self {
+            entry_sizes: limits.entry_sizes,
+            splits_pages: device.splits_pages(),
+            per_command: limits.pages_per_command.max(1),
+            most: most.min(cost),
+            open: [None; PageSize::ALL.len()],
+            scopes: [Scope::Tag; BATCH],
+            len: 0,
+            full: false,
+        };
+        pieces(range, &mut |piece, sizes| {
+            if let Some(part) = piece.intersect(range) {
+                plan.add(part, sizes);
+            }
+        });
+        for (nth, size) in PageSize::ALL.into_iter().enumerate() {
+            if let Some(open) = plan.open[nth].take() {
+                plan.close(open, size);
+            }
+        }
+        plan
+    }
+
+    /// The sizes that entries of pages of `sizes` can have.
+    fn entries(&self, sizes: PageSizes) -> PageSizes {
+        let smaller = |size: &PageSize| self.splits_pages && sizes.bits() > size.bytes();
+        let own = |size: &PageSize| sizes.contains((*size).into()) || smaller(size);
+        let all: PageSizes = (PageSize::ALL.into_iter().filter(own).map(PageSizes::from)).collect();
+        // Entries are never larger than the page; where the device has none of its sizes it must be using smaller ones.
+        match all & self.entry_sizes {
+            none if none.is_empty() => self.entry_sizes,
+            possible => possible,
+        }
+    }
+
+    fn add(&mut self, piece: Range, sizes: PageSizes) {
+        let sizes = self.entries(sizes);
+        for (nth, size) in PageSize::ALL.into_iter().enumerate() {
+            if !sizes.contains(size.into()) {
+                continue;
+            }
+            let page = |addr: crate::addr::Addr| addr.get() >> size.shift();
+            let (mut first, last) = (page(piece.start()), page(piece.last()));
+            while !self.full {
+                let open = *self.open[nth].get_or_insert(Open { first, last: first });
+                let reach = open.first.saturating_add(self.per_command - 1);
+                if last <= reach {
+                    self.open[nth] = Some(Open { last, ..open });
+                    break;
+                }
+                let covered = if first <= reach { reach } else { open.last };
+                self.open[nth] = None;
+                self.close(
+                    Open {
+                        last: covered,
+                        ..open
+                    },
+                    size,
+                );
+                first = first.max(covered + 1);
+            }
+        }
+    }
+
+    fn close(&mut self, open: Open, size: PageSize) {
+        if self.len == self.most {
+            self.full = true;
+        }
+        if self.full {
+            return;
+        }
+        let start = open.first << size.shift();
+        let last = (open.last << size.shift()) | (size.bytes() - 1);
+        self.scopes[self.len] = Scope::Pages {
+            range: Range::inclusive(start, last).expect("a command has a page"),
+            page_size: size,
+        };
+        self.len += 1;
+    }
+
+    /// The scopes to issue, one a command.
+    pub(crate) fn scopes(&self) -> &[Scope] {
+        if self.full {
+            &[Scope::Tag]
+        } else {
+            &self.scopes[..self.len]
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "plan/tests.rs"]
+mod tests;

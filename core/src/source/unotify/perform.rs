@@ -1,0 +1,91 @@
+//! Making a call in its caller's place: as it is, unless it would leave a hole in an arena.
+
+use super::super::arena;
+use super::super::gate;
+use super::call::{Call, Changes, pages};
+use super::filter::RANGES;
+use crate::addr::Range;
+
+/// Arenas of the spaces that are watched.
+pub(super) type Arenas = [Option<Range>; RANGES];
+
+impl Call {
+    /// Makes the call.
+    pub(super) fn perform(&self, changes: &Changes, arenas: &Arenas) -> Result<usize, i32> {
+        let inside = |range: Range| arenas.iter().flatten().any(|arena| arena.overlaps(range));
+        if !changes.iter().any(|(range, _)| inside(range)) {
+            return self.as_it_is(self.args);
+        }
+        let each = || arenas.iter().flatten().copied();
+        match self.nr {
+            libc::SYS_munmap => match pages(self.args[0], self.args[1]) {
+                Some(range) => self.unmap(range, arenas),
+                None => self.as_it_is(self.args),
+            },
+            libc::SYS_mremap => self.move_away(changes, arenas),
+            libc::SYS_shmdt => {
+                let result = self.as_it_is(self.args)?;
+                for (range, _) in changes.iter() {
+                    arena::reserve_hole(range, each());
+                }
+                Ok(result)
+            }
+            _ => self.as_it_is(self.args),
+        }
+    }
+
+    fn unmap(&self, range: Range, arenas: &Arenas) -> Result<usize, i32> {
+        let each = arenas.iter().flatten().copied();
+        // SAFETY: what a thread of this process asked for.
+        let result = unsafe { arena::unmap(range, each) };
+        result.map_err(|failed| {
+            self.half.set(failed.half);
+            failed.errno
+        })
+    }
+
+    fn move_away(&self, changes: &Changes, arenas: &Arenas) -> Result<usize, i32> {
+        let each = || arenas.iter().flatten().copied();
+        let [at, old, new, flags, to, _] = self.args;
+        let has = |flag: i32| flags & flag as usize != 0;
+        let (fixed, keeps) = (has(libc::MREMAP_FIXED), has(libc::MREMAP_DONTUNMAP));
+        let (old, new) = (pages(at, old), pages(at, new));
+        let (Some(whole), Some(kept), false) = (old, new, keeps) else {
+            return self.as_it_is(self.args);
+        };
+        if !fixed && kept.last() < whole.last() {
+            // As long as it is to be, so that the kernel has looked at it. Then the rest goes.
+            let args = [at, kept.len() as usize, kept.len() as usize, flags, 0, 0];
+            let result = self.as_it_is(args)?;
+            let rest = kept.last().get() + 1;
+            let rest = Range::inclusive(rest, whole.last()).map_err(|_| libc::EINVAL)?;
+            self.unmap(rest, arenas)?;
+            return Ok(result);
+        }
+        if fixed && kept == whole {
+            // The old addresses stay mapped until they are reserved. Not every mapping can be moved so.
+            let flags = flags | libc::MREMAP_DONTUNMAP as usize;
+            let args = [at, self.args[1], self.args[2], flags, to, 0];
+            if let Ok(result) = self.as_it_is(args) {
+                // They are empty: if they stay so nothing is wrong.
+                let _ = self.unmap(whole, arenas);
+                return Ok(result);
+            }
+        }
+        let result = self.as_it_is(self.args)?;
+        if result != at {
+            for (range, _) in changes.iter() {
+                arena::reserve_hole(range, each());
+            }
+        }
+        Ok(result)
+    }
+
+    fn as_it_is(&self, mut args: [usize; 6]) -> Result<usize, i32> {
+        if let Some(vectors) = self.own_vectors() {
+            args[1] = vectors;
+        }
+        // SAFETY: what a thread of this process asked for, with its arguments: as sound, or not, as its own call would be.
+        unsafe { gate::own_call(self.nr, args) }
+    }
+}

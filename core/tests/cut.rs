@@ -158,5 +158,9 @@ fn what_others_have_cut_is_flushed_in_small_ones_too() {
     let mut both = asked.lock().unwrap().clone();
     both.sort();
     both.dedup();
-    assert_eq!(both, PageSize::ALL, "of the rest there may be small entries");
+    assert_eq!(
+        both,
+        PageSize::ALL,
+        "of the rest there may be small entries"
+    );
 }

@@ -26,7 +26,7 @@ pub(crate) struct Measured {
     pub(crate) findings: Vec<String>,
 }
 
-fn histogram() -> Histogram<u64> {
+pub(crate) fn histogram() -> Histogram<u64> {
     Histogram::new(3).expect("three digits are a valid precision")
 }
 

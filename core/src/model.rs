@@ -340,23 +340,25 @@ fn an_insertion_that_is_put_off_beside_exit_is_refused_or_released() {
     });
 }
 
-/// R8 for an insertion that is put off: until it is visible its faults wait, afterwards it is called.
+/// R8 for an insertion that is put off, here by an invalidation of something else: until it is visible no invalidation finds it, so its
+/// faults wait; afterwards it is called.
 #[test]
 fn a_fault_on_an_insertion_that_is_put_off_installs_nothing_stale() {
     check(2, || {
         let (space, device) = (space(), Device::new());
         let prepared = space.prepare(page(1), device.clone(), &[]).unwrap();
-        let open = space.begin_invalidation(page(1), Cause::External).unwrap();
+        let open = space.begin_invalidation(page(7), Cause::External).unwrap();
         let registration = StdArc::new(prepared.insert().unwrap());
-        let faulting = {
-            let (registration, device) = (registration.clone(), device.clone());
-            thread::spawn(move || device.fault(&registration))
+        let other = {
+            let (space, device) = (space.clone(), device.clone());
+            let registration = registration.clone();
+            thread::spawn(move || {
+                device.fault(&registration);
+                device.change_page(&space);
+            })
         };
-        device.page.add();
         open.end(Outcome::Changed).unwrap();
-        faulting.join().unwrap();
-        device.assert_fresh();
-        device.change_page(&space);
+        other.join().unwrap();
         device.assert_fresh();
     });
 }

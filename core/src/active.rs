@@ -106,35 +106,45 @@ impl Active {
     }
 
     /// Begins an invalidation of `range` with its walk of the index; `None` with all slots taken.
+    #[inline]
     pub(crate) fn claim(&self, range: Range) -> Option<Claim> {
         let home = home();
-        (0..SLOTS).find_map(|nth| {
-            let index = (home + nth) % SLOTS;
-            let slot = &self.slots[index];
-            let turn = slot.turn.load(Ordering::Relaxed);
-            if turn & CLAIMED != 0 {
-                return None;
-            }
-            if self.used.load(Ordering::Relaxed) <= index {
-                self.used.fetch_max(index + 1, Ordering::Relaxed);
-            }
-            let turn = turn + CLAIMED;
-            // Acquire, with (D): what the last owner wrote is over. SeqCst for the fence.
-            slot.turn
-                .compare_exchange(turn - CLAIMED, turn, Ordering::SeqCst, Ordering::Relaxed)
-                .ok()?;
-            if !planted!("r8") {
-                fence_after_rmw(); // (A)
-            }
-            slot.start.store(range.start().get(), Ordering::Relaxed);
-            slot.last.store(range.last().get(), Ordering::Relaxed);
-            // Release: who sees it stated sees the range.
-            slot.stated.store(turn, Ordering::Release);
-            Some(Claim { slot: index, turn })
-        })
+        self.claim_at(home % SLOTS, range)
+            .or_else(|| self.claim_beside(home, range))
+    }
+
+    #[cold]
+    fn claim_beside(&self, home: usize, range: Range) -> Option<Claim> {
+        (1..SLOTS).find_map(|nth| self.claim_at((home + nth) % SLOTS, range))
+    }
+
+    #[inline]
+    fn claim_at(&self, index: usize, range: Range) -> Option<Claim> {
+        let slot = &self.slots[index];
+        let turn = slot.turn.load(Ordering::Relaxed);
+        if turn & CLAIMED != 0 {
+            return None;
+        }
+        if self.used.load(Ordering::Relaxed) <= index {
+            self.used.fetch_max(index + 1, Ordering::Relaxed);
+        }
+        let turn = turn + CLAIMED;
+        // Acquire, with (D): what the last owner wrote is over. SeqCst for the fence.
+        slot.turn
+            .compare_exchange(turn - CLAIMED, turn, Ordering::SeqCst, Ordering::Relaxed)
+            .ok()?;
+        if !planted!("r8") {
+            fence_after_rmw(); // (A)
+        }
+        slot.start.store(range.start().get(), Ordering::Relaxed);
+        slot.last.store(range.last().get(), Ordering::Relaxed);
+        // Release: who sees it stated sees the range.
+        slot.stated.store(turn, Ordering::Release);
+        Some(Claim { slot: index, turn })
     }
 
     /// The walk is over: nothing of the index is looked at any more but what is in use.
+    #[inline]
     pub(crate) fn walked(&self, claim: Claim) {
         // (C) Release, with the Acquire in `is_walking`: what the walk read it has read.
         self.slots[claim.slot]
@@ -143,6 +153,7 @@ impl Active {
     }
 
     /// Ends it. A full fence: what the caller looks at next it looks at after the end.
+    #[inline]
     pub(crate) fn end(&self, claim: Claim) {
         let next = claim.turn - CLAIMED + TURN;
         // (D) Release: who sees it ended sees what it did. A swap, not a store, for the fence.

@@ -163,6 +163,7 @@ impl Range {
     ///
     /// # Errors
     /// [`RangeError::Empty`] for no bytes, [`RangeError::Overflow`] past 2^64 (ending exactly there is fine).
+    #[inline]
     pub fn new(start: impl Into<Addr>, len: u64) -> Result<Self, RangeError> {
         let start = start.into();
         if len == 0 && planted!("r23") {
@@ -185,6 +186,7 @@ impl Range {
     ///
     /// # Errors
     /// [`RangeError::Empty`] when `last` lies before `start`.
+    #[inline]
     pub fn inclusive(start: impl Into<Addr>, last: impl Into<Addr>) -> Result<Self, RangeError> {
         let (start, last) = (start.into(), last.into());
         if last < start {
@@ -243,6 +245,7 @@ impl Range {
     }
 
     /// What both share.
+    #[inline]
     pub fn intersect(self, other: Self) -> Option<Self> {
         self.overlaps(other).then(|| Self {
             start: self.start.max(other.start),

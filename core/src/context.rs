@@ -118,6 +118,7 @@ impl Context {
         }
     }
 
+    #[inline]
     fn has_put_off(&self) -> bool {
         !(self.inserts.is_empty()
             && self.completed.is_empty()
@@ -138,11 +139,13 @@ thread_local! {
 }
 
 /// Inside a callback or an open invalidation.
+#[inline]
 fn in_callback(context: &Context) -> bool {
     context.depth.get() > 0 || context.open.get() > 0
 }
 
 /// Whether a wait for a callback is legal: not inside one, and no `NotifierLock` held that it may want.
+#[inline]
 pub(crate) fn wait_refusal(call: &'static str) -> Result<(), Refused> {
     CONTEXT.with(|context| {
         if in_callback(context) {
@@ -153,6 +156,12 @@ pub(crate) fn wait_refusal(call: &'static str) -> Result<(), Refused> {
             Ok(())
         }
     })
+}
+
+/// The same, by itself.
+#[inline]
+pub(crate) fn may_wait() -> bool {
+    CONTEXT.with(|context| !in_callback(context) && context.notifier_locks.get() == 0)
 }
 
 /// Whether memory may be allocated: not inside a callback, as whoever holds the allocator's lock may be waiting for it (R18).
@@ -192,6 +201,7 @@ pub(crate) fn is_outermost() -> bool {
 }
 
 /// Whether this thread is inside a callback or an open invalidation.
+#[inline]
 pub(crate) fn inside_callback() -> bool {
     CONTEXT.with(in_callback)
 }
@@ -251,6 +261,7 @@ impl Drop for InCallback {
 pub(crate) struct OpenInvalidation(PhantomData<*const ()>);
 
 impl OpenInvalidation {
+    #[inline]
     pub(crate) fn enter() -> Self {
         CONTEXT.with(|context| context.open.set(context.open.get() + 1));
         Self(PhantomData)
@@ -258,6 +269,7 @@ impl OpenInvalidation {
 }
 
 impl Drop for OpenInvalidation {
+    #[inline]
     fn drop(&mut self) {
         CONTEXT.with(|context| context.open.set(context.open.get() - 1));
     }
@@ -268,6 +280,7 @@ impl Drop for OpenInvalidation {
 pub(crate) struct HoldsNotifierLock(PhantomData<*const ()>);
 
 impl HoldsNotifierLock {
+    #[inline]
     pub(crate) fn enter() -> Self {
         CONTEXT.with(|context| context.notifier_locks.set(context.notifier_locks.get() + 1));
         Self(PhantomData)
@@ -275,6 +288,7 @@ impl HoldsNotifierLock {
 }
 
 impl Drop for HoldsNotifierLock {
+    #[inline]
     fn drop(&mut self) {
         CONTEXT.with(|context| context.notifier_locks.set(context.notifier_locks.get() - 1));
     }
@@ -285,6 +299,7 @@ impl Drop for HoldsNotifierLock {
 pub(crate) struct HoldsMapLock(PhantomData<*const ()>);
 
 impl HoldsMapLock {
+    #[inline]
     pub(crate) fn enter() -> Self {
         CONTEXT.with(|context| context.map_lock.set(true));
         Self(PhantomData)
@@ -383,7 +398,15 @@ pub(crate) fn hand_over(to: &mut PutOff) {
 }
 
 /// Runs what was put off on this thread, as far as it is legal now. Called wherever something is left.
+#[inline]
 pub(crate) fn leave() {
+    if CONTEXT.with(Context::has_put_off) {
+        run_put_off();
+    }
+}
+
+#[cold]
+fn run_put_off() {
     while CONTEXT.with(Context::has_put_off) {
         if wait_refusal("").is_err() {
             return;

@@ -21,8 +21,8 @@ use crate::addr::Range;
 use crate::context::{self, Refused};
 use crate::lock::NotifierGuard;
 use crate::primitive::{Instant, now};
-use crate::registration::Registration;
 use crate::registration::state::State;
+use crate::registration::{Inner, Registration, Target};
 use crate::stats::Counter;
 use crate::tlb::{Device, Health};
 
@@ -79,7 +79,26 @@ impl Registration {
     ///
     /// # Errors
     /// [`FaultError`].
+    #[inline]
     pub fn begin(&self, entry: Range, time: Duration) -> Result<Fault<'_>, FaultError> {
+        let inner = &*self.inner;
+        inner.space.stats.add(Counter::Faults, 1);
+        let word = inner.word.load();
+        let calm = word.is_calm() && inner.range.contains(entry);
+        if calm && context::may_wait() && sick(inner).is_none() {
+            return Ok(Fault {
+                registration: self,
+                entry,
+                seen: word.started(),
+                begun: None,
+                time,
+            });
+        }
+        self.begin_slowly(entry, time)
+    }
+
+    #[cold]
+    fn begin_slowly(&self, entry: Range, time: Duration) -> Result<Fault<'_>, FaultError> {
         let mut fault = Fault {
             registration: self,
             entry,
@@ -87,10 +106,17 @@ impl Registration {
             begun: None,
             time,
         };
-        self.inner.space.stats.add(Counter::Faults, 1);
         fault.round()?;
         Ok(fault)
     }
+}
+
+/// A device in which nothing may be installed.
+#[inline]
+fn sick(inner: &Inner) -> Option<&Target> {
+    let mut targets = inner.targets().iter();
+    let sick = targets.find(|one| one.device.health() == Health::Quarantined);
+    sick.filter(|_| !planted!("r20-fault"))
 }
 
 impl Fault<'_> {
@@ -124,11 +150,7 @@ impl Fault<'_> {
                 registration: range,
             });
         }
-        let sick = inner
-            .targets()
-            .iter()
-            .find(|one| one.device.health() == Health::Quarantined);
-        if let Some(target) = sick.filter(|_| !planted!("r20-fault")) {
+        if let Some(target) = sick(inner) {
             return Err(FaultError::DeviceQuarantined {
                 device: target.device.clone(),
             });
@@ -143,11 +165,17 @@ impl Fault<'_> {
     /// Whether an invalidation that may overlap the entry has started since begin: then nothing may be installed. Checked with
     /// the lock held that `quiesce` takes; its guard is the proof. False stays true until that lock is dropped. Inside a callback, and
     /// once the registration is over, it is true, and [`Fault::again`] says why.
+    #[inline]
     pub fn retry<T>(&self, guard: &NotifierGuard<'_, T>) -> bool {
         let _ = guard;
         let inner = &self.registration.inner;
+        let word = inner.word.load();
+        let same = word.started() == self.seen && !word.is_detached();
+        if same && !context::inside_callback() {
+            return false;
+        }
         let retry = context::inside_callback()
-            || inner.word.load().is_detached()
+            || word.is_detached()
             || inner.disturbed(self.entry, self.seen);
         if retry {
             inner.space.stats.add(Counter::FaultRetries, 1);

@@ -87,10 +87,16 @@ impl Ghosts {
         fence(Ordering::SeqCst);
     }
 
+    /// Whether there are some, or have been.
+    #[inline]
+    pub(crate) fn are_there(&self) -> bool {
+        self.some.load(Ordering::Relaxed)
+    }
+
     /// Shows a device in quarantine that may still reach something of `range`, if there is one. Allocates nothing, and takes no count
     /// of it, which could come to be the last.
     pub(crate) fn find(&self, range: Range, see: impl FnOnce(&Device)) {
-        if !self.some.load(Ordering::Relaxed) {
+        if !self.are_there() {
             return;
         }
         let all = self.all.lock();

@@ -33,6 +33,7 @@ impl<T> NotifierLock<T> {
 
     /// Takes the lock; waits for its holder. A panic of an earlier holder is ignored: the handler that panicked has
     /// quarantined its device.
+    #[inline]
     pub fn lock(&self) -> NotifierGuard<'_, T> {
         NotifierGuard::new(self.inner.lock())
     }
@@ -65,6 +66,7 @@ pub struct NotifierGuard<'a, T> {
 }
 
 impl<'a, T> NotifierGuard<'a, T> {
+    #[inline]
     fn new(inner: MutexGuard<'a, T>) -> Self {
         Self {
             inner,
@@ -92,6 +94,7 @@ impl<T> DerefMut for NotifierGuard<'_, T> {
 pub(crate) struct Leave;
 
 impl Drop for Leave {
+    #[inline]
     fn drop(&mut self) {
         context::leave();
     }

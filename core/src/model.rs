@@ -11,6 +11,7 @@
 //! model asserts it.
 
 mod litmus;
+mod notes;
 mod phases;
 mod waits;
 

@@ -107,30 +107,3 @@ mod tests {
         assert_eq!(numbers, [7, 8, 9, 10]);
     }
 }
-
-#[cfg(all(test, loom))]
-mod model {
-    use super::*;
-
-    /// Which slots remember for the faults that ask: a torn note could clear a fault that was disturbed (R9).
-    #[test]
-    fn a_note_is_read_as_it_was_written_or_not_at_all() {
-        let note = |number: u64| Note {
-            registration: number,
-            number,
-            range: Range::new(number << 12, number << 12).unwrap(),
-        };
-        loom::model(move || {
-            let notes = std::sync::Arc::new(Notes::<1>::new());
-            notes.write(note(1));
-            let writer = {
-                let notes = notes.clone();
-                loom::thread::spawn(move || notes.write(note(2)))
-            };
-            for read in notes.read() {
-                assert_eq!(read, note(read.number));
-            }
-            writer.join().unwrap();
-        });
-    }
-}

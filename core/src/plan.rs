@@ -38,14 +38,14 @@ pub(crate) struct FlushPlan {
 }
 
 impl FlushPlan {
-    /// The plan for `range` on `device`.
-    pub(crate) fn new(range: Range, pieces: Pieces<'_>, device: &Device) -> Self {
+    /// The plan for `range` on `device`. Where others change pages too large ones may have been `cut`.
+    pub(crate) fn new(range: Range, pieces: Pieces<'_>, device: &Device, cut: bool) -> Self {
         let limits = device.limits();
         let most = limits.commands_per_batch.clamp(1, BATCH);
         let cost = usize::try_from(limits.full_flush_cost.max(1)).unwrap_or(usize::MAX);
         let mut plan = Self {
             entry_sizes: limits.entry_sizes,
-            splits_pages: device.splits_pages(),
+            splits_pages: device.splits_pages() || cut,
             per_command: limits.pages_per_command.max(1),
             most: most.min(cost),
             open: [None; PageSize::ALL.len()],

@@ -86,7 +86,9 @@ impl<T> Drop for Pool<T> {
 
 /// A list of `T` over chunks of a pool, which is told each time.
 pub(crate) struct Chain<T> {
+    /// The newest.
     head: Option<Box<Chunk<T>>>,
+    len: usize,
 }
 
 impl<T> Default for Chain<T> {
@@ -97,7 +99,7 @@ impl<T> Default for Chain<T> {
 
 impl<T> Chain<T> {
     pub(crate) const fn new() -> Self {
-        Self { head: None }
+        Self { head: None, len: 0 }
     }
 
     /// Adds an entry; gives it back when the pool is exhausted.
@@ -112,6 +114,7 @@ impl<T> Chain<T> {
         }
         if let Some(chunk) = &mut self.head {
             chunk.entries.push(entry);
+            self.len += 1;
         }
         Ok(())
     }
@@ -127,6 +130,42 @@ impl<T> Chain<T> {
             .flat_map(|chunk| chunk.entries.iter())
     }
 
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(crate) fn last_mut(&mut self) -> Option<&mut T> {
+        self.head.as_mut()?.entries.last_mut()
+    }
+
+    /// The `nth` that was pushed.
+    pub(crate) fn get_mut(&mut self, nth: usize) -> Option<&mut T> {
+        let mut before = self.len;
+        let mut next = self.head.as_deref_mut();
+        while let Some(chunk) = next {
+            before -= chunk.entries.len();
+            if nth >= before {
+                return chunk.entries.get_mut(nth - before);
+            }
+            next = chunk.next.as_deref_mut();
+        }
+        None
+    }
+
+    /// Which it is that was pushed, of the one that `is`.
+    pub(crate) fn position(&self, mut is: impl FnMut(&T) -> bool) -> Option<usize> {
+        let mut before = self.len;
+        let mut next = self.head.as_deref();
+        while let Some(chunk) = next {
+            before -= chunk.entries.len();
+            if let Some(at) = chunk.entries.iter().position(&mut is) {
+                return Some(before + at);
+            }
+            next = chunk.next.as_deref();
+        }
+        None
+    }
+
     /// Shows each entry, newest chunk first.
     pub(crate) fn for_each(&mut self, mut visit: impl FnMut(&mut T)) {
         let mut next = self.head.as_deref_mut();
@@ -139,6 +178,7 @@ impl<T> Chain<T> {
     /// Empties it. It keeps a chunk.
     pub(crate) fn clear(&mut self, pool: &Pool<T>) {
         let Some(head) = &mut self.head else { return };
+        self.len = 0;
         head.entries.clear();
         while let Some(mut chunk) = head.next.take() {
             head.next = chunk.next.take();
@@ -172,6 +212,11 @@ mod tests {
             (0..room).for_each(|n| chain.push(&pool, n).unwrap());
             assert_eq!(chain.push(&pool, 0), Err(0));
             assert_eq!(chain.iter().sum::<usize>(), (0..room).sum());
+            for nth in [0, CHUNK - 1, CHUNK, room - 1] {
+                assert_eq!(chain.get_mut(nth).copied(), Some(nth));
+                assert_eq!(chain.position(|n| *n == nth), Some(nth));
+            }
+            assert_eq!(chain.get_mut(room), None);
             chain.give(&pool);
         }
     }

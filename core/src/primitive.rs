@@ -1,5 +1,6 @@
-//! Every atomic, lock, thread-local and yield of this crate goes through this module: those of `shootdown_primitive` by default, the
-//! model checker's under `--cfg loom`, so that the checker runs the code that ships.
+//! Every atomic, lock, thread-local and yield of this crate goes through this module: those of `shootdown_primitive` by default (the
+//! standard library's; a simulation's under `--cfg sim`), the model checker's under `--cfg loom`, so that the checker runs the
+//! code that ships.
 //!
 //! Locks are the standard library's on purpose. On Linux they are one futex word each and never allocate, neither when they
 //! are made nor when they are waited for; a lock that parks its waiters in a table of its own allocates for each new thread, which
@@ -43,6 +44,8 @@ impl<T> Mutex<T> {
     }
 
     /// Waits for the holder.
+    #[inline]
+    #[cfg_attr(sim, track_caller)]
     pub(crate) fn lock(&self) -> MutexGuard<'_, T> {
         match self.0.lock() {
             Ok(guard) => guard,
@@ -71,6 +74,7 @@ impl Condvar {
     }
 
     /// Lets the lock go, sleeps until it is notified or for no reason at all, and takes the lock again.
+    #[cfg_attr(sim, track_caller)]
     pub(crate) fn wait<'a, T>(&self, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
         match self.0.wait(guard) {
             Ok(guard) => guard,
@@ -82,6 +86,7 @@ impl Condvar {
     ///
     /// Under the checker time stands still and `timeout` never passes: a wake-up that is lost is then a deadlock, which
     /// the checker reports, where a timeout would have papered over it.
+    #[cfg_attr(sim, track_caller)]
     pub(crate) fn wait_timeout<'a, T>(
         &self,
         guard: MutexGuard<'a, T>,
@@ -106,6 +111,7 @@ pub(crate) fn now() -> Instant {
 
 /// A counter of the processor that only orders and spaces records: the same on all its cores where it is invariant, as on everything
 /// that has an IOMMU. Nothing is concluded from it.
+#[cfg(not(sim))]
 pub(crate) fn ticks() -> u64 {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: reads a counter, and nothing else.
@@ -118,6 +124,34 @@ pub(crate) fn ticks() -> u64 {
         static EPOCH: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
         EPOCH.get_or_init(Instant::now).elapsed().as_nanos() as u64
     }
+}
+
+/// In a simulation its clock is the counter.
+#[cfg(sim)]
+pub(crate) fn ticks() -> u64 {
+    shootdown_primitive::sim::so_far().nanoseconds
+}
+
+/// A number of the calling thread, as the kernel knows it.
+#[cfg(not(sim))]
+pub(crate) fn kernel_thread() -> u64 {
+    use std::cell::Cell;
+    std::thread_local! {
+        static THREAD: Cell<u64> = const { Cell::new(0) };
+    }
+    THREAD.with(|thread| {
+        if thread.get() == 0 {
+            // SAFETY: no arguments, no memory; always succeeds.
+            thread.set(unsafe { libc::syscall(libc::SYS_gettid) } as u64);
+        }
+        thread.get()
+    })
+}
+
+/// The kernel does not know those of a simulation.
+#[cfg(sim)]
+pub(crate) fn kernel_thread() -> u64 {
+    0
 }
 
 /// A full fence, where the last thing that this thread did is a sequentially consistent read-modify-write. On x86 that instruction
@@ -168,8 +202,9 @@ pub(crate) struct Backoff {
 
 impl Backoff {
     /// 2^6 - 1 spins in all, well under a microsecond: about what a round trip to another core costs.
-    const SPIN_ROUNDS: u32 = 6;
-    const YIELD_ROUNDS: u32 = 500;
+    const SPIN_ROUNDS: u32 = if cfg!(sim) { 1 } else { 6 };
+    /// Few where a round that changes nothing is a waste: in a simulation nobody is faster by it.
+    const YIELD_ROUNDS: u32 = if cfg!(sim) { 4 } else { 500 };
     const NAP: Duration = Duration::from_micros(20);
 
     pub(crate) const fn new() -> Self {

@@ -69,6 +69,7 @@ impl Counters {
         }))
     }
 
+    #[inline]
     fn add_at(&self, index: usize, more: u64) {
         // Relaxed: counts order nothing.
         let home = home();
@@ -81,6 +82,7 @@ impl Counters {
         }
     }
 
+    #[inline]
     pub(crate) fn add(&self, counter: Counter, more: u64) {
         self.add_at(counter as usize, more);
     }

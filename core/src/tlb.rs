@@ -265,6 +265,7 @@ impl Device {
     }
 
     /// Whether it is in quarantine.
+    #[inline]
     pub fn health(&self) -> Health {
         self.sickness()
             .map_or(Health::Healthy, |_| Health::Quarantined)

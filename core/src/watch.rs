@@ -12,7 +12,7 @@ use shootdown_primitive::time::{Duration, Instant};
 
 use crate::active::SLOTS;
 use crate::primitive::atomic::{AtomicU64, Ordering, fence};
-use crate::primitive::home;
+use crate::primitive::{home, kernel_thread};
 
 /// Releases that are watched at once; more run unwatched.
 const RELEASES: usize = 16;
@@ -77,21 +77,6 @@ impl Name {
     pub(crate) fn as_str(self) -> &'static str {
         &self.0.name
     }
-}
-
-/// A number of the calling thread, as the kernel knows it.
-fn thread() -> u64 {
-    use std::cell::Cell;
-    std::thread_local! {
-        static THREAD: Cell<u64> = const { Cell::new(0) };
-    }
-    THREAD.with(|thread| {
-        if thread.get() == 0 {
-            // SAFETY: no arguments, no memory; always succeeds.
-            thread.set(unsafe { libc::syscall(libc::SYS_gettid) } as u64);
-        }
-        thread.get()
-    })
 }
 
 #[repr(align(64))]
@@ -172,7 +157,7 @@ impl Watch {
         fence(Ordering::Release);
         post.who
             .store(registration << 16 | name.0.at, Ordering::Relaxed);
-        post.thread.store(thread(), Ordering::Relaxed);
+        post.thread.store(kernel_thread(), Ordering::Relaxed);
         // Release, with the Acquire of the look: who sees the run sees who it is.
         post.run
             .store(number << 8 | stage as u64, Ordering::Release);

@@ -129,3 +129,38 @@ fn who_changes_the_other_part_of_a_page_that_is_being_cut_flushes_small_ones_too
     space.discard(part(100)).unwrap();
     assert_eq!(take(), [PageSize::FourKiB], "it is small pages now");
 }
+
+#[test]
+fn what_others_have_cut_is_flushed_in_small_ones_too() {
+    let arena = Range::new(1u64 << 30, 4 << 20).unwrap();
+    let space = AddressSpace::managed(
+        Arc::new(Pages {
+            arena,
+            is_cut: AtomicBool::new(false),
+            may_go_on: AtomicBool::new(true),
+        }),
+        Deadlines::default(),
+    );
+    let tlb = Tlb::default();
+    let asked = tlb.asked.clone();
+    let device = Device::new("a device", tlb);
+    let target = Target { device, tag: 0 };
+    let _registration = space
+        .register(Range::ALL, Arc::new(Plain), &[target])
+        .unwrap();
+    let map = Map::anonymous(2 << 20).page_size(PageSize::TwoMiB);
+    let page = space.map(map).unwrap();
+    let part = Range::new(page.start().get(), 4096).unwrap();
+    let change = space.begin_invalidation(part, Cause::Unmap).unwrap();
+    change.end(Outcome::Changed).unwrap();
+    asked.lock().unwrap().clear();
+    space.unmap(page).unwrap();
+    let mut both = asked.lock().unwrap().clone();
+    both.sort();
+    both.dedup();
+    assert_eq!(
+        both,
+        PageSize::ALL,
+        "of the rest there may be small entries"
+    );
+}

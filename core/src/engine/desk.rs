@@ -6,6 +6,7 @@ use std::ops::{Deref, DerefMut};
 
 use super::{DeviceOp, Hit, Trouble};
 use crate::active::{Claim, SLOTS};
+use crate::addr::Range;
 use crate::notifier::OpCore;
 use crate::pool::Chain;
 use crate::primitive::Arc;
@@ -18,6 +19,8 @@ pub(crate) struct Work {
     pub(super) devices: Chain<DeviceOp>,
     pub(super) trouble: Trouble,
     pub(super) missed_deadline: bool,
+    /// Somebody was hit, or might have been.
+    pub(super) busy: bool,
 }
 
 #[repr(align(128))]
@@ -41,6 +44,7 @@ impl Desks {
                 devices: Chain::new(),
                 trouble: Trouble::default(),
                 missed_deadline: false,
+                busy: false,
             }))
         };
         Self((0..SLOTS).map(place).collect())
@@ -50,21 +54,25 @@ impl Desks {
 /// The place of one claim, from there to its end.
 pub(super) struct Desk<'s> {
     pub(super) space: &'s Arc<Space>,
-    claim: Claim,
+    pub(super) claim: Claim,
 }
 
 impl<'s> Desk<'s> {
     /// Claims a slot for an invalidation, and begins its walk; `None` with all taken.
-    pub(super) fn claim(space: &'s Arc<Space>, range: crate::addr::Range) -> Option<Self> {
+    #[inline]
+    pub(super) fn claim(space: &'s Arc<Space>, range: Range) -> Option<Self> {
         let claim = space.registry.active().claim(range)?;
         Some(Self { space, claim })
     }
 
-    pub(super) fn claimed(&self) -> Claim {
-        self.claim
+    /// Whether there is nobody to call and nobody to fear; then the walk is over.
+    #[inline]
+    pub(super) fn hits_nothing(&self, range: Range) -> bool {
+        self.space.registry.misses(self.claim, range) && !self.space.ghosts.are_there()
     }
 
     /// Ends the invalidation.
+    #[inline]
     pub(super) fn leave(self) {
         self.space.registry.active().end(self.claim);
     }

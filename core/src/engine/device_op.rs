@@ -125,6 +125,22 @@ impl DeviceOp {
     }
 }
 
+/// Which devices are in the list: those with no bit here are not, and need not be looked for.
+#[derive(Default)]
+pub(super) struct Known([u64; 8]);
+
+impl Known {
+    /// Where `device` is; from here on it is known.
+    pub(super) fn find(&mut self, devices: &Chain<DeviceOp>, device: &Device) -> Option<usize> {
+        let hash = (device.key() as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 55;
+        let (word, bit) = ((hash / 64) as usize, 1 << (hash % 64));
+        let may_be = self.0[word] & bit != 0;
+        self.0[word] |= bit;
+        let same = |one: &DeviceOp| one.device.same(device);
+        may_be.then(|| devices.position(same)).flatten()
+    }
+}
+
 /// A deadline that reads no clock before the quick part of a wait is over.
 pub(super) struct Deadline {
     time: Duration,

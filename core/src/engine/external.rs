@@ -27,7 +27,8 @@ impl ExternalInvalidation<'_> {
     /// # Errors
     /// [`InvalidateError::HandlerPanicked`](crate::InvalidateError::HandlerPanicked) if an `end` did; everybody else has been told.
     pub fn end(mut self, outcome: Outcome) -> Result<(), InvalidateError> {
-        let panicked = self.invalidation.end(outcome).panic_at_end();
+        let ended = self.invalidation.end(outcome);
+        let panicked = ended.map_or(Ok(()), |ended| ended.panic_at_end());
         panicked.map_err(|error| error.with(None))
     }
 }
@@ -63,6 +64,7 @@ impl crate::AddressSpace {
         self.external(range, cause, Mode::Try)
     }
 
+    #[inline]
     fn external(
         &self,
         range: Range,
@@ -79,6 +81,7 @@ impl crate::AddressSpace {
             cause,
             segments: &[],
         };
+        self.space.sources.others_change();
         let begun = Invalidation::begin(&self.space, what, mode);
         let mut invalidation = begun.map_err(|failed| failed.error)?;
         if self.space.exit_has_begun() {

@@ -12,6 +12,11 @@
 //! Each phase is over for all devices before the next begins. From start to end nothing is allocated or freed, and no lock is
 //! taken but the short ones of this crate; the lists come from pools.
 
+#![allow(
+    clippy::result_large_err,
+    reason = "nothing may be allocated here, and an error is rare"
+)]
+
 mod desk;
 mod device_op;
 mod error;
@@ -24,7 +29,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 pub(crate) use self::desk::Desks;
 use self::desk::{Desk, Work};
 pub(crate) use self::device_op::DeviceOp;
-use self::device_op::{Ack, Deadline, sync};
+use self::device_op::{Ack, Deadline, Known, sync};
 pub use self::error::{InvalidateError, SinkError};
 use self::escalate::{GONE, call, dead, reset_all};
 pub use self::external::ExternalInvalidation;
@@ -55,12 +60,19 @@ pub(crate) enum Mode {
 
 /// One registration in one invalidation.
 pub(crate) struct Hit {
-    used: Option<Use>,
+    who: Who,
     quiesced: bool,
     polled: bool,
     /// It failed in a way that no device in quarantine answers for; after the end it is kept.
     failed: bool,
-    kept: Option<Arc<Inner>>,
+    /// Where its first device is in the list of them.
+    device: u32,
+}
+
+enum Who {
+    Used(Use),
+    Kept(Arc<Inner>),
+    Nobody,
 }
 
 /// The part of it that is invalidated.
@@ -176,7 +188,10 @@ impl Failed<'_> {
 
     /// Registrations whose handler failed in a way that no device answers for.
     pub(crate) fn registrations(&self) -> impl Iterator<Item = &Arc<Inner>> {
-        self.ended.hits.iter().filter_map(|hit| hit.kept.as_ref())
+        self.ended.hits.iter().filter_map(|hit| match &hit.who {
+            Who::Kept(inner) => Some(inner),
+            _ => None,
+        })
     }
 }
 
@@ -225,7 +240,9 @@ pub(crate) fn run<'s>(
     // What a memory that panicked has done nobody knows.
     let error = match changed.unwrap_or(Err(MemoryError::Panicked)) {
         Ok(()) => {
-            let ended = invalidation.end(Outcome::Changed);
+            let Some(ended) = invalidation.end(Outcome::Changed) else {
+                return Ok(());
+            };
             let panicked = ended.panic_at_end();
             return panicked.map_err(|error| Failed {
                 error: error.with(None),
@@ -239,12 +256,14 @@ pub(crate) fn run<'s>(
         _ if planted!("r27") => Outcome::Changed,
         _ => Outcome::Unchanged,
     });
+    let ended = ended.unwrap_or_else(|| Ended::without_trouble(space));
     let error = error.into();
     Err(Failed { error, ended })
 }
 
 impl<'s> Invalidation<'s> {
     /// Phases 1 to 4. On an error `end` has been called.
+    #[inline]
     pub(crate) fn begin(
         space: &'s Arc<Space>,
         what: What<'_>,
@@ -281,15 +300,36 @@ impl<'s> Invalidation<'s> {
         }
     }
 
+    #[inline]
     fn phases(
         &mut self,
         what: What<'_>,
         mode: Mode,
         keeps: bool,
     ) -> Result<(), (SinkError, Ended<'s>)> {
-        let desk = match start(self.space, what, mode, keeps) {
+        // Most hit nothing: then there is no more to it than the claim.
+        let desk = Desk::claim(self.space, what.range);
+        let nothing = |desk: &Desk<'_>| what.segments.is_empty() && desk.hits_nothing(what.range);
+        if desk.as_ref().is_some_and(nothing) {
+            self.desk = desk;
+            self.change = self.space.sources.change(what.range);
+            return Ok(());
+        }
+        self.all_phases(desk, what, mode, keeps)
+    }
+
+    #[inline(never)]
+    fn all_phases(
+        &mut self,
+        desk: Option<Desk<'s>>,
+        what: What<'_>,
+        mode: Mode,
+        keeps: bool,
+    ) -> Result<(), (SinkError, Ended<'s>)> {
+        let space = self.space;
+        let desk = match start(space, desk, what, mode, keeps) {
             Ok(desk) => self.desk.insert(desk),
-            Err(error) => return Err((error, Ended::without_trouble(self.space))),
+            Err(error) => return Err((error, Ended::without_trouble(space))),
         };
         if !desk.hits.is_empty() || !what.segments.is_empty() {
             desk.core.sizes = sizes_of(what.range, what.pieces);
@@ -302,7 +342,7 @@ impl<'s> Invalidation<'s> {
             }
         }
         if !desk.trouble.any {
-            self.change = Some(self.space.sources.change(what.range));
+            self.change = space.sources.change(what.range);
             return Ok(());
         }
         let error = desk.error();
@@ -310,21 +350,29 @@ impl<'s> Invalidation<'s> {
             SinkError::WouldBlock { .. } => Outcome::Unchanged,
             _ => Outcome::Quarantined,
         });
+        let ended = ended.unwrap_or_else(|| Ended::without_trouble(space));
         Err((error, ended))
     }
 
-    /// The last phase.
-    pub(crate) fn end(&mut self, outcome: Outcome) -> Ended<'s> {
+    /// The last phase; what is left where somebody was hit.
+    #[inline]
+    pub(crate) fn end(&mut self, outcome: Outcome) -> Option<Ended<'s>> {
         self.change = None;
-        match self.desk.take() {
-            Some(desk) => desk.end(outcome),
-            None => Ended::without_trouble(self.space),
+        let desk = self.desk.take()?;
+        if desk.busy {
+            return Some(desk.end(outcome));
         }
+        desk.leave();
+        self.space.stats.add(Counter::Invalidations, 1);
+        self.space.events.ended_and_fenced();
+        None
     }
 }
 
+/// With every overlapping registration in use; `desk` is the first attempt, which claims are not always.
 fn start<'s>(
     space: &'s Arc<Space>,
+    mut desk: Option<Desk<'s>>,
     what: What<'_>,
     mode: Mode,
     keeps: bool,
@@ -334,8 +382,9 @@ fn start<'s>(
     let mut deadline = Deadline::new(limit);
     let mut backoff = Backoff::new();
     loop {
-        if let Some(mut desk) = Desk::claim(space, range) {
-            let claim = desk.claimed();
+        if let Some(mut desk) = desk {
+            let claim = desk.claim;
+            desk.busy = true;
             desk.trouble.keeps = keeps;
             desk.core = OpCore {
                 id: claim.id(),
@@ -363,6 +412,7 @@ fn start<'s>(
             });
         }
         backoff.wait();
+        desk = Desk::claim(space, range);
     }
 }
 
@@ -370,7 +420,7 @@ impl<'s> Desk<'s> {
     /// Takes every overlapping registration in use; false when the pools have no room.
     fn collect(&mut self) -> bool {
         let mut room = true;
-        let (space, claim) = (self.space, self.claimed());
+        let (space, claim) = (self.space, self.claim);
         let registry = &space.registry;
         let Work {
             core,
@@ -380,6 +430,7 @@ impl<'s> Desk<'s> {
             ..
         } = &mut **self;
         let range = core.range;
+        let mut known = Known::default();
         let mut count = 0;
         registry.walk(claim, range, |found| {
             let inner: &Inner = &found;
@@ -400,21 +451,30 @@ impl<'s> Desk<'s> {
                 quiesced: false,
                 polled: false,
                 failed: false,
-                kept: None,
-                used: Some(used),
+                device: 0,
+                who: Who::Used(used),
             };
-            if let Err(Hit { used, .. }) = hits.push(&space.hits, hit) {
+            if let Err(hit) = hits.push(&space.hits, hit) {
                 room = planted!("r19-hit");
-                if let Some(used) = used {
+                if let Who::Used(used) = hit.who {
                     used.leave();
                 }
                 return ControlFlow::Break(());
             }
             count += 1;
-            for target in inner.targets() {
-                if !devices.iter().any(|one| one.device.same(&target.device)) {
+            for (nth, target) in inner.targets().iter().enumerate() {
+                let Some(at) = known.find(devices, &target.device).or_else(|| {
                     let op = DeviceOp::new(target.device.clone());
-                    room &= devices.push(&space.device_ops, op).is_ok();
+                    devices.push(&space.device_ops, op).ok()?;
+                    Some(devices.len() - 1)
+                }) else {
+                    room = false;
+                    break;
+                };
+                if nth == 0
+                    && let Some(hit) = hits.last_mut()
+                {
+                    hit.device = at as u32;
                 }
             }
             if room {
@@ -442,7 +502,7 @@ impl<'s> Desk<'s> {
             ..
         } = &mut **self;
         hits.for_each(|hit| {
-            let Some(used) = &hit.used else { return };
+            let Who::Used(used) = &hit.who else { return };
             if trouble.would_block || planted!("r22-others") && trouble.panicked {
                 return;
             }
@@ -471,19 +531,22 @@ impl<'s> Desk<'s> {
         let Work {
             core,
             hits,
+            devices,
             trouble,
             ..
         } = &mut **self;
         let mut deadline = Deadline::new(space.deadlines.drain);
         let mut backoff = Backoff::new();
+        let mut waited_for = false;
         loop {
             let mut waiting = false;
             let over = deadline.is_over(&backoff);
             hits.for_each(|hit| {
-                let Some(used) = &hit.used else { return };
+                let Who::Used(used) = &hit.who else { return };
                 if !hit.polled {
                     return;
                 }
+                waited_for = true;
                 let op = Op::new(core, part(used, core));
                 match call(space, used, core, Stage::Drained, || {
                     used.notifier.drained(&op)
@@ -510,7 +573,10 @@ impl<'s> Desk<'s> {
             }
             backoff.wait();
         }
-        space.recorder.record(Kind::Quiesced, core.id, 0, 0);
+        // Without any of it the phases between start and end are a few calls.
+        if waited_for || !devices.is_empty() {
+            space.recorder.record(Kind::Quiesced, core.id, 0, 0);
+        }
     }
 
     fn flush(&mut self, pieces: Pieces<'_>) {
@@ -522,8 +588,9 @@ impl<'s> Desk<'s> {
             trouble,
             ..
         } = &mut **self;
+        let cut = space.sources.may_be_cut();
         hits.for_each(|hit| {
-            let Some(used) = &hit.used else { return };
+            let Who::Used(used) = &hit.who else { return };
             let op = Op::new(core, part(used, core));
             let asked = call(space, used, core, Stage::Flush, || {
                 used.notifier.flush(&op, Gather::new(&op)).range()
@@ -533,18 +600,21 @@ impl<'s> Desk<'s> {
                 return;
             };
             let Some(range) = asked else { return };
-            for target in used.targets() {
-                let plan = FlushPlan::new(range, pieces, &target.device);
-                devices.for_each(|one| {
-                    if one.device.same(&target.device) {
-                        for &scope in plan.scopes() {
-                            one.add(FlushCommand {
-                                tag: target.tag,
-                                scope,
-                            });
-                        }
-                    }
-                });
+            for (nth, target) in used.targets().iter().enumerate() {
+                let at = match nth {
+                    0 => Some(hit.device as usize),
+                    _ => devices.position(|one| one.device.same(&target.device)),
+                };
+                let Some(one) = at.and_then(|at| devices.get_mut(at)) else {
+                    continue;
+                };
+                let plan = FlushPlan::new(range, pieces, &target.device, cut);
+                for &scope in plan.scopes() {
+                    one.add(FlushCommand {
+                        tag: target.tag,
+                        scope,
+                    });
+                }
             }
         });
         let mut deadline = Deadline::new(space.deadlines.flush);
@@ -575,7 +645,7 @@ impl<'s> Desk<'s> {
             ..
         } = &mut **self;
         hits.for_each(|hit| {
-            let Some(used) = &hit.used else { return };
+            let Who::Used(used) = &hit.who else { return };
             let op = Op::new(core, part(used, core));
             match call(space, used, core, Stage::CutOff, || {
                 used.notifier.cut_off(&op)
@@ -621,7 +691,9 @@ impl<'s> Desk<'s> {
             devices,
             trouble,
             missed_deadline,
+            busy,
         } = &mut *self;
+        *busy = false;
         let hit_any = !hits.is_empty();
         let kept = quarantined && trouble.keeps;
         if hit_any {
@@ -630,7 +702,9 @@ impl<'s> Desk<'s> {
                 devices.clear(&space.device_ops);
             }
             hits.for_each(|hit| {
-                let Some(used) = hit.used.take() else { return };
+                let Who::Used(used) = std::mem::replace(&mut hit.who, Who::Nobody) else {
+                    return;
+                };
                 if hit.quiesced && !(planted!("r13") && trouble.would_block) {
                     let op = Op::new(core, part(&used, core));
                     let end = || used.notifier.end(&op, outcome);
@@ -638,7 +712,9 @@ impl<'s> Desk<'s> {
                         hit.failed |= trouble.panicked(&used);
                     }
                 }
-                hit.kept = (kept && hit.failed).then(|| used.count());
+                if kept && hit.failed {
+                    hit.who = Who::Kept(used.count());
+                }
                 used.leave();
             });
         }

@@ -52,7 +52,9 @@ fn plan(pieces: &[(Range, PageSizes)], device: &Device) -> Vec<Scope> {
             each(*range, *sizes);
         }
     };
-    FlushPlan::new(Range::ALL, &walk, device).scopes().to_vec()
+    FlushPlan::new(Range::ALL, &walk, device, false)
+        .scopes()
+        .to_vec()
 }
 
 fn one(len: u64, size: PageSize, cost: u64) -> Vec<Scope> {

@@ -147,6 +147,7 @@ impl Inner {
         std::ptr::from_ref(self) as usize
     }
 
+    #[inline]
     pub(crate) fn targets(&self) -> &[Target] {
         match &self.targets {
             Targets::None => &[],

@@ -61,6 +61,7 @@ pub(crate) fn started_since(started: u64, seen: u64) -> u64 {
 pub(crate) struct Snapshot(u64);
 
 impl Snapshot {
+    #[inline]
     pub(crate) fn state(self) -> State {
         match self.0 & STATE {
             0 => State::Prepared,
@@ -80,11 +81,13 @@ impl Snapshot {
     }
 
     /// How many invalidations have started.
+    #[inline]
     pub(crate) fn started(self) -> u64 {
         self.0 >> STARTED_SHIFT
     }
 
     /// Live, and no invalidation is in progress that it would have to know of.
+    #[inline]
     pub(crate) fn is_calm(self) -> bool {
         self.0 & (STATE | USES | MISSED) == State::Live as u64
     }
@@ -100,6 +103,7 @@ impl Snapshot {
     }
 
     /// No callback begins any more.
+    #[inline]
     pub(crate) fn is_detached(self) -> bool {
         matches!(self.state(), State::Detached | State::Released)
     }
@@ -144,6 +148,7 @@ impl StateWord {
         Self(AtomicU64::new(State::Prepared as u64 | SHARED | SHARE))
     }
 
+    #[inline]
     pub(crate) fn load(&self) -> Snapshot {
         Snapshot(self.0.load(Ordering::Acquire))
     }

@@ -23,7 +23,7 @@ use std::ops::ControlFlow;
 
 pub(crate) use self::node::{Entry, Found};
 use self::node::{Link, Node, Nodes, key};
-use self::summary::{Marks, Summary, Table};
+use self::summary::{Marks, Old, Summary};
 use crate::active::{Active, Claim};
 use crate::addr::Range;
 use crate::primitive::atomic::{AtomicPtr, Ordering};
@@ -34,7 +34,7 @@ use crate::srcu::{Garbage, Retired};
 struct Unlinked<T> {
     nodes: Vec<Link<T>>,
     values: Vec<Arc<T>>,
-    tables: Vec<Table>,
+    tables: Vec<Old>,
 }
 
 impl<T> Default for Unlinked<T> {
@@ -61,7 +61,7 @@ impl<T> Garbage for Unlinked<T> {
 
 /// Values and tables that nobody sees any more: to be dropped when the writer's lock is let go, as the last count of a value may be
 /// among them, and with it whatever a driver drops.
-type Free<T> = (Vec<Arc<T>>, Vec<Table>);
+type Free<T> = (Vec<Arc<T>>, Vec<Old>);
 
 struct Writer<T> {
     nodes: Nodes<T>,
@@ -110,22 +110,32 @@ impl<T: Entry> Registry<T> {
         &self.active
     }
 
+    /// Whether certainly no entry overlaps `range`, which `claim` was made for; then the walk of `claim` is over.
+    #[inline]
+    pub(crate) fn misses(&self, claim: Claim, range: Range) -> bool {
+        let misses = !self.summary.may_hit(range);
+        if misses {
+            self.active.walked(claim);
+        }
+        misses
+    }
+
     /// Shows every entry that overlaps `range`, which `claim` was made for, by start and then number, until `visit` breaks; and ends
-    /// the walk of `claim`. `visit` must be short and may not wait.
+    /// the walk of `claim`, unless that is over ([`Registry::misses`]). `visit` must be short and may not wait.
     pub(crate) fn walk(
         &self,
         claim: Claim,
         range: Range,
         mut visit: impl FnMut(Found<'_, T>) -> ControlFlow<()>,
     ) {
-        debug_assert!(self.active.is_walking(claim), "a claim walks once");
-        if self.summary.may_hit(range) {
-            // Acquire, with the Release in `publish`: the nodes are complete.
-            let root = self.root.load(Ordering::Acquire);
-            let bounds = (range.start().get(), range.last().get());
-            // SAFETY: a link that was current after the walk began, so that `publish` retires it only for later.
-            let _ = unsafe { &*root }.walk(bounds, &mut visit);
+        if !self.active.is_walking(claim) {
+            return;
         }
+        // Acquire, with the Release in `publish`: the nodes are complete.
+        let root = self.root.load(Ordering::Acquire);
+        let bounds = (range.start().get(), range.last().get());
+        // SAFETY: a link that was current after the walk began, so that `publish` retires it only for later.
+        let _ = unsafe { &*root }.walk(bounds, &mut visit);
         self.active.walked(claim);
     }
 

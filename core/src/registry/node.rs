@@ -145,7 +145,7 @@ impl<T: Entry> Node<T> {
     /// The child that `key` belongs to.
     fn towards(&self, key: Key) -> usize {
         let before = self.before(key);
-        let own = before < self.len && self.key(before) == key;
+        let own = before < self.len && self.first[before] == key.0 && self.key(before) == key;
         if own {
             before
         } else {
@@ -159,12 +159,13 @@ impl<T: Entry> Node<T> {
         (first, last): (u64, u64),
         visit: &mut impl FnMut(Found<'_, T>) -> ControlFlow<()>,
     ) -> ControlFlow<()> {
-        let mut hits = 0u32;
-        for at in 0..FANOUT {
-            let hit = (self.first[at] <= last) & (self.last[at] >= first);
-            hits |= u32::from(hit) << at;
+        // Two instructions a comparison, and no branch to be guessed wrong.
+        let (mut starts, mut ends) = (0u32, 0u32);
+        for at in (0..FANOUT).rev() {
+            starts = starts + starts + u32::from(self.first[at] <= last);
+            ends = ends + ends + u32::from(self.last[at] >= first);
         }
-        hits &= (1 << self.len) - 1;
+        let mut hits = starts & ends & ((1 << self.len) - 1);
         while hits != 0 {
             let at = hits.trailing_zeros() as usize;
             hits &= hits - 1;

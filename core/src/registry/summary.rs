@@ -16,6 +16,7 @@
 //! A walk that reads too much only goes to the tree for nothing.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 
 use crate::addr::Range;
 use crate::primitive::atomic::{AtomicPtr, AtomicU64, Ordering};
@@ -73,7 +74,7 @@ struct Cell {
 }
 
 #[derive(Debug)]
-pub(super) struct Table {
+struct Table {
     cells: Box<[Cell]>,
     /// Levels that have, or have had, a word.
     levels: AtomicU64,
@@ -93,10 +94,9 @@ impl Table {
 
     /// The cell of `key`, or the empty one where it would be.
     fn find(&self, key: u64) -> &Cell {
-        let mask = self.cells.len() - 1;
-        // The upper bits of a product depend on all of the key's.
-        let hash = key.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let mut at = (hash >> 32) as usize & mask;
+        let cells = self.cells.len();
+        // Of 2^64 each cell has its part: so tables need not be powers of two.
+        let mut at = ((u128::from(spread(key)) * cells as u128) >> 64) as usize;
         loop {
             let cell = &self.cells[at];
             // Acquire, with the Release that sets it: the bits go with it.
@@ -104,7 +104,10 @@ impl Table {
             if found == key || found == 0 {
                 return cell;
             }
-            at = (at + 1) & mask;
+            at += 1;
+            if at == cells {
+                at = 0;
+            }
         }
     }
 
@@ -114,6 +117,7 @@ impl Table {
     }
 
     /// Whether an entry may overlap `range`.
+    #[inline]
     fn may_hit(&self, range: Range) -> bool {
         // Acquire, as for the bits.
         let mut levels = self.levels.load(Ordering::Acquire);
@@ -152,15 +156,45 @@ pub(super) struct Summary {
     table: AtomicPtr<Table>,
 }
 
+/// A table that was replaced. It stays where it is: walks have its address.
+#[derive(Debug)]
+pub(super) struct Old(#[expect(dead_code, reason = "it is dropped")] Box<Table>);
+
+/// The table's own hash: the keys are nobody's input.
+#[derive(Debug, Default)]
+struct Spread(u64);
+
+impl Hasher for Spread {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes
+            .iter()
+            .for_each(|byte| self.write_u64(u64::from(*byte)));
+    }
+
+    fn write_u64(&mut self, key: u64) {
+        // What a map of the standard library looks at is at both ends.
+        self.0 = spread(self.0 ^ key).rotate_left(32);
+    }
+}
+
+/// Spreads keys over 2^64: the upper bits of the product depend on all of theirs, and come first.
+fn spread(key: u64) -> u64 {
+    key.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
 /// What the writer knows besides.
 #[derive(Debug, Default)]
 pub(super) struct Marks {
     /// Cells that have a key, in the current table.
     used: usize,
     /// Of words in which entries overlap: how many for each bit.
-    counts: HashMap<u64, Box<[u32; 64]>>,
+    counts: HashMap<u64, Box<[u32; 64]>, BuildHasherDefault<Spread>>,
     /// Replaced: walks may see them.
-    pub(super) unlinked: Vec<Table>,
+    pub(super) unlinked: Vec<Old>,
 }
 
 impl Summary {
@@ -179,6 +213,7 @@ impl Summary {
     }
 
     /// Whether an entry may overlap `range`. Inside of a walk.
+    #[inline]
     pub(super) fn may_hit(&self, range: Range) -> bool {
         self.table().may_hit(range)
     }
@@ -237,13 +272,13 @@ impl Summary {
         });
     }
 
-    /// Another table, with the words that have bits and room for as many again.
+    /// Another table, with the words that have bits and room for a third more.
     fn grow(&self, marks: &mut Marks) -> &Table {
         let old = self.table();
         let live = |cell: &&Cell| cell.bits.load(Ordering::Relaxed) != 0;
         let words = old.cells.iter().filter(live).count();
-        let room = (words + words / 4 + 2) * 8 / 5;
-        let new = Table::new(room.next_power_of_two().max(LEAST));
+        let room = (words + words / 3 + 2) * 8 / 5;
+        let new = Table::new(room.max(LEAST));
         let mut levels = 0;
         for cell in old.cells.iter().filter(live) {
             let key = cell.key.load(Ordering::Relaxed);
@@ -258,7 +293,7 @@ impl Summary {
         // Release, with the Acquire in `table`. Whoever still reads the old one began before the entry that made it grow is published.
         let old = self.table.swap(Box::into_raw(new), Ordering::Release);
         // SAFETY: from `Box::into_raw`, and unlinked by this swap, once.
-        marks.unlinked.push(*unsafe { Box::from_raw(old) });
+        marks.unlinked.push(Old(unsafe { Box::from_raw(old) }));
         self.table()
     }
 }

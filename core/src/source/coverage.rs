@@ -3,7 +3,7 @@
 //! The locks are the standard library's also under the model checker, which explores no sources. Under neither is anything
 //! allocated or freed, as callbacks insert registrations and ask here (R18).
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use thiserror::Error;
@@ -82,6 +82,9 @@ pub(crate) struct Sources {
     /// What the space's own operations are about to change: a source is told of it too, and has nothing to tell.
     own: Mutex<[Option<OwnRange>; SLOTS]>,
     observer: OnceLock<Arc<dyn Observer>>,
+    /// Others change pages of the space, or have: large ones may be cut without the table's knowing. It stays so when they are no
+    /// longer watched.
+    others: AtomicBool,
 }
 
 impl Sources {
@@ -91,12 +94,27 @@ impl Sources {
             count: AtomicUsize::new(0),
             own: Mutex::new([None; SLOTS]),
             observer: OnceLock::new(),
+            others: AtomicBool::new(false),
         }
     }
 
-    fn is_empty(&self) -> bool {
+    /// Whether nothing watches the space.
+    pub(crate) fn is_empty(&self) -> bool {
         // Relaxed: whoever attaches a source while others register or change memory orders them himself.
         self.count.load(Ordering::Relaxed) == 0
+    }
+
+    /// Somebody else is about to change pages.
+    pub(crate) fn others_change(&self) {
+        // Relaxed: before the claim of that change, and read when a later one has quiesced the drivers that have installed what is cut.
+        if !self.others.load(Ordering::Relaxed) {
+            self.others.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether pages may be smaller than the table says.
+    pub(crate) fn may_be_cut(&self) -> bool {
+        self.others.load(Ordering::Relaxed)
     }
 
     /// False if there is no room.
@@ -118,6 +136,7 @@ impl Sources {
             return false;
         };
         *free = Some(entry);
+        self.others_change();
         self.count.fetch_add(1, Ordering::Relaxed);
         true
     }
@@ -199,18 +218,17 @@ impl Sources {
         self.observer.set(observer)
     }
 
-    /// Pages of `range` may change until the value is dropped.
-    pub(crate) fn change(&self, range: Range) -> Change {
-        let observer = self.observer.get().cloned();
-        if let Some(observer) = &observer {
-            observer.may_change(range);
-        }
-        Change { observer, range }
+    /// Pages of `range` may change until the value is dropped. None where nobody observes it.
+    #[inline]
+    pub(crate) fn change(&self, range: Range) -> Option<Change> {
+        let observer = self.observer.get()?.clone();
+        observer.may_change(range);
+        Some(Change { observer, range })
     }
 
     /// The space's own operation is about to change these ranges; until the value is dropped.
     pub(crate) fn own(&self, ranges: [Option<Range>; 2]) -> Own<'_> {
-        let changes = ranges.map(|range| range.map(|range| self.change(range)));
+        let changes = ranges.map(|range| range.and_then(|range| self.change(range)));
         if self.is_empty() {
             return Own {
                 sources: self,
@@ -254,15 +272,13 @@ pub(crate) struct Own<'s> {
 
 /// Pages may change for as long as this lives, and the observer, if there is one, knows.
 pub(crate) struct Change {
-    observer: Option<Arc<dyn Observer>>,
+    observer: Arc<dyn Observer>,
     range: Range,
 }
 
 impl Drop for Change {
     fn drop(&mut self) {
-        if let Some(observer) = &self.observer {
-            observer.changed(self.range);
-        }
+        self.observer.changed(self.range);
     }
 }
 

@@ -291,7 +291,8 @@ impl ExternalChange<'_> {
     /// # Errors
     /// [`SinkError::HandlerPanicked`] if an `end` did; everybody else has been told.
     pub fn end(mut self, outcome: Outcome) -> Result<(), SinkError> {
-        self.invalidation.end(outcome).panic_at_end()
+        let ended = self.invalidation.end(outcome);
+        ended.map_or(Ok(()), |ended| ended.panic_at_end())
     }
 }
 

@@ -12,6 +12,7 @@ struct Holders {
     writer: bool,
     readers: u32,
     waiting_writers: u32,
+    waiting_readers: u32,
 }
 
 #[derive(Debug, Default)]
@@ -61,9 +62,11 @@ impl MapLock {
     pub(crate) fn read(&self, call: &'static str) -> Result<Held<'_>, Refused> {
         context::map_lock_refusal(call)?;
         let mut holders = self.holders.lock();
+        holders.waiting_readers += 1;
         while holders.writer || holders.waiting_writers > 0 {
             holders = self.freed.wait(holders);
         }
+        holders.waiting_readers -= 1;
         holders.readers += 1;
         Ok(self.held(false))
     }
@@ -95,7 +98,11 @@ impl Drop for Held<'_> {
         } else {
             holders.readers -= 1;
         }
+        // To wake is a system call, whoever sleeps.
+        let wanted = holders.waiting_writers + holders.waiting_readers > 0;
         drop(holders);
-        self.lock.freed.notify_all();
+        if wanted {
+            self.lock.freed.notify_all();
+        }
     }
 }

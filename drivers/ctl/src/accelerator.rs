@@ -49,6 +49,7 @@ impl fmt::Display for Report {
 }
 
 /// The devices, with their driver.
+#[derive(Default)]
 pub(crate) struct Accelerators(Vec<(Arc<pta::Pta>, Arc<Pta>)>);
 
 impl Accelerators {

@@ -1,14 +1,13 @@
 //! Registrations that come and go, given up in every legal place while other threads' invalidations hit them.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::Instant;
-
 use hdrhistogram::Histogram;
 use shootdown::{
     AddressSpace, Drain, InsertError, MapError, Notifier, Op, Operations, Range, Refused,
     Registration, UnregisterError, WouldBlock,
 };
+use shootdown_primitive::sync::atomic::{AtomicU64, Ordering};
+use shootdown_primitive::sync::{Arc, Mutex};
+use shootdown_primitive::time::Instant;
 use thiserror::Error;
 
 /// Releases that were seen by the handlers themselves.

@@ -4,9 +4,13 @@
 use std::fmt;
 use std::time::Duration;
 
+#[cfg(sim)]
+use rand::{Rng, rngs::SmallRng};
 use serde::Serialize;
 use shootdown_gru::GruStats;
 use shootdown_hw_model::gru::{Counts, FaultPlan};
+#[cfg(sim)]
+use shootdown_hw_model::gru::{FaultKind, Scripted};
 use thiserror::Error;
 
 /// A fault.
@@ -95,6 +99,30 @@ impl Fault {
             })
         };
         names.split(',').map(by_name).collect()
+    }
+
+    /// One of it, at a place that is drawn.
+    #[cfg(sim)]
+    pub(crate) fn scripted(self, device: u32, rng: &mut SmallRng) -> Scripted {
+        let mut up_to = |most| rng.random_range(1..=most);
+        let (kind, nth, by) = match self {
+            Self::Lost => (FaultKind::Lost, up_to(24), Duration::ZERO),
+            Self::Stuck => (FaultKind::Stuck, up_to(24), Duration::ZERO),
+            Self::Late => (FaultKind::Late, up_to(24), LATE_BY),
+            Self::Reordered => (FaultKind::Reordered, up_to(24), SHORT),
+            Self::Duplicated => (FaultKind::Duplicated, up_to(24), SHORT),
+            Self::PurgeInMiss => (FaultKind::PurgeInMiss, up_to(16), Duration::ZERO),
+            Self::Delayed => (FaultKind::Delayed, up_to(64), 10 * SHORT),
+            Self::SurvivesReset => (FaultKind::SurvivesReset, up_to(2), Duration::ZERO),
+            Self::Error => (FaultKind::Error, up_to(64), Duration::ZERO),
+            Self::Nack => (FaultKind::Nack, up_to(4), Duration::ZERO),
+        };
+        Scripted {
+            device,
+            kind,
+            nth,
+            by,
+        }
     }
 
     /// Adds it to what goes wrong.

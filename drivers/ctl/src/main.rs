@@ -10,6 +10,7 @@ mod campaign;
 mod churn;
 mod devices;
 mod faults;
+mod finish;
 mod foreign;
 mod gru;
 mod hardware;
@@ -21,6 +22,7 @@ mod report;
 mod run;
 mod services;
 mod shared;
+mod sim;
 mod soak;
 mod sources;
 mod status;
@@ -43,6 +45,17 @@ use crate::status::Snapshot;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    let simulates = match &cli.command {
+        Some(Command::Run(options)) => options.sim,
+        Some(_) => false,
+        None => cli.run.sim,
+    };
+    if cfg!(sim) && !simulates {
+        return fail(
+            &"this is the build that simulates: it does `run --sim`, and nothing else",
+            2,
+        );
+    }
     match cli.command {
         Some(Command::Run(options)) => run(&options),
         Some(Command::Plants(options)) => plants(&options),
@@ -80,6 +93,9 @@ fn run(options: &Options) -> ExitCode {
         Ok(plant) => plant,
         Err(error) => return fail(&error, 2),
     };
+    if options.sim {
+        return simulate(options, plant, &faults);
+    }
     let level = match &options.faults {
         _ if options.verbose => "shootdown=debug,info",
         // What comes of faults is in the report.
@@ -102,6 +118,27 @@ fn run(options: &Options) -> ExitCode {
                 Err(error) => fail(&error, error.exit_code()),
             }
         }
+        Err(error) => fail(&error, error.exit_code()),
+    }
+}
+
+/// By another build.
+#[cfg(not(sim))]
+fn simulate(_: &Options, _: Option<Plant>, _: &[Fault]) -> ExitCode {
+    match sim::launch() {
+        Ok(never) => match never {},
+        Err(error) => fail(&error, 3),
+    }
+}
+
+#[cfg(sim)]
+fn simulate(options: &Options, plant: Option<Plant>, faults: &[Fault]) -> ExitCode {
+    let interrupted = match on_interrupt() {
+        Ok(interrupted) => interrupted,
+        Err(code) => return code,
+    };
+    match sim::run(options, plant, faults, &interrupted) {
+        Ok(exploration) => output(&exploration, options.json, exploration.passed()),
         Err(error) => fail(&error, error.exit_code()),
     }
 }

@@ -42,6 +42,11 @@ pub(crate) enum Command {
     Sources(SourcesOptions),
 }
 
+fn hexadecimal(text: &str) -> Result<u64, String> {
+    let digits = text.strip_prefix("0x").unwrap_or(text);
+    u64::from_str_radix(digits, 16).map_err(|error| format!("{error}: it is hexadecimal"))
+}
+
 /// What there is of the GRUs of a run.
 #[derive(Debug, Subcommand)]
 pub(crate) enum GruCommand {
@@ -81,7 +86,7 @@ pub(crate) struct Options {
     /// Segments that the threads hold together; at least one a thread. More than 16 a device steal each other's contexts.
     #[arg(long, default_value_t = 72, value_parser = clap::value_parser!(u64).range(1..=960))]
     pub(crate) segments: u64,
-    /// Fixes the workload and the faults (not the interleaving).
+    /// Fixes the workload and the faults; with `--sim` the interleaving, too.
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
     /// Plants a bug and looks whether it is found; `list` prints their names.
@@ -105,4 +110,19 @@ pub(crate) struct Options {
     /// Logs what happens.
     #[arg(short, long)]
     pub(crate) verbose: bool,
+    /// Simulates: one program of operations after the other, a seed each, interleaving and clock fixed by the seed.
+    #[arg(long, conflicts_with_all = ["seconds", "threads", "devices", "segments", "accelerators", "trace", "verbose", "source", "audit"])]
+    pub(crate) sim: bool,
+    /// Seeds that are simulated, from `--seed` on, until something is found.
+    #[arg(long, value_name = "COUNT", default_value_t = 200, requires = "sim", conflicts_with_all = ["schedule", "only"], value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub(crate) schedules: u64,
+    /// Simulates under this schedule, once: who runs when.
+    #[arg(long, value_name = "HEX", requires = "sim", value_parser = hexadecimal)]
+    pub(crate) schedule: Option<u64>,
+    /// Simulates the operations and faults with these numbers, once.
+    #[arg(long, value_name = "NUMBERS", requires = "sim", value_delimiter = ',')]
+    pub(crate) only: Option<Vec<u32>>,
+    /// One simulation, in this process.
+    #[arg(long, hide = true, requires = "sim")]
+    pub(crate) alone: bool,
 }

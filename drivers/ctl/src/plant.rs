@@ -144,7 +144,8 @@ impl Plant {
                 config.plants = Hardware::DROP_IN_NOT_CANCELLED;
                 config.latency.handle = WINDOW;
             }
-            Self::WrongRange => config.faults.jitter = WINDOW,
+            // Purges that take as long as they may.
+            Self::WrongRange | Self::FlushNotWaited => config.faults.jitter = WINDOW,
             Self::LostCompletion => config.faults.lost = 0.002,
             _ => {}
         }

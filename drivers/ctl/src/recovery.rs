@@ -1,8 +1,7 @@
 //! Quarantined devices come back: the run goes on without them for a while, then recovers them, and their memory with them.
 
-use std::time::{Duration, Instant};
-
 use shootdown::{AddressSpace, Device, Health};
+use shootdown_primitive::time::{Duration, Instant};
 
 use crate::run::deadlines;
 

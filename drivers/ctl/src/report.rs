@@ -60,7 +60,7 @@ pub(crate) struct Leaked {
 }
 
 impl Leaked {
-    fn any(self) -> bool {
+    pub(crate) fn any(self) -> bool {
         self.frames + self.registrations + self.contexts + self.asids > 0
     }
 }

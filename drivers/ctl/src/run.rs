@@ -2,15 +2,15 @@
 
 use std::fs::File;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use shootdown::{AddressSpace, Deadlines, ExitError, Memory, Operations, SourceError, Watched};
+use shootdown::{AddressSpace, Deadlines, Memory, Operations, SourceError, Watched};
 use shootdown_gru::{
-    ChipletPorts, Config, Gru, GruStats, Kernel, MissMode, SegmentOptions, SelfTestFailed, Steal,
+    ChipletPorts, Config, Gru, Kernel, MissMode, SegmentOptions, SelfTestFailed, Steal,
 };
 use shootdown_hw_model::gru::{ChipletConfig, FaultPlan, Latency, Model};
 use shootdown_hw_model::{Bus, ModelError, ModelMemory};
@@ -20,12 +20,13 @@ use thiserror::Error;
 use crate::accelerator::Accelerators;
 use crate::audit::{Audit, AuditError};
 use crate::faults::{Fault, Faults};
+use crate::finish::finish;
 use crate::foreign::{Foreign, SourceName};
 use crate::options::Options;
 use crate::plant::Plant;
 use crate::recovery::Recovery;
-use crate::report::{Escalations, Latencies, Leaked, Report, Unregisters};
-use crate::shared::{Shared, Spaces};
+use crate::report::{Latencies, Report};
+use crate::shared::Shared;
 use crate::soak::{Count, Sampler};
 use crate::status::{Server, Snapshot};
 use crate::trace;
@@ -82,10 +83,6 @@ fn watchdog() -> Sender<()> {
     watched
 }
 
-/// Far beyond what any fault takes that ends by itself.
-const SETTLES: Duration = Duration::from_secs(2);
-
-const FRAME_BYTES: u64 = 4096;
 /// 256 MiB.
 const FRAMES: u64 = 1 << 16;
 const ARENA: u64 = 1 << 30;
@@ -125,7 +122,7 @@ fn chiplets(options: &Options, plant: Option<Plant>, faults: &[Fault]) -> Chiple
     config
 }
 
-fn driver(plant: Option<Plant>, foreign: Operations) -> Config {
+pub(crate) fn driver(plant: Option<Plant>, foreign: Operations) -> Config {
     let mut config = Config {
         // One more than there are contexts, so that they wrap often and are enough.
         asids: 8..=8 * 17,
@@ -149,6 +146,18 @@ fn driver(plant: Option<Plant>, foreign: Operations) -> Config {
         plant.driver(&mut config);
     }
     config
+}
+
+/// The driver over the chiplets of `model`.
+pub(crate) fn attach(model: &Model, config: Config) -> Arc<Gru> {
+    let chiplets = model.chiplets().iter().enumerate();
+    let ports = chiplets.map(|(nth, chiplet)| ChipletPorts {
+        name: format!("gru{nth}"),
+        blade: nth as u32 / 2,
+        registers: chiplet.clone(),
+        interrupts: chiplet.clone(),
+    });
+    Gru::attach(ports.collect(), config)
 }
 
 fn bar(options: &Options) -> ProgressBar {
@@ -192,16 +201,6 @@ pub(crate) fn run(
     };
     let bus = Bus::new(FRAMES)?;
     let model = Model::new(&bus, options.devices, chiplets(options, plant, faults));
-    let ports = model
-        .chiplets()
-        .iter()
-        .enumerate()
-        .map(|(nth, chiplet)| ChipletPorts {
-            name: format!("gru{nth}"),
-            blade: nth as u32 / 2,
-            registers: chiplet.clone(),
-            interrupts: chiplet.clone(),
-        });
     let memory = match options.source {
         None => ModelMemory::new(&bus, ARENA)?,
         Some(_) => ModelMemory::open_to_others(&bus, ARENA)?,
@@ -224,28 +223,16 @@ pub(crate) fn run(
     let operations = foreign
         .as_ref()
         .map_or(Operations::CALLS, Foreign::operations);
-    let gru = Gru::attach(ports.collect(), driver(plant, operations));
+    let gru = attach(&model, driver(plant, operations));
     let kernel = Kernel::new(&gru, ModelMemory::new(&bus, KERNEL_ARENA)?);
     // Their driver has to be told in time, which not every source does.
     let accelerators = options.source.map_or(options.accelerators, |_| 0);
+    let faulty = !faults.is_empty() || plant.is_some_and(|plant| !plant.must_be_found());
     let shared = Shared {
         kernel: Some(kernel),
-        bus: bus.clone(),
-        gru: gru.clone(),
         accelerators: Accelerators::new(&bus, options.devices, accelerators, options.threads)?,
-        space,
-        arena,
-        faulty: !faults.is_empty() || plant.is_some_and(|plant| !plant.must_be_found()),
-        stop: AtomicBool::new(false),
-        shootdowns: AtomicU64::new(0),
-        bytes_verified: AtomicU64::new(0),
-        data_mismatches: AtomicU64::new(0),
-        segments_torn_down: AtomicU64::new(0),
-        spaces_exited: AtomicU64::new(0),
-        short_lived: Spaces::default(),
-        kept: AtomicU64::new(0),
-        releases: Arc::default(),
         foreign,
+        ..Shared::new(&bus, &gru, space, arena, faulty)
     };
     let mut report = Report {
         seed: options.seed,
@@ -410,117 +397,5 @@ fn self_test(report: &mut Report, shared: &Shared) {
         Ok(passed) => report.gru.self_tests = passed,
         Err(SelfTestFailed::Error { error, .. }) if shared.is_lost(&error) => {}
         Err(failed) => report.findings.push(failed.to_string()),
-    }
-}
-
-/// Ends the space, and counts what is left.
-fn finish(report: &mut Report, mut shared: Shared, gru: &Gru, model: &Model) {
-    drop(shared.kernel.take());
-    let Shared {
-        bus,
-        space,
-        short_lived,
-        releases,
-        ..
-    } = &shared;
-    match space.exit() {
-        // Memory that a dead device may still reach stays; it was counted as quarantined before.
-        Ok(()) | Err(ExitError::Reached { .. }) => {}
-        Err(error) => report.findings.push(format!("exit: {error}")),
-    }
-    let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-    let stats = space.stats();
-    report.releases_expected = stats.inserts + get(&short_lived.inserts);
-    report.releases = stats.releases + get(&short_lived.releases);
-    if get(releases) > report.releases {
-        report
-            .findings
-            .push("handlers saw more releases than the framework counted".to_owned());
-    }
-    report.leaked.registrations = space.registrations() as u64 + get(&short_lived.registrations);
-    let [
-        plain,
-        map_lock_held,
-        inside_own_callback,
-        inside_other_callback,
-        during_release,
-    ] = stats.unregisters;
-    report.unregisters = Unregisters {
-        plain,
-        map_lock_held,
-        inside_own_callback,
-        inside_other_callback,
-        during_release,
-    };
-    report.quarantined = shared.quarantined();
-    report.shootdowns = get(&shared.shootdowns);
-    report.bytes_verified = get(&shared.bytes_verified);
-    report.data_mismatches = get(&shared.data_mismatches);
-    report.segments_torn_down = get(&shared.segments_torn_down);
-    report.spaces_exited = get(&shared.spaces_exited);
-    report.device_accesses = bus.oracle().accesses();
-    report.stale_accesses = bus.oracle().stale_accesses();
-    report.findings.extend(
-        bus.oracle()
-            .findings()
-            .iter()
-            .take(4)
-            .map(ToString::to_string),
-    );
-    // A finding in a run with a planted bug is that bug's.
-    if let Some(plant) = report.plant.as_ref().filter(|plant| plant.must_be_found) {
-        for finding in &mut report.findings {
-            *finding = format!("{} ({}): {finding}", plant.race, plant.name);
-        }
-    }
-    for device in gru.devices() {
-        let stats = device.stats();
-        report.flush_ops += stats.flush_ops;
-        report.full_flushes += stats.full_flushes;
-        let e = &mut report.escalations;
-        *e = Escalations {
-            timeouts: e.timeouts + stats.timeouts,
-            recovered_by_flush: e.recovered_by_flush + stats.recovered_by_flush,
-            recovered_by_reset: e.recovered_by_reset + stats.recovered_by_reset,
-        };
-        report.faults.quarantines += stats.quarantined;
-    }
-    report.accelerators = shared.accelerators.report();
-    report.device_ops += report.accelerators.map_or(0, |one| one.commands);
-    for chiplet in model.chiplets() {
-        report.device_ops += chiplet.counts().instructions;
-    }
-    let stats = account(&mut report.faults, gru, model);
-    report.findings.extend(report.faults.unaccounted());
-    report.gru.count(gru, &stats);
-    report.faults_resolved = stats.faults_resolved;
-    report.fault_retries = stats.fault_retries;
-    report.leaked = Leaked {
-        contexts: stats.contexts_in_use,
-        asids: stats.asids_in_use,
-        ..report.leaked
-    };
-    let bus = bus.clone();
-    drop(shared);
-    let used = bus.physical().total() - bus.physical().free_frames();
-    // What is in quarantine is kept on purpose, and counted apart.
-    report.leaked.frames = used.saturating_sub(report.quarantined / FRAME_BYTES);
-}
-
-/// Accounts for what was injected, once what ends by itself has ended.
-fn account(faults: &mut Faults, gru: &Gru, model: &Model) -> GruStats {
-    let begun = Instant::now();
-    loop {
-        // Any look at a chiplet carries out what is due.
-        let counts = model.chiplets().iter().map(|chiplet| {
-            chiplet.tlb_entries();
-            chiplet.counts()
-        });
-        let stats = gru.stats();
-        faults.count(counts, &stats);
-        if faults.unaccounted().is_empty() || begun.elapsed() > SETTLES {
-            return stats;
-        }
-        thread::sleep(Duration::from_millis(10));
     }
 }

@@ -1,13 +1,12 @@
 //! What the threads of a run share, and what they do with its devices.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
-
 use shootdown::{AddressSpace, Device, FaultError, Health, InvalidateError, MapError, Range};
 use shootdown_gru::{Gru, GruError, Instruction, Kernel, Segment};
 use shootdown_hw_model::Bus;
+use shootdown_primitive::sync::Arc;
+use shootdown_primitive::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use shootdown_primitive::thread;
+use shootdown_primitive::time::{Duration, Instant};
 
 use crate::accelerator::Accelerators;
 use crate::churn::Releases;
@@ -42,6 +41,35 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    /// Of a run on `space`, with nobody else at its memory.
+    pub(crate) fn new(
+        bus: &Bus,
+        gru: &Arc<Gru>,
+        space: AddressSpace,
+        arena: Range,
+        faulty: bool,
+    ) -> Self {
+        Self {
+            kernel: None,
+            bus: bus.clone(),
+            gru: gru.clone(),
+            accelerators: Accelerators::default(),
+            space,
+            arena,
+            faulty,
+            stop: AtomicBool::new(false),
+            shootdowns: AtomicU64::new(0),
+            bytes_verified: AtomicU64::new(0),
+            data_mismatches: AtomicU64::new(0),
+            segments_torn_down: AtomicU64::new(0),
+            spaces_exited: AtomicU64::new(0),
+            short_lived: Spaces::default(),
+            kept: AtomicU64::new(0),
+            releases: Arc::default(),
+            foreign: None,
+        }
+    }
+
     /// Bytes of memory in quarantine.
     pub(crate) fn quarantined(&self) -> u64 {
         self.space.quarantined_bytes() + self.kept.load(Ordering::Relaxed)
@@ -75,7 +103,7 @@ impl Shared {
     }
 
     /// Waits for an instruction, and where a device is in quarantine for that to be over, as then nobody's misses are resolved.
-    fn wait(&self, segment: &Segment, cb: usize) -> Result<u64, GruError> {
+    pub(crate) fn wait(&self, segment: &Segment, cb: usize) -> Result<u64, GruError> {
         let begun = Instant::now();
         loop {
             match segment.wait(cb, PATIENCE) {

@@ -28,7 +28,7 @@ pub(crate) struct Measured {
 
 /// For latencies in nanoseconds, up to a minute; longer ones count as that. As large, and as resident, from the start as it ever
 /// is: one that grows with the longest latency so far, or page by page with their variety, looks like a leak for minutes.
-fn histogram() -> Histogram<u64> {
+pub(crate) fn histogram() -> Histogram<u64> {
     let histogram = Histogram::new_with_bounds(1, 60_000_000_000, 3);
     let mut histogram = histogram.expect("valid bounds and precision");
     histogram.reset();

@@ -286,6 +286,10 @@ fn help_is_status_0_and_names_every_option() {
         "--json",
         "--trace",
         "--verbose",
+        "--sim",
+        "--schedules",
+        "--schedule",
+        "--only",
     ] {
         assert!(stdout.contains(option), "{option}: {stdout}");
     }

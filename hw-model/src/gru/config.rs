@@ -22,6 +22,49 @@ pub struct Latency {
     pub access: Duration,
 }
 
+/// What can go wrong: [`FaultPlan`] says what each is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+#[repr(u8)]
+pub enum FaultKind {
+    /// A lost completion; the nth end of a purge.
+    Lost,
+    /// A purge that never begins; the nth purge.
+    Stuck,
+    /// A late completion; the nth purge that begins.
+    Late,
+    /// A purge that others overtake; the nth that begins.
+    Reordered,
+    /// A purge that happens twice; the nth end of one.
+    Duplicated,
+    /// A purge in a miss; the nth miss.
+    PurgeInMiss,
+    /// A step that takes longer; the nth step.
+    Delayed,
+    /// A reset that is survived; the nth.
+    SurvivesReset,
+    /// An instruction that ends with an error; the nth step.
+    Error,
+    /// A message that is not delivered; the nth.
+    Nack,
+}
+
+impl FaultKind {
+    pub(super) const COUNT: usize = Self::Nack as usize + 1;
+}
+
+/// A fault at a given place, whatever is drawn.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub struct Scripted {
+    /// The chiplet that it is for.
+    pub device: u32,
+    /// What goes wrong.
+    pub kind: FaultKind,
+    /// Which occasion it is, counted by the chiplet from 1 on.
+    pub nth: u64,
+    /// By how much what is late, overtaken, delayed or repeated is so.
+    pub by: Duration,
+}
+
 /// Hardware faults, drawn from a seed. A probability is in 0.0..=1.0, for each purge unless it says otherwise; the default
 /// is a healthy chiplet.
 ///
@@ -68,6 +111,16 @@ pub struct FaultPlan {
     pub delay: Duration,
     /// Probability, for each write of 1 to the reset register, that the chiplet goes on.
     pub survives_reset: f64,
+    /// Faults that are not left to chance.
+    pub scripted: &'static [Scripted],
+}
+
+impl FaultPlan {
+    /// Whether purges overtake each other.
+    pub(super) fn reorders(&self) -> bool {
+        let reorders = |one: &Scripted| one.kind == FaultKind::Reordered;
+        !self.jitter.is_zero() || self.scripted.iter().any(reorders)
+    }
 }
 
 bitflags::bitflags! {

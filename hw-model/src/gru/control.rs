@@ -13,7 +13,7 @@ use rand::{Rng, SeedableRng};
 use shootdown_primitive::sync::{Mutex, MutexGuard, PoisonError};
 use shootdown_primitive::time::{Duration, Instant};
 
-use super::config::ChipletConfig;
+use super::config::{ChipletConfig, FaultKind};
 use super::context::Context;
 use super::doorbell::Doorbell;
 use super::fault::{Fault, FaultMap};
@@ -22,7 +22,7 @@ use super::layout::{
     ACTIVE, CAUSE, COMMAND, CONTEXTS, EXCEPTION, HANDLE_WORDS, IDLE, OPCODE, SLOTS, STATUS, TFMS,
     TGHS,
 };
-use super::purge::{Tgh, draw};
+use super::purge::Tgh;
 use super::segment::Segment;
 use super::stats::Counters;
 use super::tlb::{Purge, Tlb, TlbKey};
@@ -133,6 +133,8 @@ pub(super) struct Control {
     pub(super) missing: u128,
     pub(super) in_flight: Option<InFlight>,
     pub(super) rng: SmallRng,
+    /// Occasions of each [`FaultKind`] so far.
+    pub(super) occasions: [u64; FaultKind::COUNT],
     /// Purges that were started.
     pub(super) purges: u64,
     /// A reset has been asked for.
@@ -201,6 +203,7 @@ impl Core {
             missing: 0,
             in_flight: None,
             rng: SmallRng::seed_from_u64(config.faults.seed),
+            occasions: [0; FaultKind::COUNT],
             purges: 0,
             reset_asked: false,
             survived: false,
@@ -236,10 +239,10 @@ impl Core {
     /// How much longer a step takes than it should.
     pub(super) fn delay(&self, control: &mut Control) -> Option<Duration> {
         let faults = self.config.faults;
-        draw(control, faults.delayed).then(|| {
-            self.counters.steps_delayed.hit();
-            faults.delay.mul_f64(control.rng.random::<f64>())
-        })
+        let longest = |rng: &mut SmallRng| faults.delay.mul_f64(rng.random::<f64>());
+        let delay = self.strikes(control, FaultKind::Delayed, faults.delayed, longest);
+        self.counters.steps_delayed.add(delay.is_some().into());
+        delay
     }
 
     /// Files an operation of a context or fault handle, or a reset, and carries out what is due.
@@ -353,7 +356,8 @@ impl Core {
             return;
         }
         control.reset_asked = true;
-        control.survived = draw(control, self.config.faults.survives_reset);
+        let survives = self.config.faults.survives_reset;
+        control.survived = self.happens(control, FaultKind::SurvivesReset, survives);
         if control.survived {
             return self.counters.resets_survived.hit();
         }

@@ -5,7 +5,7 @@
 //! the purge. The control block is restarted all the same, and misses again. A purge of other page sizes at other addresses
 //! of a large entry does *not* cancel its drop-in: to see that coming is up to software (race R34).
 
-use super::config::Plant;
+use super::config::{FaultKind, Plant};
 use super::control::{Control, Core, Handle, Operation};
 use super::instruction::Illegal;
 use super::layout::{
@@ -17,7 +17,6 @@ use super::layout::{
         WRITE_RESTART,
     },
 };
-use super::purge::draw;
 use super::tlb::{Purge, TlbEntry, TlbKey};
 use shootdown::Addr;
 use shootdown_primitive::time::Instant;
@@ -216,7 +215,8 @@ impl Core {
             overflow: false,
         });
         control.missing |= 1 << slot;
-        if draw(control, self.config.faults.purge_in_miss) {
+        let probability = self.config.faults.purge_in_miss;
+        if self.happens(control, FaultKind::PurgeInMiss, probability) {
             self.counters.purges_in_miss.hit();
             self.remove(control, &Purge::page(miss.asid, miss.vaddr));
             self.counters.faults_over.hit();

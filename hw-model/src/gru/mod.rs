@@ -55,7 +55,7 @@ use shootdown::{DeviceError, Interrupts, Range, Registers};
 use shootdown_primitive::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use shootdown_primitive::thread::{self, JoinHandle};
 
-pub use config::{ChipletConfig, Eviction, FaultPlan, Latency, Plant};
+pub use config::{ChipletConfig, Eviction, FaultKind, FaultPlan, Latency, Plant, Scripted};
 pub use stats::Counts;
 pub use tlb::{TlbEntry, TlbKey};
 

@@ -3,12 +3,12 @@
 use rand::Rng;
 use shootdown::Addr;
 
+use super::config::FaultKind;
 use super::control::{Control, Core, InFlight};
 use super::exec::{PAGE, SCATTER, Step};
 use super::fault::Miss;
 use super::instruction::{Illegal, Instruction, Kind};
 use super::layout::{ACTIVE, DSR_UNIT, STATUS, cb, cbe};
-use super::purge::draw;
 use super::tlb::{TlbEntry, TlbKey};
 use crate::oracle::Stamp;
 
@@ -60,11 +60,13 @@ impl Core {
         }
         match self.translate_step(control, context, &instruction, first) {
             Ok(mut step) => {
-                if draw(control, self.config.faults.error) {
+                if self.happens(control, FaultKind::Error, self.config.faults.error) {
                     self.inject_error(control, slot, words[cb::BASE0]);
                     return Plan::Over;
                 }
-                if instruction.kind == Kind::Message && draw(control, self.config.faults.nack) {
+                let nack = self.config.faults.nack;
+                if instruction.kind == Kind::Message && self.happens(control, FaultKind::Nack, nack)
+                {
                     self.counters.nacks.hit();
                     self.counters.faults_over.hit();
                     let results = [cb::LB_OVERFLOW, cb::AMO_NACKED, cb::PUT_NACKED];

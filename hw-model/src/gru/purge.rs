@@ -10,8 +10,10 @@
 //! since they may have come between; entries that were dropped in between are removed at the end.
 
 use rand::Rng;
-use shootdown_primitive::time::Instant;
+use rand::rngs::SmallRng;
+use shootdown_primitive::time::{Duration, Instant};
 
+use super::config::FaultKind;
 use super::control::{Control, Core, Handle, Operation};
 use super::layout::{
     CAUSE_BAD_OPCODE, page_shift,
@@ -102,7 +104,7 @@ impl Core {
         }
         let faults = self.config.faults;
         control.purges += 1;
-        let stuck = draw(control, faults.stuck);
+        let stuck = self.happens(control, FaultKind::Stuck, faults.stuck);
         let tgh = &mut control.tghs[index];
         (tgh.lost, tgh.stuck, tgh.number) = (false, stuck, control.purges);
         if stuck {
@@ -113,12 +115,12 @@ impl Core {
         if !faults.jitter.is_zero() {
             latency += faults.jitter.mul_f64(control.rng.random::<f64>());
         }
-        let late = draw(control, faults.late);
-        if late {
-            self.counters.completions_late.hit();
-            latency += faults.late_by;
-        }
-        self.submit(control, Operation::Purge(index), latency, late);
+        let overtaken = self.strikes(control, FaultKind::Reordered, 0.0, |_| Duration::ZERO);
+        latency += overtaken.unwrap_or_default();
+        let late = self.strikes(control, FaultKind::Late, faults.late, |_| faults.late_by);
+        self.counters.completions_late.add(late.is_some().into());
+        latency += late.unwrap_or_default();
+        self.submit(control, Operation::Purge(index), latency, late.is_some());
     }
 
     /// Removes the entries.
@@ -135,16 +137,17 @@ impl Core {
         let number = control.tghs[index].number;
         // Without jitter, too, one that waits for an access is overtaken: that is no fault.
         let earlier = |tgh: &Tgh| tgh.number < number && tgh.ends();
-        if !faults.jitter.is_zero() && control.tghs.iter().any(earlier) {
+        if faults.reorders() && control.tghs.iter().any(earlier) {
             self.counters.completions_reordered.hit();
             self.counters.faults_over.hit();
         }
-        if draw(control, faults.duplicated) {
+        let kind = FaultKind::Duplicated;
+        let again = self.strikes(control, kind, faults.duplicated, |_| faults.duplicate_after);
+        if let Some(after) = again {
             self.counters.purges_duplicated.hit();
-            let ready = Instant::now() + faults.duplicate_after;
-            control.file(ready, Operation::Repeat(purge), true);
+            control.file(Instant::now() + after, Operation::Repeat(purge), true);
         }
-        if draw(control, faults.lost) {
+        if self.happens(control, FaultKind::Lost, faults.lost) {
             self.counters.completions_lost.hit();
             control.tghs[index].lost = true;
         } else {
@@ -156,6 +159,32 @@ impl Core {
     pub(super) fn remove(&self, control: &mut Control, purge: &Purge) {
         control.tlb.purge(purge);
         cancel(control, purge);
+    }
+
+    /// Whether a fault of `kind` strikes on this occasion, with `probability` or because it is scripted, and by how much.
+    pub(super) fn strikes(
+        &self,
+        control: &mut Control,
+        kind: FaultKind,
+        probability: f64,
+        by: impl FnOnce(&mut SmallRng) -> Duration,
+    ) -> Option<Duration> {
+        let occasion = &mut control.occasions[kind as usize];
+        *occasion += 1;
+        let now = (self.config.device, kind, *occasion);
+        if draw(control, probability) {
+            return Some(by(&mut control.rng));
+        }
+        let mut scripted = self.config.faults.scripted.iter();
+        scripted
+            .find(|one| (one.device, one.kind, one.nth) == now)
+            .map(|one| one.by)
+    }
+
+    /// As [`Core::strikes`], of faults that know no more or less.
+    pub(super) fn happens(&self, control: &mut Control, kind: FaultKind, probability: f64) -> bool {
+        self.strikes(control, kind, probability, |_| Duration::ZERO)
+            .is_some()
     }
 }
 
@@ -172,6 +201,6 @@ fn cancel(control: &mut Control, purge: &Purge) {
 }
 
 /// True with `probability`.
-pub(super) fn draw(control: &mut Control, probability: f64) -> bool {
+fn draw(control: &mut Control, probability: f64) -> bool {
     probability > 0.0 && control.rng.random_bool(probability.min(1.0))
 }

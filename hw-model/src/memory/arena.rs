@@ -43,6 +43,19 @@ fn nothing(at: u64, bytes: u64, flags: libc::c_int) -> io::Result<u64> {
     Ok(at as u64)
 }
 
+/// As [`nothing`], wherever there is room; in a simulation at the first place that is free.
+fn anywhere(bytes: u64) -> io::Result<u64> {
+    let mut error = io::Error::from(io::ErrorKind::AddrInUse);
+    for place in shootdown_primitive::places() {
+        let flags = place.map_or(0, |_| libc::MAP_FIXED_NOREPLACE);
+        match nothing(place.unwrap_or(0), bytes, flags) {
+            Ok(at) => return Ok(at),
+            Err(failed) => error = failed,
+        }
+    }
+    Err(error)
+}
+
 /// What is reserved for an arena of `bytes`.
 fn size(bytes: u64) -> Result<u64, ModelError> {
     let limit = LIMIT;
@@ -72,7 +85,7 @@ impl Arena {
     pub(super) fn reserve(bytes: u64) -> Result<Self, ModelError> {
         let bytes = size(bytes)?;
         let whole = bytes + ALIGN;
-        let at = nothing(0, whole, 0).map_err(|error| failed("mmap", whole, &error))?;
+        let at = anywhere(whole).map_err(|error| failed("mmap", whole, &error))?;
         let start = at.next_multiple_of(ALIGN);
         for (from, to) in [(at, start), (start + bytes, at + whole)] {
             // SAFETY: the piece lies in the mapping just made, outside what is kept, and nobody knows of it.

@@ -129,12 +129,12 @@ fn beside_a_writer(table: &Table) {
         }
         let mut beside = BesideWriter::new(1_000, hits);
         let mut rounds = Vec::new();
-        for _ in 0..41 {
+        for _ in 0..201 {
             let mut times = [0.0; 2];
             for writes in [false, true] {
                 beside.writes.store(writes, Relaxed);
                 std::thread::sleep(Duration::from_micros(200));
-                times[usize::from(writes)] = beside.case.run(20_000).as_secs_f64() / 20_000e-9;
+                times[usize::from(writes)] = beside.case.run(1_000).as_secs_f64() / 1_000e-9;
             }
             rounds.push(times);
         }

@@ -198,22 +198,45 @@ pub fn notifier_lock() -> Case {
     })
 }
 
-/// Runs `once` so many times on each of two threads that start together; the time until both are done.
-fn both(times: u64, once: [&(dyn Fn(u64) + Sync); 2]) -> Duration {
-    let ready = AtomicU64::new(0);
-    let run = |mine: usize| {
-        ready.fetch_add(1, Relaxed);
-        while ready.load(Relaxed) < 2 {
-            std::hint::spin_loop();
-        }
-        let begun = Instant::now();
-        (0..times).for_each(once[mine]);
-        begun.elapsed()
-    };
-    std::thread::scope(|scope| {
-        let other = scope.spawn(|| run(1));
-        run(0).max(other.join().expect("the other thread"))
-    })
+/// A second thread, which stays for as long as its case, as those of a process do.
+struct Second {
+    /// How often, and when it is to start; then how long it took.
+    ask: std::sync::mpsc::Sender<(u64, Arc<AtomicU64>)>,
+    took: std::sync::mpsc::Receiver<Duration>,
+}
+
+/// Waits until both are ready, and does it so many times.
+fn together(times: u64, ready: &AtomicU64, once: &mut dyn FnMut(u64)) -> Duration {
+    ready.fetch_add(1, Relaxed);
+    while ready.load(Relaxed) < 2 {
+        std::hint::spin_loop();
+    }
+    let begun = Instant::now();
+    (0..times).for_each(once);
+    begun.elapsed()
+}
+
+impl Second {
+    fn new(mut once: impl FnMut(u64) + Send + 'static) -> Self {
+        let (ask, asked) = std::sync::mpsc::channel::<(u64, Arc<AtomicU64>)>();
+        let (done, took) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            while let Ok((times, ready)) = asked.recv() {
+                let _ = done.send(together(times, &ready, &mut once));
+            }
+        });
+        Self { ask, took }
+    }
+
+    /// The time until both are done, with `once` on this thread.
+    fn beside(&self, times: u64, mut once: impl FnMut(u64)) -> Duration {
+        let ready = Arc::new(AtomicU64::new(0));
+        self.ask
+            .send((times, ready.clone()))
+            .expect("the other thread");
+        let mine = together(times, &ready, &mut once);
+        mine.max(self.took.recv().expect("the other thread"))
+    }
 }
 
 fn registered(at: u64) -> (AddressSpace, shootdown::Registration, Range) {
@@ -234,12 +257,10 @@ pub fn two_threads(one_space: bool) -> Case {
     };
     let more = first.register(right, Arc::new(Empty), &[]);
     let name = if one_space { "one space" } else { "two spaces" };
+    let beside = Second::new(move |_| shoot(&second, right));
     Case::timed(format!("two threads/{name}"), move |times| {
         black_box((&kept, &also, &more, &other));
-        both(
-            times,
-            [&|_| shoot(&first, left), &|_| shoot(&second, right)],
-        )
+        beside.beside(times, |_| shoot(&first, left))
     })
 }
 
@@ -252,27 +273,31 @@ pub fn one_thread() -> Case {
     })
 }
 
-/// Faults of so many threads in disjoint parts of one registration.
+/// Faults of one thread, or of two in disjoint parts of one registration. Each has a lock of its own, as contexts have.
 pub fn faults(threads: usize) -> Case {
     let (space, registration, range) = registered(1 << 32);
-    let locks = [NotifierLock::new(()), NotifierLock::new(())];
-    Case::timed(format!("faults/{threads} threads"), move |times| {
-        black_box(&space);
-        let fault = |thread: u64, nth: u64| {
+    let registration = Arc::new(registration);
+    let faults = |thread: u64| {
+        let (registration, lock) = (registration.clone(), NotifierLock::new(()));
+        move |nth: u64| {
             let at = range.start().get() + (thread << 19) + ((nth & 0x7f) << 12);
             let entry = Range::new(at, 4096).expect("a page");
             let fault = registration
                 .begin(entry, Duration::from_secs(1))
                 .expect("undisturbed");
-            let held = locks[thread as usize].lock();
+            let held = lock.lock();
             assert!(!fault.retry(&held));
-        };
-        if threads == 1 {
-            let begun = Instant::now();
-            (0..times).for_each(|nth| fault(0, nth));
-            return begun.elapsed();
         }
-        both(times, [&|nth| fault(0, nth), &|nth| fault(1, nth)])
+    };
+    let (mut mine, beside) = (faults(0), Second::new(faults(1)));
+    Case::timed(format!("faults/{threads} threads"), move |times| {
+        black_box(&space);
+        if threads == 2 {
+            return beside.beside(times, &mut mine);
+        }
+        let begun = Instant::now();
+        (0..times).for_each(&mut mine);
+        begun.elapsed()
     })
 }
 

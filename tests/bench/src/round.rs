@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use crate::case::Case;
 
-/// Each of a case's runs takes about this long.
-const RUN: Duration = Duration::from_millis(2);
-const ROUNDS: usize = 41;
+/// Each of a case's runs takes about this long: shorter than a time slice, so that most runs are not interrupted, on a machine that has
+/// other things to do.
+const RUN: Duration = Duration::from_micros(100);
+const ROUNDS: usize = 501;
 
 /// Nanoseconds an operation of both, and the ratio, each the median of all rounds.
 #[derive(Clone, Copy, Debug)]

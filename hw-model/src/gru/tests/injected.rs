@@ -7,7 +7,7 @@ use shootdown::PageSize;
 use super::rig::{Misses, Rig, set, until};
 use crate::gru::control::InFlight;
 use crate::gru::layout::{ACTIVE, CALL_OS, IDLE, MANAGEMENT, RESET, tfh};
-use crate::gru::{ChipletConfig, FaultPlan};
+use crate::gru::{ChipletConfig, FaultKind, FaultPlan, Scripted};
 
 #[test]
 fn a_lost_completion_stays_active_and_another_handle_still_purges() {
@@ -30,6 +30,36 @@ fn a_lost_completion_stays_active_and_another_handle_still_purges() {
     }
     assert!((1..24).contains(&lost), "{lost} of 24");
     assert_eq!(rig.chiplet.counts().completions_lost, lost);
+}
+
+#[test]
+fn scripted_faults_strike_on_their_occasion_of_their_chiplet_and_on_no_other() {
+    let scripted = |device, kind, nth| Scripted {
+        device,
+        kind,
+        nth,
+        by: Duration::ZERO,
+    };
+    let faults = FaultPlan {
+        scripted: vec![
+            scripted(0, FaultKind::Lost, 3),
+            scripted(0, FaultKind::Stuck, 6),
+            scripted(1, FaultKind::Lost, 1),
+        ]
+        .leak(),
+        ..FaultPlan::default()
+    };
+    let (rig, base) = Rig::started(ChipletConfig {
+        faults,
+        ..ChipletConfig::default()
+    });
+    let active = (0..8).filter(|handle| {
+        rig.purge(*handle, 8, base, PageSize::FourKiB, 1);
+        rig.purge_status(*handle) == ACTIVE
+    });
+    assert_eq!(active.collect::<Vec<_>>(), [2, 5]);
+    let counts = rig.chiplet.counts();
+    assert_eq!((counts.completions_lost, counts.purges_stuck), (1, 1));
 }
 
 #[test]

@@ -104,7 +104,7 @@ pub(crate) const TABLE: &[Entry] = &[
         "R9",
         "r9-note",
         "what a slot remembers is read whole or not at all (notes)",
-        "notes::model::a_note_is_read_as_it_was_written_or_not_at_all",
+        "model::notes::a_note_is_read_as_it_was_written_or_not_at_all",
     ),
     pair(
         "R9",

@@ -8,12 +8,42 @@ use crate::addr::Range;
 use crate::primitive::Mutex;
 use crate::primitive::atomic::{AtomicBool, Ordering, fence};
 use crate::registration::Target;
-use crate::tlb::{Device, Health};
+use crate::tlb::Device;
+
+struct Ghost {
+    range: Range,
+    device: Device,
+    /// Of the device, when the registration ended.
+    sickness: u64,
+}
+
+impl Ghost {
+    fn of(range: Range, device: &Device) -> Option<Self> {
+        device.sickness().map(|sickness| Self {
+            range,
+            device: device.clone(),
+            sickness,
+        })
+    }
+
+    /// The device has not been recovered since; one that has, and is in quarantine again, holds nothing of this range.
+    fn is_there(&self) -> bool {
+        self.device.sickness() == Some(self.sickness)
+    }
+
+    /// Whether `other` says nothing new: without this, registrations that come and go over a device that is never recovered would
+    /// make the list as long as they are many.
+    fn covers(&self, other: &Self) -> bool {
+        self.device.same(&other.device)
+            && self.sickness == other.sickness
+            && self.range.contains(other.range)
+    }
+}
 
 pub(crate) struct Ghosts {
     /// There are some, or have been.
     some: AtomicBool,
-    all: Mutex<Vec<(Range, Device)>>,
+    all: Mutex<Vec<Ghost>>,
 }
 
 impl Ghosts {
@@ -27,12 +57,8 @@ impl Ghosts {
     /// A registration of `range` is about to leave the index. Allocates if a device is in quarantine, and forgets the ghosts of
     /// those that are not any more.
     pub(crate) fn add(&self, range: Range, targets: &[Target]) {
-        let sick = |device: &Device| device.health() == Health::Quarantined;
-        let fresh: Vec<_> = targets
-            .iter()
-            .filter(|target| sick(&target.device))
-            .map(|target| (range, target.device.clone()))
-            .collect();
+        let ghost = |target: &Target| Ghost::of(range, &target.device);
+        let fresh: Vec<_> = targets.iter().filter_map(ghost).collect();
         if fresh.is_empty() {
             return;
         }
@@ -42,8 +68,12 @@ impl Ghosts {
             let mut now = self.all.lock();
             let needed = now.len() + fresh.len();
             if all.capacity() >= needed {
-                all.extend(now.drain(..).filter(|(_, device)| sick(device)));
-                all.extend(fresh);
+                all.extend(now.drain(..).filter(Ghost::is_there));
+                for ghost in fresh {
+                    if !all.iter().any(|old| old.covers(&ghost)) {
+                        all.push(ghost);
+                    }
+                }
                 std::mem::swap(&mut *now, &mut all);
                 break;
             }
@@ -70,11 +100,73 @@ impl Ghosts {
             return;
         }
         let all = self.all.lock();
-        let found = all.iter().find(|(ghost, device)| {
-            ghost.overlaps(range) && device.health() == Health::Quarantined
-        });
-        if let Some((_, device)) = found {
-            see(device);
+        let found = all
+            .iter()
+            .find(|ghost| ghost.range.overlaps(range) && ghost.is_there());
+        if let Some(ghost) = found {
+            see(&ghost.device);
         }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::addr::PageSizes;
+    use crate::tlb::{Completion, DeviceTlb, FlushCommand, Issue, Limits, Ticket};
+
+    struct Well;
+
+    impl DeviceTlb for Well {
+        fn limits(&self) -> Limits {
+            Limits {
+                entry_sizes: PageSizes::FOUR_KIB,
+                pages_per_command: 1,
+                commands_per_batch: 1,
+                full_flush_cost: 1,
+            }
+        }
+        fn issue(&self, _: FlushCommand) -> Issue {
+            Issue::Queued
+        }
+        fn dispatch(&self) -> Ticket {
+            Ticket(0)
+        }
+        fn poll(&self, _: Ticket) -> Completion {
+            Completion::Done
+        }
+    }
+
+    #[test]
+    fn what_a_device_held_before_it_was_recovered_it_does_not_hold_in_a_later_quarantine() {
+        let ghosts = Ghosts::new();
+        let device = Device::new("well", Well);
+        let targets = [Target {
+            device: device.clone(),
+            tag: 0,
+        }];
+        let [old, new] = [0, 1].map(|page| Range::new(page << 12, 1 << 12).unwrap());
+        let finds = |range| {
+            let mut found = false;
+            ghosts.find(range, |_| found = true);
+            found
+        };
+        for _ in 0..100 {
+            device.quarantine();
+            ghosts.add(old, &targets);
+            // Once more without a recovery: that is the same quarantine.
+            device.quarantine();
+            assert!(finds(old) && !finds(new));
+            device.recover(Duration::from_secs(1)).unwrap();
+            assert!(!finds(old));
+            device.quarantine();
+            assert!(!finds(old));
+            (0..3).for_each(|_| ghosts.add(new, &targets));
+            assert!(finds(new));
+            device.recover(Duration::from_secs(1)).unwrap();
+        }
+        assert_eq!(ghosts.all.lock().len(), 1);
     }
 }

@@ -12,7 +12,7 @@ use thiserror::Error;
 
 use crate::addr::{PageSize, PageSizes, Range};
 use crate::primitive::Arc;
-use crate::primitive::atomic::{AtomicU32, AtomicU64, Ordering};
+use crate::primitive::atomic::{AtomicU64, Ordering};
 use crate::watch::Name;
 
 /// What a flush command covers.
@@ -169,14 +169,22 @@ pub struct DeviceStats {
     pub quarantined: u64,
 }
 
+/// Where the recoveries begin in the word of a device's health.
+const RECOVERIES: u32 = 32;
+
+fn is_sick(health: u64) -> bool {
+    health as u32 != 0
+}
+
 struct Inner {
     name: String,
     watched_as: Name,
     tlb: Box<dyn DeviceTlb>,
     limits: Limits,
     splits_pages: bool,
-    /// Even while it is healthy. Each quarantine makes another number, so that a recovery does not undo one that came meanwhile.
-    health: AtomicU32,
+    /// The upper half counts the recoveries. The lower one is 0 while it is healthy; each quarantine makes another number, so that a
+    /// recovery does not undo one that came meanwhile.
+    health: AtomicU64,
     flush_ops: AtomicU64,
     full_flushes: AtomicU64,
     dispatches: AtomicU64,
@@ -223,7 +231,7 @@ impl Device {
                 limits,
                 splits_pages: tlb.splits_pages(),
                 tlb: Box::new(tlb),
-                health: AtomicU32::new(0),
+                health: AtomicU64::new(0),
                 flush_ops: AtomicU64::new(0),
                 full_flushes: AtomicU64::new(0),
                 dispatches: AtomicU64::new(0),
@@ -259,12 +267,15 @@ impl Device {
     /// Whether it is in quarantine.
     #[inline]
     pub fn health(&self) -> Health {
+        self.sickness()
+            .map_or(Health::Healthy, |_| Health::Quarantined)
+    }
+
+    /// In quarantine: how often it was brought back before. What it held then it holds as long as this is the same.
+    pub(crate) fn sickness(&self) -> Option<u64> {
         // Acquire, with the AcqRel in `recover`: who sees it healthy again also sees its TLB empty.
-        if self.inner.health.load(Ordering::Acquire).is_multiple_of(2) {
-            Health::Healthy
-        } else {
-            Health::Quarantined
-        }
+        let health = self.inner.health.load(Ordering::Acquire);
+        is_sick(health).then_some(health >> RECOVERIES)
     }
 
     /// What happened so far.
@@ -290,7 +301,7 @@ impl Device {
     /// What the reset said; the device stays in quarantine.
     pub fn recover(&self, deadline: Duration) -> Result<(), ResetError> {
         let health = self.inner.health.load(Ordering::Acquire);
-        if health.is_multiple_of(2) {
+        if !is_sick(health) {
             return Ok(());
         }
         if !self.full_flush(deadline) {
@@ -299,7 +310,7 @@ impl Device {
         // AcqRel, with the load in `health`. A failure means that it went into quarantine again, or that another thread was first.
         let _ = self.inner.health.compare_exchange(
             health,
-            health.wrapping_add(1),
+            (health >> RECOVERIES).wrapping_add(1) << RECOVERIES,
             Ordering::AcqRel,
             Ordering::Acquire,
         );
@@ -393,13 +404,13 @@ impl Device {
     /// for a reason of its own, and failed. Whether it was healthy before. Neither waits nor allocates; any lock may be held.
     pub fn quarantine(&self) -> bool {
         // AcqRel: the winner counts; Release orders what led here before what others conclude from it.
-        let next = |health: u32| {
-            let step = if health.is_multiple_of(2) { 1 } else { 2 };
-            Some(health.wrapping_add(step))
+        let next = |health: u64| {
+            let number = (health as u32).wrapping_add(1).max(1);
+            Some(health >> RECOVERIES << RECOVERIES | u64::from(number))
         };
         let health = &self.inner.health;
         let before = health.fetch_update(Ordering::AcqRel, Ordering::Acquire, next);
-        let fresh = before.is_ok_and(|before| before.is_multiple_of(2));
+        let fresh = before.is_ok_and(|before| !is_sick(before));
         if fresh {
             self.inner.quarantined.fetch_add(1, Ordering::Relaxed);
         }

@@ -88,7 +88,7 @@ pub(crate) fn turn(
         0 => {
             let begun = Instant::now();
             one.unregister()?;
-            *latency += begun.elapsed().as_nanos() as u64;
+            latency.saturating_record(begun.elapsed().as_nanos() as u64);
         }
         1 => {
             let guard = space.lock_write()?;

@@ -414,7 +414,8 @@ impl Worker<'_> {
             });
             match answer {
                 Some(Ok((took, result))) => {
-                    self.measured.foreign += took.as_nanos() as u64;
+                    let nanos = took.as_nanos() as u64;
+                    self.measured.foreign.saturating_record(nanos);
                     return result.unwrap_or_else(|error| {
                         self.find(format!("the model, of a foreign {call:?}: {error}"));
                         false

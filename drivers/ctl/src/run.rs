@@ -331,7 +331,7 @@ pub(crate) fn run(
     for one in measured {
         let add = |sum: &mut Option<hdrhistogram::Histogram<u64>>,
                    more: hdrhistogram::Histogram<u64>| match sum {
-            // Both are made alike, and grow.
+            // Both are made alike.
             Some(sum) => sum.add(&more).is_ok(),
             None => sum.replace(more).is_none(),
         };

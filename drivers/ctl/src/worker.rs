@@ -26,8 +26,13 @@ pub(crate) struct Measured {
     pub(crate) findings: Vec<String>,
 }
 
+/// For latencies in nanoseconds, up to a minute; longer ones count as that. As large, and as resident, from the start as it ever
+/// is: one that grows with the longest latency so far, or page by page with their variety, looks like a leak for minutes.
 pub(crate) fn histogram() -> Histogram<u64> {
-    Histogram::new(3).expect("three digits are a valid precision")
+    let histogram = Histogram::new_with_bounds(1, 60_000_000_000, 3);
+    let mut histogram = histogram.expect("valid bounds and precision");
+    histogram.reset();
+    histogram
 }
 
 /// Words that a segment must have room for: what one instruction moves.
@@ -172,7 +177,8 @@ impl<'s> Worker<'s> {
     ) -> bool {
         let begun = Instant::now();
         let result = call(space);
-        self.measured.shootdown += begun.elapsed().as_nanos() as u64;
+        let nanos = begun.elapsed().as_nanos() as u64;
+        self.measured.shootdown.saturating_record(nanos);
         self.shared.shootdowns.fetch_add(1, Ordering::Relaxed);
         self.expect(what, result)
     }

@@ -121,9 +121,11 @@ pub(crate) struct Latencies(Mutex<Histogram<u64>>);
 
 impl Default for Latencies {
     fn default() -> Self {
-        // Of fixed size: to record does not allocate.
+        // Of fixed size: to record does not allocate. Written once, or it would become resident page by page, on the fault path.
         let histogram = Histogram::new_with_bounds(1, 60_000_000_000, 3);
-        Self(Mutex::new(histogram.expect("valid bounds and precision")))
+        let mut histogram = histogram.expect("valid bounds and precision");
+        histogram.reset();
+        Self(Mutex::new(histogram))
     }
 }
 

@@ -97,7 +97,9 @@ impl Tlb {
     pub(super) fn new(capacity: usize) -> Self {
         let capacity = capacity.max(16);
         Self {
-            entries: HashMap::with_capacity(capacity),
+            // Twice as many as there can be: what was removed leaves its place used until the table is made anew, which
+            // takes more memory unless half of it is free.
+            entries: HashMap::with_capacity(2 * capacity),
             order: VecDeque::with_capacity(capacity),
             capacity,
         }

@@ -199,7 +199,8 @@ pub fn notifier_lock() -> Case {
 }
 
 /// A second thread, which stays for as long as its case, as those of a process do.
-struct Second {
+#[derive(Debug)]
+pub struct Second {
     /// How often, and when it is to start; then how long it took.
     ask: std::sync::mpsc::Sender<(u64, Arc<AtomicU64>)>,
     took: std::sync::mpsc::Receiver<Duration>,
@@ -217,7 +218,8 @@ fn together(times: u64, ready: &AtomicU64, once: &mut dyn FnMut(u64)) -> Duratio
 }
 
 impl Second {
-    fn new(mut once: impl FnMut(u64) + Send + 'static) -> Self {
+    /// One that does `once` when it is asked to; it is given the number of the time.
+    pub fn new(mut once: impl FnMut(u64) + Send + 'static) -> Self {
         let (ask, asked) = std::sync::mpsc::channel::<(u64, Arc<AtomicU64>)>();
         let (done, took) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
@@ -229,7 +231,7 @@ impl Second {
     }
 
     /// The time until both are done, with `once` on this thread.
-    fn beside(&self, times: u64, mut once: impl FnMut(u64)) -> Duration {
+    pub fn beside(&self, times: u64, mut once: impl FnMut(u64)) -> Duration {
         let ready = Arc::new(AtomicU64::new(0));
         self.ask
             .send((times, ready.clone()))

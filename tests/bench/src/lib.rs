@@ -6,6 +6,7 @@
 //!
 //! * [`case`]: one thing to do n times. `cargo bench -p shootdown-bench --bench time` gives each to criterion.
 //! * [`round`]: two cases in turn, and the medians. `cargo bench -p shootdown-bench --bench targets` prints the table of targets.
+//! * `instructions`, run by `tests/bench/counts`: some of the cases under valgrind. `growth`: the curves of the README.
 //! * [`ground`]: what they are done on: ranges, queries, handlers, devices.
 
 pub mod allocator;

@@ -25,7 +25,7 @@
 use crate::addr::{Addr, Range};
 use crate::notes::{Note, Notes};
 use crate::primitive::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
-use crate::primitive::{fence_after_rmw, home};
+use crate::primitive::{Backoff, fence_after_rmw, home};
 
 /// Invalidations in progress at most, in one address space.
 #[cfg(not(loom))]
@@ -185,8 +185,8 @@ impl Active {
         self.slots[claim.slot].turn.load(Ordering::Acquire) & !WALKED == claim.turn
     }
 
-    /// The invalidations in progress that overlap `range`. One that has not stated its range yet, a matter of two stores, counts as
-    /// overlapping.
+    /// The invalidations in progress that overlap `range`. One that has not stated its range yet is waited for, which is a matter of two
+    /// stores: taken for one that overlaps it would be waited for until its end, which may be long.
     pub(crate) fn overlapping(&self, range: Range) -> impl Iterator<Item = Claim> {
         self.used().filter_map(move |(slot, one)| {
             let turn = one.turn.load(Ordering::Acquire) & !WALKED;
@@ -194,15 +194,17 @@ impl Active {
                 return None;
             }
             let claim = Claim { slot, turn };
-            if one.stated.load(Ordering::Acquire) == turn {
-                let apart = one.range().is_some_and(|stated| !stated.overlaps(range));
-                // What was read may be the range of a later claim: then this one is over, which the fence makes seen.
-                fence(Ordering::Acquire);
-                if apart || !self.is_active(claim) {
+            let mut backoff = Backoff::new();
+            while one.stated.load(Ordering::Acquire) != turn {
+                if !self.is_active(claim) {
                     return None;
                 }
+                backoff.wait();
             }
-            Some(claim)
+            let apart = one.range().is_some_and(|stated| !stated.overlaps(range));
+            // What was read may be the range of a later claim: then this one is over, which the fence makes seen.
+            fence(Ordering::Acquire);
+            (!apart && self.is_active(claim)).then_some(claim)
         })
     }
 

@@ -63,22 +63,31 @@ impl Ghosts {
             return;
         }
         // Made before the lock is taken, and dropped after it: the shootdown path takes it.
-        let mut all = Vec::with_capacity(fresh.len());
+        let (mut all, mut over) = (Vec::with_capacity(fresh.len()), Vec::new());
         loop {
             let mut now = self.all.lock();
             let needed = now.len() + fresh.len();
-            if all.capacity() >= needed {
-                all.extend(now.drain(..).filter(Ghost::is_there));
+            if all.capacity() >= needed && over.capacity() >= needed {
+                // Of a device that has recovered this may be the last count, and its driver's drop may do anything.
+                for ghost in now.drain(..) {
+                    let list = if ghost.is_there() {
+                        &mut all
+                    } else {
+                        &mut over
+                    };
+                    list.push(ghost);
+                }
                 for ghost in fresh {
-                    if !all.iter().any(|old| old.covers(&ghost)) {
-                        all.push(ghost);
-                    }
+                    let said = all.iter().any(|old| old.covers(&ghost));
+                    let list = if said { &mut over } else { &mut all };
+                    list.push(ghost);
                 }
                 std::mem::swap(&mut *now, &mut all);
                 break;
             }
             drop(now);
             all = Vec::with_capacity(needed);
+            over = Vec::with_capacity(needed);
         }
         self.some.store(true, Ordering::Relaxed);
         // An invalidation that does not find the registration in the index finds this: by the Release of the index's new version,

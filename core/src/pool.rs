@@ -44,15 +44,12 @@ impl<T> Pool<T> {
     /// under the lock, which that path takes.
     pub(crate) fn reserve(&self, entries: usize) {
         let wanted = entries.div_ceil(self.chunk) + SLOTS;
-        // Relaxed: each makes what it has counted, and sees its own.
-        let made = self.made.load(Ordering::Relaxed);
-        if made >= wanted {
-            return;
-        }
-        let made = self.made.fetch_max(wanted, Ordering::Relaxed);
-        for _ in made..wanted {
+        // Counted when it is there, with Release, so that nobody relies on what another thread has yet to make. Several that make
+        // some at once may make a few too many.
+        while self.made.load(Ordering::Acquire) < wanted {
             let chunk = self.fresh();
             self.give(chunk);
+            self.made.fetch_add(1, Ordering::AcqRel);
         }
     }
 

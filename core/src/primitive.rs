@@ -165,6 +165,20 @@ pub(crate) fn fence_after_rmw() {
     }
 }
 
+/// Calls what is a driver's; `None` if it panicked. Whatever the payload does where it is dropped goes no further either: one that panics
+/// there too is left where it is.
+pub(crate) fn contain<R>(call: impl FnOnce() -> R) -> Option<R> {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    let payload = match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(result) => return Some(result),
+        Err(payload) => payload,
+    };
+    if let Err(another) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
+        std::mem::forget(another);
+    }
+    None
+}
+
 /// Whether no two threads ever have the same [`home`].
 pub(crate) const HOMES_ARE_UNIQUE: bool = !cfg!(loom);
 

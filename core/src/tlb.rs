@@ -5,7 +5,6 @@
 //! the latencies of many devices overlap. What commands a range needs is worked out in [`plan`](crate::plan).
 
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use thiserror::Error;
@@ -373,8 +372,11 @@ impl Device {
 
     /// Calls the driver; `None` if it panicked, in which case the device is in quarantine.
     fn call<R>(&self, method: impl FnOnce(&dyn DeviceTlb) -> R) -> Option<R> {
-        let result = catch_unwind(AssertUnwindSafe(|| method(&*self.inner.tlb)));
-        result.map_err(|_| self.quarantine()).ok()
+        let result = crate::primitive::contain(|| method(&*self.inner.tlb));
+        if result.is_none() {
+            self.quarantine();
+        }
+        result
     }
 
     pub(crate) fn reset(&self, deadline: Duration) -> Result<(), ResetError> {

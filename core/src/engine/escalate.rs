@@ -1,12 +1,10 @@
 //! What did not do as it was told: wider flush, reset, quarantine; and the calls that may be the reason, watched and contained.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
 use super::desk::{Desk, Work};
 use super::device_op::{Ack, Deadline, DeviceOp, sync};
 use crate::context::InCallback;
 use crate::notifier::{Op, OpCore};
-use crate::primitive::Arc;
+use crate::primitive::{Arc, contain};
 use crate::recorder::Kind;
 use crate::registration::Inner;
 use crate::segment::SegmentInner;
@@ -148,12 +146,15 @@ fn watched<R>(
         let _watched = space.watch.enter(core.post, stage, id, name);
         let _callback = InCallback::handler(inner.key());
         if planted!("r22") {
-            Ok(handler())
+            Some(handler())
         } else {
-            catch_unwind(AssertUnwindSafe(handler))
+            contain(handler)
         }
     };
-    result.map_err(|_| space.note_panic(inner, core.id)).ok()
+    if result.is_none() {
+        space.note_panic(inner, core.id);
+    }
+    result
 }
 
 /// Work that does not drain ends with a reset of every device of its registration; false if it has none, or one is dead.

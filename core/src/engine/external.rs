@@ -15,8 +15,10 @@ pub struct ExternalInvalidation<'s> {
 
 impl std::fmt::Debug for ExternalInvalidation<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Of one that hits nothing it says nothing of its own.
+        let busy = self.invalidation.desk.as_ref().filter(|desk| desk.busy);
         f.debug_tuple("ExternalInvalidation")
-            .field(&self.invalidation.desk.as_ref().map(|desk| desk.core))
+            .field(&busy.map(|desk| desk.core))
             .finish()
     }
 }

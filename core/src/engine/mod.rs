@@ -24,7 +24,6 @@ mod escalate;
 mod external;
 
 use std::ops::ControlFlow;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 pub(crate) use self::desk::Desks;
 use self::desk::{Desk, Work};
@@ -41,7 +40,7 @@ use crate::notes::Note;
 use crate::notifier::{Cause, Gather, Op, OpCore, Outcome, WouldBlock};
 use crate::plan::{FlushPlan, Pieces};
 use crate::pool::Chain;
-use crate::primitive::{Arc, Backoff};
+use crate::primitive::{Arc, Backoff, contain};
 use crate::recorder::Kind;
 use crate::registration::{Inner, Use};
 use crate::segment::SegmentInner;
@@ -236,7 +235,7 @@ pub(crate) fn run<'s>(
     static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
     let _whole = planted!("r28").then(|| ONE_AT_A_TIME.lock());
     let mut invalidation = Invalidation::begin(space, what, mode)?;
-    let changed = catch_unwind(AssertUnwindSafe(change));
+    let changed = contain(change);
     // What a memory that panicked has done nobody knows.
     let error = match changed.unwrap_or(Err(MemoryError::Panicked)) {
         Ok(()) => {

@@ -5,7 +5,7 @@ use std::sync::Mutex as StdMutex;
 
 use loom::thread;
 
-use super::{Held, Probe, Tally, check, invalidate, page, space};
+use super::{Held, NEVER, Probe, Tally, check, invalidate, page, space};
 use crate::notifier::{Cause, Outcome};
 use crate::{Refused, Registration, Unregistered};
 
@@ -113,5 +113,32 @@ fn a_wait_outlasts_the_end_of_something_else() {
             "promised that no callback will run, with `end` to come"
         );
         probe.assert_released_once();
+    });
+}
+
+/// A fault waits for what overlaps its entry, and for nothing else: an invalidation of something else may be long, and is not taken
+/// for one that overlaps because it had yet to say its range when the fault looked.
+#[test]
+fn a_fault_does_not_wait_for_what_is_elsewhere() {
+    check(3, || {
+        let space = space();
+        let begun = StdArc::new((loom::sync::Mutex::new(false), loom::sync::Condvar::new()));
+        let elsewhere = {
+            let (space, begun) = (space.clone(), begun.clone());
+            thread::spawn(move || {
+                let open = space.begin_invalidation(page(9), Cause::External).unwrap();
+                let mut fault = begun.0.lock().unwrap();
+                while !*fault {
+                    fault = begun.1.wait(fault).unwrap();
+                }
+                drop(fault);
+                open.end(Outcome::Changed).unwrap();
+            })
+        };
+        let registration = space.register(page(1), Probe::new(), &[]).unwrap();
+        registration.begin(page(1), NEVER).unwrap();
+        *begun.0.lock().unwrap() = true;
+        begun.1.notify_all();
+        elsewhere.join().unwrap();
     });
 }

@@ -156,9 +156,16 @@ pub(super) struct Summary {
     table: AtomicPtr<Table>,
 }
 
-/// A table that was replaced. It stays where it is: walks have its address.
+/// A table that was replaced, from `Box::into_raw`. Not a `Box`, which would claim it for itself while walks still read it.
 #[derive(Debug)]
-pub(super) struct Old(#[expect(dead_code, reason = "it is dropped")] Box<Table>);
+pub(super) struct Old(*mut Table);
+
+impl Drop for Old {
+    fn drop(&mut self) {
+        // SAFETY: unlinked once, in `grow`; the parent drops it when no walk reads it any more.
+        drop(unsafe { Box::from_raw(self.0) });
+    }
+}
 
 /// The table's own hash: the keys are nobody's input.
 #[derive(Debug, Default)]
@@ -292,8 +299,7 @@ impl Summary {
         marks.used = words;
         // Release, with the Acquire in `table`. Whoever still reads the old one began before the entry that made it grow is published.
         let old = self.table.swap(Box::into_raw(new), Ordering::Release);
-        // SAFETY: from `Box::into_raw`, and unlinked by this swap, once.
-        marks.unlinked.push(Old(unsafe { Box::from_raw(old) }));
+        marks.unlinked.push(Old(old));
         self.table()
     }
 }

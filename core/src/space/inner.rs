@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc as StdArc;
 
 use super::{Deadlines, ExitError, MapLock};
@@ -18,7 +17,7 @@ use crate::notifier::{Cause, Notifier};
 use crate::plan;
 use crate::pool::Pool;
 use crate::primitive::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
-use crate::primitive::{Arc, Mutex};
+use crate::primitive::{Arc, Mutex, contain};
 use crate::recorder::{Kind, Recorder};
 use crate::registration::state::StateWord;
 use crate::registration::{Inner, Prepared, Target};
@@ -239,8 +238,10 @@ impl Space {
             let _watched = self.watch.enter_release(inner.id, inner.name);
             let _callback = InCallback::release();
             let notifier = &inner.notifier;
-            if catch_unwind(AssertUnwindSafe(|| notifier.release())).is_err() {
+            if contain(|| notifier.release()).is_none() {
                 self.note_panic(&inner, 0);
+                // Nobody has stopped the device.
+                self.ghosts.add(inner.range, inner.targets());
             }
         }
         self.recorder.record(Kind::Release, inner.id, 0, 0);
@@ -382,7 +383,11 @@ impl Space {
         shared.retain(|(one, _)| *one != key);
         let (range, notifier, targets) = make();
         let prepared = Prepared::new(this, range, notifier, &targets, StateWord::shared());
-        prepared.admit()?;
+        if let Err(error) = prepared.admit() {
+            // Unlocked: with it goes the handler, whose drop may be anything.
+            drop(shared);
+            return Err(error);
+        }
         let inner = prepared.inner().clone();
         shared.push((key, inner.clone()));
         drop(shared);

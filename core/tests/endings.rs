@@ -1,0 +1,239 @@
+//! What runs when something ends, on whatever thread comes by: the drop of a last reference, a release that fails, what a panic leaves
+//! behind. None of it may meet a lock that is held, and none may take what others wait for with it.
+
+use std::panic::{AssertUnwindSafe, catch_unwind, panic_any};
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
+
+use shootdown::{
+    AddressSpace, Cause, Completion, Deadlines, Device, DeviceTlb, Drain, FlushCommand, Health,
+    InsertError, InvalidateError, Issue, Limits, Needs, Notifier, Op, Outcome, PageSizes, Range,
+    Share, SpacePin, Target, Ticket, WouldBlock,
+};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn page(nth: u64) -> Range {
+    Range::new(nth << 12, 1 << 12).unwrap()
+}
+
+fn space() -> AddressSpace {
+    AddressSpace::without_memory(Deadlines::default())
+}
+
+/// Fails where `f` hangs.
+fn in_time(f: impl FnOnce() + Send + 'static) {
+    let (done, over) = mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        f();
+        let _ = done.send(());
+    });
+    if over.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
+        panic!("a deadlock");
+    }
+    thread.join().unwrap();
+}
+
+/// Acknowledges everything at once; when it is dropped it asks something of the space.
+struct Obedient(Option<SpacePin>);
+
+impl DeviceTlb for Obedient {
+    fn limits(&self) -> Limits {
+        Limits {
+            entry_sizes: PageSizes::FOUR_KIB,
+            pages_per_command: 1024,
+            commands_per_batch: 8,
+            full_flush_cost: 4,
+        }
+    }
+    fn issue(&self, _: FlushCommand) -> Issue {
+        Issue::Queued
+    }
+    fn dispatch(&self) -> Ticket {
+        Ticket(0)
+    }
+    fn poll(&self, _: Ticket) -> Completion {
+        Completion::Done
+    }
+}
+
+impl Drop for Obedient {
+    fn drop(&mut self) {
+        if let Some(space) = self.0.as_ref().and_then(SpacePin::upgrade) {
+            let open = space.begin_invalidation(page(7), Cause::External);
+            open.unwrap().end(Outcome::Unchanged).unwrap();
+        }
+    }
+}
+
+fn obedient(pin: Option<SpacePin>) -> Device {
+    Device::new("obedient", Obedient(pin))
+}
+
+fn target(device: &Device) -> Target {
+    Target {
+        device: device.clone(),
+        tag: 0,
+    }
+}
+
+struct Plain;
+impl Notifier for Plain {}
+
+#[test]
+fn the_last_reference_to_a_device_is_not_dropped_under_the_lock_of_the_ghosts() {
+    in_time(|| {
+        let space = space();
+        let (first, second) = (obedient(Some(space.pin())), obedient(None));
+        for (nth, device) in [(1, &first), (2, &second)] {
+            let targets = [target(device)];
+            let registration = space
+                .register(page(nth), Arc::new(Plain), &targets)
+                .unwrap();
+            device.quarantine();
+            registration.unregister().unwrap();
+            let met = space.begin_invalidation(page(nth), Cause::External);
+            met.expect_err("it may be reached for as long as the device is in quarantine");
+        }
+        first.recover(PATIENCE).unwrap();
+        // From here on only the ghost has it; the next that comes forgets it.
+        drop(first);
+        let third = obedient(None);
+        let registration = space.register(page(3), Arc::new(Plain), &[target(&third)]);
+        third.quarantine();
+        registration.unwrap().unregister().unwrap();
+    });
+}
+
+/// Panics in `release`.
+struct Unstopped;
+
+impl Notifier for Unstopped {
+    fn release(&self) {
+        panic!("planned: the device could not be stopped");
+    }
+}
+
+#[test]
+fn a_release_that_panics_leaves_its_range_to_the_device_until_that_has_recovered() {
+    let (space, device) = (space(), obedient(None));
+    let registration = space.register(page(1), Arc::new(Unstopped), &[target(&device)]);
+    registration.unwrap().unregister().unwrap();
+    assert_eq!(device.health(), Health::Quarantined);
+    let met = space.begin_invalidation(page(1), Cause::External);
+    assert!(
+        matches!(met, Err(InvalidateError::Quarantined { .. })),
+        "nobody has stopped the device: {met:?}"
+    );
+    drop(met);
+    assert!(space.begin_invalidation(page(2), Cause::External).is_ok());
+    device.recover(PATIENCE).unwrap();
+    assert!(space.begin_invalidation(page(1), Cause::External).is_ok());
+}
+
+/// A payload that panics where it is dropped.
+struct Bomb;
+
+impl Drop for Bomb {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            panic!("planned: a payload that panics");
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum At {
+    Quiesce,
+    End,
+    Release,
+}
+
+struct Bomber {
+    at: At,
+    released: Arc<AtomicUsize>,
+}
+
+impl Bomber {
+    fn reaches(&self, at: At) {
+        if at == self.at {
+            panic_any(Bomb);
+        }
+    }
+}
+
+impl Notifier for Bomber {
+    fn quiesce<'o>(&self, op: &Op<'o>) -> Result<Drain<'o>, WouldBlock> {
+        self.reaches(At::Quiesce);
+        Ok(op.idle())
+    }
+    fn end(&self, _: &Op<'_>, _: Outcome) {
+        self.reaches(At::End);
+    }
+    fn release(&self) {
+        self.released.fetch_add(1, SeqCst);
+        self.reaches(At::Release);
+    }
+}
+
+#[test]
+fn a_panic_whose_payload_panics_is_contained_too() {
+    for at in [At::Quiesce, At::End, At::Release] {
+        in_time(move || {
+            let space = space();
+            let released = Arc::new(AtomicUsize::new(0));
+            let bomber = Arc::new(Bomber {
+                at,
+                released: released.clone(),
+            });
+            let registration = space.register(page(1), bomber, &[]).unwrap();
+            let told = catch_unwind(AssertUnwindSafe(|| {
+                let open = space.begin_invalidation(page(1), Cause::External)?;
+                open.end(Outcome::Changed)
+            }));
+            let told = told.unwrap_or_else(|_| panic!("{at:?}: the caller was unwound"));
+            assert_eq!(told.is_err(), at != At::Release, "{at:?}: {told:?}");
+            registration.unregister().unwrap();
+            assert_eq!(released.load(SeqCst), 1, "{at:?}");
+            space.exit().unwrap();
+        });
+    }
+}
+
+/// Cannot be inserted where nobody tells of foreign calls; owns a share of something else.
+struct Demanding(#[allow(dead_code, reason = "it is dropped")] Mutex<Option<Share>>);
+
+impl Notifier for Demanding {
+    fn needs(&self) -> Needs {
+        Needs::BEFORE_AND_BARRIER | Needs::FOREIGN
+    }
+}
+
+#[test]
+fn a_handler_that_no_share_can_have_is_not_dropped_under_the_lock_of_the_shares() {
+    in_time(|| {
+        let space = space();
+        let plain = space.share(1, || (page(1), Arc::new(Plain), Vec::new()));
+        let demanding = Arc::new(Demanding(Mutex::new(Some(plain.unwrap()))));
+        let refused = space.share(2, move || (page(2), demanding, Vec::new()));
+        assert!(matches!(refused, Err(InsertError::Uncovered(_))));
+        assert!(
+            space
+                .share(1, || (page(1), Arc::new(Plain), Vec::new()))
+                .is_ok()
+        );
+    });
+}
+
+#[test]
+fn an_invalidation_that_hits_nothing_does_not_go_by_the_name_of_an_earlier_one() {
+    let space = space();
+    let _registration = space.register(page(1), Arc::new(Plain), &[]).unwrap();
+    let name = format!("{:?}", page(1));
+    let open = space.begin_invalidation(page(1), Cause::External).unwrap();
+    assert!(format!("{open:?}").contains(&name));
+    open.end(Outcome::Changed).unwrap();
+    let open = space.begin_invalidation(page(5), Cause::External).unwrap();
+    assert!(!format!("{open:?}").contains(&name), "{open:?}");
+}

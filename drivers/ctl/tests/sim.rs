@@ -108,7 +108,8 @@ fn no_flush_is_found_and_replayed() {
 
 #[test]
 fn a_flush_that_is_not_waited_for_is_found_and_replayed() {
-    finds_and_replays("flush-not-waited", "R21", 8);
+    // Which schedule finds it first changes with the code, and what is left of some is a minimum only near that schedule.
+    finds_and_replays("flush-not-waited", "R21", 16);
 }
 
 #[test]

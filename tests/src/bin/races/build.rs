@@ -37,6 +37,8 @@ impl Kind {
                 "--test",
                 "no_alloc",
                 "--test",
+                "source_no_alloc",
+                "--test",
                 "shootdown",
                 "-p",
                 "shootdown-vfio",

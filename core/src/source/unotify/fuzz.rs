@@ -91,6 +91,19 @@ fn affected(nr: libc::c_long, args: [u64; 6]) -> Vec<(u128, u128)> {
         | libc::SYS_pkey_mprotect => vec![span(a, b)],
         libc::SYS_mremap => {
             let fixed = d & libc::MREMAP_FIXED as u64 != 0;
+            let leaves = d & libc::MREMAP_DONTUNMAP as u64 != 0;
+            let moves = d & libc::MREMAP_MAYMOVE as u64 != 0;
+            if d > 7 || (fixed || leaves) && !moves || leaves && up(c) != up(b) {
+                return Vec::new();
+            }
+            // As many pages as before stay where they are.
+            if !fixed && !leaves && up(c) == up(b) {
+                return Vec::new();
+            }
+            // More than there are addresses is refused.
+            if up(c) > 1 << 47 {
+                return Vec::new();
+            }
             let old = if fixed || c >= b {
                 span(a, b)
             } else {

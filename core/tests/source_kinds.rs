@@ -33,6 +33,8 @@ enum Cell {
     Nothing,
     /// Not told, and the page is another, or gone.
     NotSeen,
+    /// Not told, of what the kernel does or leaves.
+    Whim,
     /// The kernel refuses it.
     Refused(&'static str),
     /// It makes no sense for this kind.
@@ -46,6 +48,7 @@ impl Cell {
             Self::Told => "told".to_owned(),
             Self::Nothing => "same".to_owned(),
             Self::NotSeen => "**not seen**".to_owned(),
+            Self::Whim => "**not seen**, if done".to_owned(),
             Self::Refused(errno) => errno.to_owned(),
             Self::NoSense => String::new(),
         }
@@ -144,6 +147,7 @@ impl Table<'_> {
             Err(errno) => Cell::Refused(name(errno)),
             Ok(_) if saw & BARRIER != 0 => Cell::Barrier,
             Ok(_) if saw & TOLD != 0 => Cell::Told,
+            Ok(_) if operation.whim => Cell::Whim,
             Ok(_) if after == before && !operation.rights => Cell::Nothing,
             Ok(_) => Cell::NotSeen,
         }
@@ -184,7 +188,7 @@ the frame of one page of it, as /proc/self/pagemap shows it.
 - *barrier*: the handler ran while the old frame was there, and the change waited.
 - *told*: the handler ran, but the change did not wait for it.
 - *same*: nobody was told, and there was nothing to tell: the frame is the same.
-- ***not seen***: nobody was told, and the frame is another, or gone.
+- ***not seen***: nobody was told, and the frame is another, or gone; *if done*: the kernel may also leave it, and the frame is the same then.
 - an errno: the kernel refuses it. Empty: it makes no sense there.
 
 \"Managed\" is what a space's own `map` has mapped; all other kinds were put there by foreign calls. Shared files are mapped `MAP_SHARED`.

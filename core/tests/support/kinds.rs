@@ -254,6 +254,8 @@ pub(crate) struct Deed {
     pub(crate) second_half: bool,
     /// It is the rights that change.
     pub(crate) rights: bool,
+    /// The kernel does it or leaves it, by what else it has to do.
+    pub(crate) whim: bool,
 }
 
 const PLAIN: Deed = Deed {
@@ -264,6 +266,7 @@ const PLAIN: Deed = Deed {
     undo: |_| {},
     second_half: false,
     rights: false,
+    whim: false,
 };
 
 fn advise(memory: &Mapped<'_>, advice: i32) -> Result<usize, i32> {
@@ -429,6 +432,7 @@ pub(crate) const DEEDS: &[Deed] = &[
     Deed {
         name: "madvise PAGEOUT",
         make: |m| advise(m, libc::MADV_PAGEOUT),
+        whim: true,
         ..PLAIN
     },
     Deed {

@@ -45,8 +45,9 @@ const USE: u64 = 1 << 8;
 const USES: u64 = 0x7f << 8;
 const SHARE: u64 = 1 << 15;
 const SHARES: u64 = 0x7fff << 15;
-/// At the top, where it wraps and disturbs nothing. 34 bits: a fault would have to wait, between begin and retry, for exactly as many
-/// invalidations of its registration, which are hours.
+/// At the top, where it wraps and disturbs nothing. 34 bits. A fault would have to wait, between begin and retry, for exactly as many
+/// invalidations of its registration, half an hour of nothing else at 100 ns each. A note is as old as its slot is unused: one that is
+/// exactly as many invalidations old has a number of today, and can hide that another of that number was overwritten.
 const STARTED: u64 = 1 << 30;
 const STARTED_SHIFT: u32 = 30;
 const _: () = assert!(crate::active::SLOTS < 0x7f);

@@ -1,0 +1,358 @@
+//! The phases of an invalidation, each over all that it has hit at once.
+
+use std::ops::ControlFlow;
+
+use super::desk::{Desk, Work};
+use super::device_op::{Ack, Deadline, DeviceOp, Known, sync};
+use super::escalate::{GONE, call, dead, reset_all};
+use super::{Ended, Hit, SinkError, Who, part};
+use crate::context;
+use crate::notes::Note;
+use crate::notifier::{Gather, Op, Outcome, WouldBlock};
+use crate::plan::{FlushPlan, Pieces};
+use crate::primitive::Backoff;
+use crate::recorder::Kind;
+use crate::registration::{Inner, Use};
+use crate::stats::Counter;
+use crate::tlb::{FlushCommand, Health};
+use crate::watch::Stage;
+
+impl<'s> Desk<'s> {
+    /// Takes every overlapping registration in use; false when the pools have no room.
+    pub(super) fn collect(&mut self) -> bool {
+        let mut room = true;
+        let (space, claim) = (self.space, self.claim);
+        let registry = &space.registry;
+        let Work {
+            core,
+            hits,
+            devices,
+            trouble,
+            ..
+        } = &mut **self;
+        let range = core.range;
+        let mut known = Known::default();
+        let mut count = 0;
+        registry.walk(claim, range, |found| {
+            let inner: &Inner = &found;
+            let Some((used, number)) = Use::enter(&found) else {
+                // It is over, but not yet among the ghosts.
+                if let Some(device) = dead(inner) {
+                    trouble.device(device, GONE);
+                }
+                return ControlFlow::Continue(());
+            };
+            let note = Note {
+                registration: inner.id,
+                number,
+                range,
+            };
+            registry.active().note(claim, note);
+            let hit = Hit {
+                quiesced: false,
+                polled: false,
+                failed: false,
+                device: 0,
+                who: Who::Used(used),
+            };
+            if let Err(hit) = hits.push(&space.hits, hit) {
+                room = planted!("r19-hit");
+                if let Who::Used(used) = hit.who {
+                    used.leave();
+                }
+                return ControlFlow::Break(());
+            }
+            count += 1;
+            for (nth, target) in inner.targets().iter().enumerate() {
+                let Some(at) = known.find(devices, &target.device).or_else(|| {
+                    let op = DeviceOp::new(target.device.clone());
+                    devices.push(&space.device_ops, op).ok()?;
+                    Some(devices.len() - 1)
+                }) else {
+                    room = false;
+                    break;
+                };
+                if nth == 0
+                    && let Some(hit) = hits.last_mut()
+                {
+                    hit.device = at as u32;
+                }
+            }
+            if room {
+                ControlFlow::Continue(())
+            } else {
+                ControlFlow::Break(())
+            }
+        });
+        let ghosts = &space.ghosts;
+        ghosts.find(range, |device| trouble.device(device, GONE));
+        if count > 0 && room {
+            let (start, last) = (range.start().get(), range.last().get());
+            space.recorder.record(Kind::Start, core.id, start, last);
+            space.stats.add(Counter::Hits, count);
+        }
+        room
+    }
+
+    pub(super) fn quiesce(&mut self) {
+        let space = self.space;
+        let Work {
+            core,
+            hits,
+            trouble,
+            ..
+        } = &mut **self;
+        hits.for_each(|hit| {
+            let Who::Used(used) = &hit.who else { return };
+            if trouble.would_block || planted!("r22-others") && trouble.panicked {
+                return;
+            }
+            hit.quiesced = true;
+            let op = Op::new(core, part(used, core));
+            match call(space, used, core, Stage::Quiesce, || {
+                used.notifier.quiesce(&op).map(|drain| drain.is_polled())
+            }) {
+                Some(Ok(polled)) => hit.polled = polled,
+                Some(Err(WouldBlock)) if core.may_block => {
+                    hit.failed = true;
+                    trouble.not_drained(used);
+                }
+                Some(Err(WouldBlock)) => {
+                    space.recorder.record(Kind::Refused, core.id, used.id, 0);
+                    space.stats.add(Counter::Refused, 1);
+                    trouble.would_block();
+                }
+                None => hit.failed = trouble.panicked(used),
+            }
+        });
+    }
+
+    pub(super) fn drain(&mut self) {
+        let space = self.space;
+        let Work {
+            core,
+            hits,
+            devices,
+            trouble,
+            ..
+        } = &mut **self;
+        let mut deadline = Deadline::new(space.deadlines.drain);
+        let mut backoff = Backoff::new();
+        let mut waited_for = false;
+        loop {
+            let mut waiting = false;
+            let over = deadline.is_over(&backoff);
+            hits.for_each(|hit| {
+                let Who::Used(used) = &hit.who else { return };
+                if !hit.polled {
+                    return;
+                }
+                waited_for = true;
+                let op = Op::new(core, part(used, core));
+                match call(space, used, core, Stage::Drained, || {
+                    used.notifier.drained(&op)
+                }) {
+                    Some(true) => hit.polled = false,
+                    // A dead device is not waited for again.
+                    Some(false) if !over && dead(used).is_none() => waiting = true,
+                    Some(false) => {
+                        hit.polled = false;
+                        space.recorder.record(Kind::Deadline, core.id, 0, 0);
+                        if !reset_all(space, core, used) {
+                            hit.failed = used.targets().is_empty();
+                            trouble.not_drained(used);
+                        }
+                    }
+                    None => {
+                        hit.polled = false;
+                        hit.failed = trouble.panicked(used);
+                    }
+                }
+            });
+            if !waiting {
+                break;
+            }
+            backoff.wait();
+        }
+        // Without any of it the phases between start and end are a few calls.
+        if waited_for || !devices.is_empty() {
+            space.recorder.record(Kind::Quiesced, core.id, 0, 0);
+        }
+    }
+
+    pub(super) fn flush(&mut self, pieces: Pieces<'_>) {
+        let space = self.space;
+        let Work {
+            core,
+            hits,
+            devices,
+            trouble,
+            ..
+        } = &mut **self;
+        let cut = space.sources.may_be_cut();
+        hits.for_each(|hit| {
+            let Who::Used(used) = &hit.who else { return };
+            let op = Op::new(core, part(used, core));
+            let asked = call(space, used, core, Stage::Flush, || {
+                used.notifier.flush(&op, Gather::new(&op)).range()
+            });
+            let Some(asked) = asked else {
+                hit.failed = trouble.panicked(used);
+                return;
+            };
+            let Some(range) = asked else { return };
+            for (nth, target) in used.targets().iter().enumerate() {
+                let at = match nth {
+                    0 => Some(hit.device as usize),
+                    _ => devices.position(|one| one.device.same(&target.device)),
+                };
+                let Some(one) = at.and_then(|at| devices.get_mut(at)) else {
+                    continue;
+                };
+                let plan = FlushPlan::new(range, pieces, &target.device, cut);
+                for &scope in plan.scopes() {
+                    one.add(FlushCommand {
+                        tag: target.tag,
+                        scope,
+                    });
+                }
+            }
+        });
+        let mut deadline = Deadline::new(space.deadlines.flush);
+        devices.for_each(|one| {
+            if one.len == 0 {
+                one.state = Ack::Done;
+            } else if one.device.health() == Health::Quarantined && !planted!("r20-twice") {
+                one.state = Ack::Missed; // It is not waited for again.
+            } else {
+                one.issue();
+            }
+        });
+        if devices.is_empty() {
+            return;
+        }
+        space.recorder.record(Kind::Dispatched, core.id, 0, 0);
+        sync(devices, &mut deadline);
+        self.escalate();
+        space.recorder.record(Kind::Flushed, self.core.id, 0, 0);
+    }
+
+    pub(super) fn cut_off(&mut self) {
+        let space = self.space;
+        let Work {
+            core,
+            hits,
+            trouble,
+            ..
+        } = &mut **self;
+        hits.for_each(|hit| {
+            let Who::Used(used) = &hit.who else { return };
+            let op = Op::new(core, part(used, core));
+            match call(space, used, core, Stage::CutOff, || {
+                used.notifier.cut_off(&op)
+            }) {
+                Some(Ok(())) => {}
+                Some(Err(_)) => {
+                    hit.failed = true;
+                    trouble.not_drained(used);
+                }
+                None => hit.failed = trouble.panicked(used),
+            }
+        });
+    }
+
+    /// What the trouble is.
+    pub(super) fn error(&self) -> SinkError {
+        let range = self.core.range;
+        let trouble = &self.trouble;
+        let handler = trouble.handler;
+        if trouble.panicked {
+            SinkError::HandlerPanicked {
+                range,
+                handler,
+                changed: false,
+            }
+        } else if trouble.would_block {
+            SinkError::WouldBlock { range }
+        } else if let Some(reason) = trouble.reached {
+            SinkError::Reached { range, reason }
+        } else {
+            SinkError::NotDrained { range, handler }
+        }
+    }
+
+    /// `end` for whoever was started, and everything is given back.
+    pub(super) fn end(mut self, outcome: Outcome) -> Ended<'s> {
+        let space = self.space;
+        let mut ended = Ended::without_trouble(space);
+        let quarantined = outcome == Outcome::Quarantined;
+        let Work {
+            core,
+            hits,
+            devices,
+            trouble,
+            missed_deadline,
+            busy,
+        } = &mut *self;
+        *busy = false;
+        let hit_any = !hits.is_empty();
+        let kept = quarantined && trouble.keeps;
+        if hit_any {
+            if !kept {
+                // Before the uses are given back: while they last, a registration holds each device, and no count here is the last.
+                devices.clear(&space.device_ops);
+            }
+            hits.for_each(|hit| {
+                let Who::Used(used) = std::mem::replace(&mut hit.who, Who::Nobody) else {
+                    return;
+                };
+                if hit.quiesced && !(planted!("r13") && trouble.would_block) {
+                    let op = Op::new(core, part(&used, core));
+                    let end = || used.notifier.end(&op, outcome);
+                    if call(space, &used, core, Stage::End, end).is_none() {
+                        hit.failed |= trouble.panicked(&used);
+                    }
+                }
+                if kept && hit.failed {
+                    hit.who = Who::Kept(used.count());
+                }
+                used.leave();
+            });
+        }
+        if kept {
+            ended.first = trouble.device.take();
+            ended.devices = std::mem::take(devices);
+            ended.hits = std::mem::take(hits);
+        } else if hit_any {
+            hits.clear(&space.hits);
+        }
+        if quarantined {
+            space.stats.add(Counter::Quarantined, 1);
+        }
+        let id = core.id;
+        let mut spoilt = None;
+        if trouble.any || *missed_deadline || quarantined {
+            let noteworthy = quarantined || *missed_deadline || trouble.panicked;
+            ended.panicked = trouble.panicked.then_some((trouble.handler, core.range));
+            *missed_deadline = false;
+            spoilt = Some(std::mem::take(trouble));
+            if noteworthy {
+                space.recorder.want_dump();
+                context::put_off(space);
+            }
+        }
+        self.leave();
+        space.stats.add(Counter::Invalidations, 1);
+        if hit_any {
+            let number = match outcome {
+                Outcome::Changed => 0,
+                Outcome::Unchanged => 1,
+                Outcome::Quarantined => 2,
+            };
+            space.recorder.record(Kind::End, id, number, 0);
+        }
+        space.events.ended_and_fenced();
+        drop(spoilt);
+        ended
+    }
+}

@@ -117,9 +117,7 @@ impl<T> Chain<T> {
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.head
-            .as_ref()
-            .is_none_or(|chunk| chunk.entries.is_empty())
+        self.len == 0
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
@@ -174,6 +172,9 @@ impl<T> Chain<T> {
 
     /// Empties it. It keeps a chunk.
     pub(crate) fn clear(&mut self, pool: &Pool<T>) {
+        if self.len == 0 {
+            return;
+        }
         let Some(head) = &mut self.head else { return };
         self.len = 0;
         head.entries.clear();

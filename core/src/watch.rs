@@ -135,12 +135,25 @@ impl Watch {
         this
     }
 
-    /// The post of the invalidation that has claimed `slot`.
-    pub(crate) fn post(slot: usize) -> PostId {
+    /// The post of no invalidation.
+    pub(crate) const fn nowhere() -> PostId {
+        PostId(usize::MAX)
+    }
+
+    /// The post of the invalidation that has claimed `slot`, for the calling thread. None under the checker, for which posts would only add
+    /// states.
+    #[inline]
+    pub(crate) fn post(&self, slot: usize) -> PostId {
+        if let Some(post) = self.posts.get(slot) {
+            // As in `enter`: behind the last run, which was taken away.
+            fence(Ordering::Release);
+            post.thread.store(kernel_thread(), Ordering::Relaxed);
+        }
         PostId(slot)
     }
 
-    /// Notes that a callback begins. None under the checker, for which posts would only add states.
+    /// Notes that a callback of the thread that has the post begins.
+    #[inline]
     pub(crate) fn enter(
         &self,
         post: PostId,
@@ -157,7 +170,6 @@ impl Watch {
         fence(Ordering::Release);
         post.who
             .store(registration << 16 | name.0.at, Ordering::Relaxed);
-        post.thread.store(kernel_thread(), Ordering::Relaxed);
         // Release, with the Acquire of the look: who sees the run sees who it is.
         post.run
             .store(number << 8 | stage as u64, Ordering::Release);
@@ -174,7 +186,7 @@ impl Watch {
             post.run
                 .compare_exchange(0, u64::MAX, Ordering::Acquire, Ordering::Relaxed)
                 .ok()?;
-            self.enter(PostId(at), Stage::Release, registration, name)
+            self.enter(self.post(at), Stage::Release, registration, name)
         })
     }
 

@@ -10,6 +10,7 @@ use crate::addr::Range;
 use crate::notifier::OpCore;
 use crate::pool::Chain;
 use crate::primitive::Arc;
+use crate::source::Change;
 use crate::space::Space;
 
 /// Between two invalidations the lists are empty and there is no trouble.
@@ -21,19 +22,21 @@ pub(crate) struct Work {
     pub(super) missed_deadline: bool,
     /// Somebody was hit, or might have been.
     pub(super) busy: bool,
+    /// While the pages change, where somebody looks on.
+    pub(super) change: Option<Change>,
 }
 
 #[repr(align(128))]
 struct Place(UnsafeCell<Work>);
 
-/// One for each slot of the claims.
-pub(crate) struct Desks(Box<[Place]>);
-
 // SAFETY: a place is used through a `Desk` only, of which there is one for each claim, and one claim of a slot at a time, the end of
 // which is ordered before the next. What lies there may be used on any thread: uses and devices are shared between threads anyway.
-unsafe impl Send for Desks {}
+unsafe impl Send for Place {}
 // SAFETY: as above.
-unsafe impl Sync for Desks {}
+unsafe impl Sync for Place {}
+
+/// One for each slot of the claims.
+pub(crate) struct Desks(Box<[Place]>);
 
 impl Desks {
     pub(crate) fn new() -> Self {
@@ -45,6 +48,7 @@ impl Desks {
                 trouble: Trouble::default(),
                 missed_deadline: false,
                 busy: false,
+                change: None,
             }))
         };
         Self((0..SLOTS).map(place).collect())
@@ -55,6 +59,7 @@ impl Desks {
 pub(super) struct Desk<'s> {
     pub(super) space: &'s Arc<Space>,
     pub(super) claim: Claim,
+    place: &'s Place,
 }
 
 impl<'s> Desk<'s> {
@@ -62,13 +67,34 @@ impl<'s> Desk<'s> {
     #[inline]
     pub(super) fn claim(space: &'s Arc<Space>, range: Range) -> Option<Self> {
         let claim = space.registry.active().claim(range)?;
-        Some(Self { space, claim })
+        let place = &space.desks.0[claim.slot()];
+        Some(Self {
+            space,
+            claim,
+            place,
+        })
     }
 
     /// Whether there is nobody to call and nobody to fear; then the walk is over.
     #[inline]
     pub(super) fn hits_nothing(&self, range: Range) -> bool {
         self.space.registry.misses(self.claim, range) && !self.space.ghosts.are_there()
+    }
+
+    /// The pages change from here on.
+    #[inline]
+    pub(super) fn pages_change(&mut self, range: Range) {
+        if let Some(change) = self.space.sources.change(range) {
+            self.change = Some(change);
+        }
+    }
+
+    /// No longer.
+    #[inline]
+    pub(super) fn pages_changed(&mut self) {
+        if self.change.is_some() {
+            self.change = None;
+        }
     }
 
     /// Ends the invalidation.
@@ -80,15 +106,17 @@ impl<'s> Desk<'s> {
 
 impl Deref for Desk<'_> {
     type Target = Work;
+    #[inline]
     fn deref(&self) -> &Work {
         // SAFETY: this value's own from the claim, of which it was made, until `leave` takes it; and it is borrowed.
-        unsafe { &*self.space.desks.0[self.claim.slot()].0.get() }
+        unsafe { &*self.place.0.get() }
     }
 }
 
 impl DerefMut for Desk<'_> {
+    #[inline]
     fn deref_mut(&mut self) -> &mut Work {
         // SAFETY: as above; borrowed exclusively.
-        unsafe { &mut *self.space.desks.0[self.claim.slot()].0.get() }
+        unsafe { &mut *self.place.0.get() }
     }
 }

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use super::desk::{Desk, Work};
 use super::device_op::{Ack, Deadline, DeviceOp, Known, sync};
 use super::escalate::{GONE, call, dead, reset_all};
-use super::{Ended, Hit, SinkError, Who, part};
+use super::{Ended, Hit, SinkError, Used, part};
 use crate::context;
 use crate::notes::Note;
 use crate::notifier::{Gather, Op, Outcome, WouldBlock};
@@ -48,17 +48,17 @@ impl<'s> Desk<'s> {
                 range,
             };
             registry.active().note(claim, note);
-            let hit = Hit {
+            let hit = Hit::Used(Used {
+                used,
+                device: 0,
                 quiesced: false,
                 polled: false,
                 failed: false,
-                device: 0,
-                who: Who::Used(used),
-            };
+            });
             if let Err(hit) = hits.push(&space.hits, hit) {
                 room = planted!("r19-hit");
-                if let Who::Used(used) = hit.who {
-                    used.leave();
+                if let Hit::Used(hit) = hit {
+                    hit.used.leave();
                 }
                 return ControlFlow::Break(());
             }
@@ -73,7 +73,7 @@ impl<'s> Desk<'s> {
                     break;
                 };
                 if nth == 0
-                    && let Some(hit) = hits.last_mut()
+                    && let Some(hit) = hits.last_mut().and_then(Hit::used)
                 {
                     hit.device = at as u32;
                 }
@@ -84,11 +84,15 @@ impl<'s> Desk<'s> {
                 ControlFlow::Break(())
             }
         });
-        let ghosts = &space.ghosts;
-        ghosts.find(range, |device| trouble.device(device, GONE));
+        if space.ghosts.are_there() {
+            let ghosts = &space.ghosts;
+            ghosts.find(range, |device| trouble.device(device, GONE));
+        }
         if count > 0 && room {
             let (start, last) = (range.start().get(), range.last().get());
-            space.recorder.record(Kind::Start, core.id, start, last);
+            let quick = devices.is_empty();
+            let recorder = &space.recorder;
+            recorder.record_quick(quick, Kind::Start, core.id, start, last);
             space.stats.add(Counter::Hits, count);
         }
         room
@@ -103,7 +107,8 @@ impl<'s> Desk<'s> {
             ..
         } = &mut **self;
         hits.for_each(|hit| {
-            let Who::Used(used) = &hit.who else { return };
+            let Some(hit) = hit.used() else { return };
+            let used = &hit.used;
             if trouble.would_block || planted!("r22-others") && trouble.panicked {
                 return;
             }
@@ -143,10 +148,10 @@ impl<'s> Desk<'s> {
             let mut waiting = false;
             let over = deadline.is_over(&backoff);
             hits.for_each(|hit| {
-                let Who::Used(used) = &hit.who else { return };
-                if !hit.polled {
+                let Some(hit) = hit.used().filter(|hit| hit.polled) else {
                     return;
-                }
+                };
+                let used = &hit.used;
                 waited_for = true;
                 let op = Op::new(core, part(used, core));
                 match call(space, used, core, Stage::Drained, || {
@@ -176,7 +181,8 @@ impl<'s> Desk<'s> {
         }
         // Without any of it the phases between start and end are a few calls.
         if waited_for || !devices.is_empty() {
-            space.recorder.record(Kind::Quiesced, core.id, 0, 0);
+            let recorder = &space.recorder;
+            recorder.record_quick(!waited_for, Kind::Quiesced, core.id, 0, 0);
         }
     }
 
@@ -191,7 +197,8 @@ impl<'s> Desk<'s> {
         } = &mut **self;
         let cut = space.sources.may_be_cut();
         hits.for_each(|hit| {
-            let Who::Used(used) = &hit.who else { return };
+            let Some(hit) = hit.used() else { return };
+            let used = &hit.used;
             let op = Op::new(core, part(used, core));
             let asked = call(space, used, core, Stage::Flush, || {
                 used.notifier.flush(&op, Gather::new(&op)).range()
@@ -218,6 +225,9 @@ impl<'s> Desk<'s> {
                 }
             }
         });
+        if devices.is_empty() {
+            return;
+        }
         let mut deadline = Deadline::new(space.deadlines.flush);
         devices.for_each(|one| {
             if one.len == 0 {
@@ -228,9 +238,6 @@ impl<'s> Desk<'s> {
                 one.issue();
             }
         });
-        if devices.is_empty() {
-            return;
-        }
         space.recorder.record(Kind::Dispatched, core.id, 0, 0);
         sync(devices, &mut deadline);
         self.escalate();
@@ -246,7 +253,8 @@ impl<'s> Desk<'s> {
             ..
         } = &mut **self;
         hits.for_each(|hit| {
-            let Who::Used(used) = &hit.who else { return };
+            let Some(hit) = hit.used() else { return };
+            let used = &hit.used;
             let op = Op::new(core, part(used, core));
             match call(space, used, core, Stage::CutOff, || {
                 used.notifier.cut_off(&op)
@@ -281,11 +289,9 @@ impl<'s> Desk<'s> {
         }
     }
 
-    /// `end` for whoever was started, and everything is given back.
-    pub(super) fn end(mut self, outcome: Outcome) -> Ended<'s> {
+    /// `end` for whoever was started, and everything is given back. What is left, where there was trouble.
+    pub(super) fn end(mut self, outcome: Outcome) -> Option<Ended<'s>> {
         let space = self.space;
-        let mut ended = Ended::without_trouble(space);
-        let quarantined = outcome == Outcome::Quarantined;
         let Work {
             core,
             hits,
@@ -293,46 +299,44 @@ impl<'s> Desk<'s> {
             trouble,
             missed_deadline,
             busy,
+            change: _,
         } = &mut *self;
         *busy = false;
         let hit_any = !hits.is_empty();
+        let quick = devices.is_empty();
+        let quarantined = outcome == Outcome::Quarantined;
         let kept = quarantined && trouble.keeps;
-        if hit_any {
-            if !kept {
-                // Before the uses are given back: while they last, a registration holds each device, and no count here is the last.
-                devices.clear(&space.device_ops);
+        if !kept {
+            // Before the uses are given back: while they last, a registration holds each device, and no count here is the last.
+            devices.clear(&space.device_ops);
+        }
+        hits.for_each(|hit| {
+            let Hit::Used(mut one) = std::mem::replace(hit, Hit::Over) else {
+                return;
+            };
+            let used = one.used;
+            if one.quiesced && !(planted!("r13") && trouble.would_block) {
+                let op = Op::new(core, part(&used, core));
+                let end = || used.notifier.end(&op, outcome);
+                if call(space, &used, core, Stage::End, end).is_none() {
+                    one.failed |= trouble.panicked(&used);
+                }
             }
-            hits.for_each(|hit| {
-                let Who::Used(used) = std::mem::replace(&mut hit.who, Who::Nobody) else {
-                    return;
-                };
-                if hit.quiesced && !(planted!("r13") && trouble.would_block) {
-                    let op = Op::new(core, part(&used, core));
-                    let end = || used.notifier.end(&op, outcome);
-                    if call(space, &used, core, Stage::End, end).is_none() {
-                        hit.failed |= trouble.panicked(&used);
-                    }
-                }
-                if kept && hit.failed {
-                    hit.who = Who::Kept(used.count());
-                }
-                used.leave();
-            });
-        }
-        if kept {
-            ended.first = trouble.device.take();
-            ended.devices = std::mem::take(devices);
-            ended.hits = std::mem::take(hits);
-        } else if hit_any {
-            hits.clear(&space.hits);
-        }
-        if quarantined {
-            space.stats.add(Counter::Quarantined, 1);
-        }
-        let id = core.id;
+            if kept && one.failed {
+                *hit = Hit::Kept(used.count());
+            }
+            used.leave();
+        });
+        let mut ended = None;
         let mut spoilt = None;
         if trouble.any || *missed_deadline || quarantined {
             let noteworthy = quarantined || *missed_deadline || trouble.panicked;
+            let ended = ended.insert(Ended::without_trouble(space));
+            if kept {
+                ended.first = trouble.device.take();
+                ended.devices = std::mem::take(devices);
+                ended.hits = std::mem::take(hits);
+            }
             ended.panicked = trouble.panicked.then_some((trouble.handler, core.range));
             *missed_deadline = false;
             spoilt = Some(std::mem::take(trouble));
@@ -341,15 +345,20 @@ impl<'s> Desk<'s> {
                 context::put_off(space);
             }
         }
+        hits.clear(&space.hits);
+        let id = core.id;
         self.leave();
         space.stats.add(Counter::Invalidations, 1);
+        if quarantined {
+            space.stats.add(Counter::Quarantined, 1);
+        }
         if hit_any {
             let number = match outcome {
                 Outcome::Changed => 0,
                 Outcome::Unchanged => 1,
                 Outcome::Quarantined => 2,
             };
-            space.recorder.record(Kind::End, id, number, 0);
+            space.recorder.record_quick(quick, Kind::End, id, number, 0);
         }
         space.events.ended_and_fenced();
         drop(spoilt);

@@ -99,10 +99,12 @@ pub enum UnregisterError {
     Refused(#[from] Refused),
 }
 
+/// What an invalidation looks at first lies first: one that hits few of many finds none of it in a cache.
+#[repr(C)]
 pub(crate) struct Inner {
-    pub(crate) id: u64,
     pub(crate) range: Range,
     pub(crate) word: StateWord,
+    pub(crate) id: u64,
     pub(crate) notifier: StdArc<dyn Notifier>,
     /// What the watchdog calls the handler, and errors.
     pub(crate) name: Name,

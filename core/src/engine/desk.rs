@@ -3,7 +3,9 @@
 
 use std::cell::UnsafeCell;
 use std::ops::{Deref, DerefMut};
+use std::sync::OnceLock;
 
+use super::device_op::Known;
 use super::{DeviceOp, Hit, Trouble};
 use crate::active::{Claim, SLOTS};
 use crate::addr::Range;
@@ -36,7 +38,18 @@ unsafe impl Send for Place {}
 unsafe impl Sync for Place {}
 
 /// One for each slot of the claims.
-pub(crate) struct Desks(Box<[Place]>);
+pub(crate) struct Desks {
+    places: Box<[Place]>,
+    /// From the first registration on that names a device.
+    known: OnceLock<Box<[KnownPlace]>>,
+}
+
+/// Where the devices of one place are found.
+#[repr(transparent)]
+struct KnownPlace(UnsafeCell<Known>);
+
+// SAFETY: as for a place.
+unsafe impl Sync for KnownPlace {}
 
 impl Desks {
     pub(crate) fn new() -> Self {
@@ -51,7 +64,17 @@ impl Desks {
                 change: None,
             }))
         };
-        Self((0..SLOTS).map(place).collect())
+        Self {
+            places: (0..SLOTS).map(place).collect(),
+            known: OnceLock::new(),
+        }
+    }
+
+    /// Registrations that name devices are going to come. Allocates, the first time.
+    pub(crate) fn reserve_devices(&self) {
+        // SAFETY: numbers, for which 0 is a value like any other. What is not used is never touched.
+        self.known
+            .get_or_init(|| unsafe { Box::new_zeroed_slice(SLOTS).assume_init() });
     }
 }
 
@@ -67,7 +90,7 @@ impl<'s> Desk<'s> {
     #[inline]
     pub(super) fn claim(space: &'s Arc<Space>, range: Range) -> Option<Self> {
         let claim = space.registry.active().claim(range)?;
-        let place = &space.desks.0[claim.slot()];
+        let place = &space.desks.places[claim.slot()];
         Some(Self {
             space,
             claim,
@@ -79,6 +102,15 @@ impl<'s> Desk<'s> {
     #[inline]
     pub(super) fn hits_nothing(&self, range: Range) -> bool {
         self.space.registry.misses(self.claim, range) && !self.space.ghosts.are_there()
+    }
+
+    /// The lists, and where devices are in theirs.
+    #[inline]
+    pub(super) fn work(&mut self) -> (&mut Work, Option<&mut Known>) {
+        let known = self.space.desks.known.get();
+        // SAFETY: as for the place itself; another one.
+        let known = known.map(|all| unsafe { &mut *all[self.claim.slot()].0.get() });
+        (self, known)
     }
 
     /// The pages change from here on.

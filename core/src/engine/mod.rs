@@ -123,7 +123,7 @@ impl Trouble {
     fn not_drained(&mut self, inner: &Inner) {
         self.any = true;
         self.not_drained = true;
-        self.handler = inner.name.as_str();
+        self.handler = inner.who.name().as_str();
     }
 
     fn panicked_as(&mut self, name: Name) {
@@ -134,7 +134,7 @@ impl Trouble {
 
     /// A handler has panicked; its devices are in quarantine. True if it has none, so that nothing answers for it.
     fn panicked(&mut self, inner: &Inner) -> bool {
-        self.panicked_as(inner.name);
+        self.panicked_as(inner.who.name());
         inner.targets().is_empty()
     }
 }

@@ -23,18 +23,22 @@ impl<'s> Desk<'s> {
         let mut room = true;
         let (space, claim) = (self.space, self.claim);
         let registry = &space.registry;
+        let (work, mut known) = self.work();
         let Work {
             core,
             hits,
             devices,
             trouble,
             ..
-        } = &mut **self;
+        } = work;
         let range = core.range;
-        let mut known = Known::default();
         let mut count = 0;
         registry.walk(claim, range, |found| {
             let inner: &Inner = &found;
+            let Some(place) = hits.room(&space.hits) else {
+                room = planted!("r19-hit");
+                return ControlFlow::Break(());
+            };
             let Some((used, number)) = Use::enter(&found) else {
                 // It is over, but not yet among the ghosts.
                 if let Some(device) = dead(inner) {
@@ -43,37 +47,28 @@ impl<'s> Desk<'s> {
                 return ControlFlow::Continue(());
             };
             let note = Note {
-                registration: inner.id,
+                registration: inner.id(),
                 number,
                 range,
             };
             registry.active().note(claim, note);
-            let hit = Hit::Used(Used {
+            let hit = place.fill(Hit::Used(Used {
                 used,
                 device: 0,
                 quiesced: false,
                 polled: false,
                 failed: false,
-            });
-            if let Err(hit) = hits.push(&space.hits, hit) {
-                room = planted!("r19-hit");
-                if let Hit::Used(hit) = hit {
-                    hit.used.leave();
-                }
-                return ControlFlow::Break(());
-            }
+            }));
             count += 1;
             for (nth, target) in inner.targets().iter().enumerate() {
-                let Some(at) = known.find(devices, &target.device).or_else(|| {
-                    let op = DeviceOp::new(target.device.clone());
-                    devices.push(&space.device_ops, op).ok()?;
-                    Some(devices.len() - 1)
-                }) else {
+                let place =
+                    |known: &mut Known| known.place(devices, &space.device_ops, &target.device);
+                let Some(at) = known.as_deref_mut().and_then(place) else {
                     room = false;
                     break;
                 };
                 if nth == 0
-                    && let Some(hit) = hits.last_mut().and_then(Hit::used)
+                    && let Some(hit) = hit.used()
                 {
                     hit.device = at as u32;
                 }
@@ -123,7 +118,7 @@ impl<'s> Desk<'s> {
                     trouble.not_drained(used);
                 }
                 Some(Err(WouldBlock)) => {
-                    space.recorder.record(Kind::Refused, core.id, used.id, 0);
+                    space.recorder.record(Kind::Refused, core.id, used.id(), 0);
                     space.stats.add(Counter::Refused, 1);
                     trouble.would_block();
                 }
@@ -209,11 +204,13 @@ impl<'s> Desk<'s> {
             };
             let Some(range) = asked else { return };
             for (nth, target) in used.targets().iter().enumerate() {
-                let at = match nth {
-                    0 => Some(hit.device as usize),
-                    _ => devices.position(|one| one.device.same(&target.device)),
-                };
-                let Some(one) = at.and_then(|at| devices.get_mut(at)) else {
+                // Mostly they lie side by side.
+                let same = |one: &DeviceOp| one.device.same(&target.device);
+                let mut at = hit.device as usize + nth;
+                if nth > 0 && !devices.get_mut(at).is_some_and(|one| same(one)) {
+                    at = devices.position(same).unwrap_or(usize::MAX);
+                }
+                let Some(one) = devices.get_mut(at) else {
                     continue;
                 };
                 let plan = FlushPlan::new(range, pieces, &target.device, cut);
@@ -292,6 +289,7 @@ impl<'s> Desk<'s> {
     /// `end` for whoever was started, and everything is given back. What is left, where there was trouble.
     pub(super) fn end(mut self, outcome: Outcome) -> Option<Ended<'s>> {
         let space = self.space;
+        let (work, known) = self.work();
         let Work {
             core,
             hits,
@@ -300,12 +298,15 @@ impl<'s> Desk<'s> {
             missed_deadline,
             busy,
             change: _,
-        } = &mut *self;
+        } = work;
         *busy = false;
         let hit_any = !hits.is_empty();
         let quick = devices.is_empty();
         let quarantined = outcome == Outcome::Quarantined;
         let kept = quarantined && trouble.keeps;
+        if let Some(known) = known {
+            known.forget(devices);
+        }
         if !kept {
             // Before the uses are given back: while they last, a registration holds each device, and no count here is the last.
             devices.clear(&space.device_ops);

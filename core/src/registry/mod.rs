@@ -133,9 +133,8 @@ impl<T: Entry> Registry<T> {
         }
         // Acquire, with the Release in `publish`: the nodes are complete.
         let root = self.root.load(Ordering::Acquire);
-        let bounds = (range.start().get(), range.last().get());
         // SAFETY: a link that was current after the walk began, so that `publish` retires it only for later.
-        let _ = unsafe { &*root }.walk(bounds, &mut visit);
+        let _ = unsafe { &*root }.walk(range, &mut visit);
         self.active.walked(claim);
     }
 
@@ -145,7 +144,7 @@ impl<T: Entry> Registry<T> {
         let root = self.root(&writer);
         // SAFETY: the current root, which only writers unlink.
         let root = unsafe { root.as_ref() };
-        let _ = root.walk((0, u64::MAX), &mut |found| {
+        let _ = root.walk(Range::ALL, &mut |found| {
             visit(found);
             ControlFlow::Continue(())
         });

@@ -1,7 +1,9 @@
 //! Nodes of the index: never changed once a walk can see them.
 //!
-//! A node holds, for each thing below it, where that starts and ends, side by side, so that all are compared without a branch. What
-//! is below is an entry's value in a leaf, else a node. Nodes are owned by the one version of the tree that they are linked in;
+//! A node holds, for each thing below it, where that starts and ends, side by side, so that all are compared at once. Half a word is
+//! enough for that: they are counted in granules, from a base of the node's own. A granule is a page, or as many pages as it takes where
+//! what is below lies that far apart. So a node can say that something overlaps a range which does not, to the granule, and never the
+//! other way; whoever is shown an entry has been told by the entry itself. What is below is an entry's value in a leaf, else a node. Nodes are owned by the one version of the tree that they are linked in;
 //! [`Nodes`] is where a writer gets new ones, and where those go that it has replaced.
 //!
 //! The unsafe code of the index is here and in the parent module. It rests on two facts. A node or value that can be reached from a
@@ -14,6 +16,8 @@ use std::ptr::NonNull;
 
 use crate::addr::Range;
 use crate::primitive::Arc;
+
+const PAGE_SHIFT: u32 = 12;
 
 /// What is below a node at most.
 #[cfg(not(loom))]
@@ -64,22 +68,88 @@ impl<T> std::ops::Deref for Found<'_, T> {
 /// A linked node.
 pub(super) type Link<T> = NonNull<Node<T>>;
 
+fn below<T>(link: Link<T>) -> *const () {
+    link.as_ptr().cast_const().cast()
+}
+
+#[repr(C)] // What walks read of it lies side by side.
 pub(super) struct Node<T> {
     /// The batch that made it.
     stamp: u64,
-    len: usize,
+    scale: Scale,
+    len: u16,
     leaf: bool,
-    first: [u64; FANOUT],
-    last: [u64; FANOUT],
+    first: [i32; FANOUT],
+    last: [i32; FANOUT],
     /// In a leaf from `Arc::into_raw`, with its count; else a [`Link`].
     below: [*const (); FANOUT],
     values: PhantomData<Arc<T>>,
 }
 
+/// First and last page.
+type Pages = (u64, u64);
+
+fn pages(range: Range) -> Pages {
+    let page = |addr: u64| addr >> PAGE_SHIFT;
+    (page(range.start().get()), page(range.last().get()))
+}
+
+/// Which pages a node's granules are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Scale {
+    /// The first page of granule 0.
+    base: u64,
+    /// Pages of a granule, as a power of two.
+    shift: u32,
+}
+
+impl Scale {
+    const PAGES: Self = Self { base: 0, shift: 0 };
+
+    /// The finest that has room for these pages, and for as much as possible on both sides.
+    fn of((first, last): Pages) -> Self {
+        let mut shift = 0;
+        while (last - first) >> shift >= i32::MAX as u64 / 2 {
+            shift += 1;
+        }
+        let room = ((i32::MAX as u64) << shift) - (last - first);
+        Self {
+            base: first.saturating_sub(room / 2),
+            shift,
+        }
+    }
+
+    /// The granule of a page; what lies outside of all counts as in the outermost.
+    #[inline]
+    fn granule(self, page: u64) -> i32 {
+        let granule = page.saturating_sub(self.base) >> self.shift;
+        i32::try_from(granule).unwrap_or(i32::MAX)
+    }
+
+    /// The same, but -1 for a page before all.
+    #[inline]
+    fn granule_of_last(self, page: u64) -> i32 {
+        if page < self.base {
+            return -1;
+        }
+        self.granule(page)
+    }
+
+    fn holds(self, (first, last): Pages) -> bool {
+        first >= self.base && (last - self.base) >> self.shift < i32::MAX as u64
+    }
+
+    fn pages(self, first: i32, last: i32) -> Pages {
+        let start = |granule: i32| self.base + ((granule as u64) << self.shift);
+        (start(first), start(last + 1) - 1)
+    }
+}
+
 impl<T: Entry> Node<T> {
-    fn blank(stamp: u64, leaf: bool) -> Self {
+    fn blank(stamp: u64, leaf: bool, scale: Scale) -> Self {
         Self {
             stamp,
+            scale,
             len: 0,
             leaf,
             first: [0; FANOUT],
@@ -90,7 +160,11 @@ impl<T: Entry> Node<T> {
     }
 
     pub(super) fn leaf() -> Link<T> {
-        NonNull::from(Box::leak(Box::new(Self::blank(0, true))))
+        NonNull::from(Box::leak(Box::new(Self::blank(0, true, Scale::PAGES))))
+    }
+
+    fn len(&self) -> usize {
+        usize::from(self.len)
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -98,45 +172,37 @@ impl<T: Entry> Node<T> {
     }
 
     fn value(&self, at: usize) -> &T {
-        debug_assert!(self.leaf && at < self.len);
+        debug_assert!(self.leaf && at < self.len());
         // SAFETY: a leaf's, so from `Arc::into_raw`; alive as this node is.
         unsafe { &*self.below[at].cast::<T>() }
     }
 
     fn child(&self, at: usize) -> &Self {
-        debug_assert!(!self.leaf && at < self.len);
+        debug_assert!(!self.leaf && at < self.len());
         // SAFETY: no leaf's, so a `Link`; alive as this node is.
         unsafe { &*self.below[at].cast::<Self>() }
     }
 
     fn link(&self, at: usize) -> Link<T> {
-        debug_assert!(!self.leaf && at < self.len);
+        debug_assert!(!self.leaf && at < self.len());
         NonNull::new(self.below[at].cast::<Self>().cast_mut()).expect("a link is never null")
     }
 
-    /// The number of the first entry.
-    fn first_number(&self) -> u64 {
+    /// The key of the first entry at or below `at`.
+    fn key(&self, at: usize) -> Key {
         if self.leaf {
-            self.value(0).number()
+            key(self.value(at))
         } else {
-            self.child(0).first_number()
+            self.child(at).key(0)
         }
     }
 
-    fn key(&self, at: usize) -> Key {
-        let number = if self.leaf {
-            self.value(at).number()
-        } else {
-            self.child(at).first_number()
-        };
-        (self.first[at], number)
-    }
-
-    /// How many are before `key`. Numbers are looked at only where starts are equal.
+    /// How many are before `key`. Entries are looked at only where granules are equal.
     fn before(&self, key: Key) -> usize {
-        let first = &self.first[..self.len];
-        let mut at = first.iter().map(|one| usize::from(*one < key.0)).sum();
-        while at < self.len && first[at] == key.0 && self.key(at).1 < key.1 {
+        let granule = self.scale.granule(key.0 >> PAGE_SHIFT);
+        let first = &self.first[..self.len()];
+        let mut at = first.iter().map(|one| usize::from(*one < granule)).sum();
+        while at < self.len() && first[at] == granule && self.key(at) < key {
             at += 1;
         }
         at
@@ -145,7 +211,9 @@ impl<T: Entry> Node<T> {
     /// The child that `key` belongs to.
     fn towards(&self, key: Key) -> usize {
         let before = self.before(key);
-        let own = before < self.len && self.first[before] == key.0 && self.key(before) == key;
+        let may_be = |first: &i32| *first == self.scale.granule(key.0 >> PAGE_SHIFT);
+        let own =
+            self.first[..self.len()].get(before).is_some_and(may_be) && self.key(before) == key;
         if own {
             before
         } else {
@@ -153,70 +221,153 @@ impl<T: Entry> Node<T> {
         }
     }
 
-    /// Shows every entry that overlaps [first, last], by start, then number.
+    /// What may overlap these pages, a bit each.
+    #[inline]
+    fn overlapping(&self, (first, last): Pages) -> u32 {
+        let (first, last) = (self.scale.granule(first), self.scale.granule_of_last(last));
+        // In a form that compilers know how to do for several at once.
+        let mut bits = [0; FANOUT];
+        for (at, bit) in bits.iter_mut().enumerate() {
+            let hit = (self.first[at] <= last) & (self.last[at] >= first);
+            *bit = if hit { 1 << at } else { 0 };
+        }
+        bits.iter().fold(0, |all, one| all | one) & ((1 << self.len) - 1)
+    }
+
+    /// Shows every entry that overlaps `range`, by start, then number.
     pub(super) fn walk(
         &self,
-        (first, last): (u64, u64),
+        range: Range,
         visit: &mut impl FnMut(Found<'_, T>) -> ControlFlow<()>,
     ) -> ControlFlow<()> {
-        // Two instructions a comparison, and no branch to be guessed wrong.
-        let (mut starts, mut ends) = (0u32, 0u32);
-        for at in (0..FANOUT).rev() {
-            starts = starts + starts + u32::from(self.first[at] <= last);
-            ends = ends + ends + u32::from(self.last[at] >= first);
+        let pages = pages(range);
+        let mut node = self;
+        loop {
+            let mut hits = node.overlapping(pages);
+            if node.leaf {
+                return node.show(hits, range, visit);
+            }
+            let Some(newest) = hits.checked_ilog2() else {
+                return ControlFlow::Continue(());
+            };
+            // Mostly there is but one.
+            hits &= !(1 << newest);
+            while hits != 0 {
+                node.child(hits.trailing_zeros() as usize)
+                    .walk(range, visit)?;
+                hits &= hits - 1;
+            }
+            node = node.child(newest as usize);
         }
-        let mut hits = starts & ends & ((1 << self.len) - 1);
+    }
+
+    /// Shows those of a leaf that do overlap.
+    #[inline]
+    fn show(
+        &self,
+        mut hits: u32,
+        range: Range,
+        visit: &mut impl FnMut(Found<'_, T>) -> ControlFlow<()>,
+    ) -> ControlFlow<()> {
         while hits != 0 {
             let at = hits.trailing_zeros() as usize;
             hits &= hits - 1;
-            if self.leaf {
+            if self.value(at).range().overlaps(range) {
                 let value = self.below[at].cast::<T>().cast_mut();
                 visit(Found {
                     value: NonNull::new(value).expect("a value is never null"),
                     walk: PhantomData,
                 })?;
-            } else {
-                self.child(at).walk((first, last), visit)?;
             }
         }
         ControlFlow::Continue(())
     }
 
-    fn hull(&self) -> (u64, u64) {
-        let last = self.last[..self.len].iter().copied().max();
-        (self.first[0], last.unwrap_or(0))
+    /// The pages that it says it has something in. The first is exact, as it is what nodes are sorted by.
+    fn hull(&self) -> Pages {
+        let last = self.last[..self.len()].iter().copied().max();
+        let (first, last) = self.scale.pages(self.first[0], last.unwrap_or(0));
+        if self.scale.shift == 0 {
+            (first, last)
+        } else {
+            (self.key(0).0 >> PAGE_SHIFT, last)
+        }
     }
 
-    fn set(&mut self, at: usize, (first, last): (u64, u64), below: *const ()) {
-        (self.first[at], self.last[at], self.below[at]) = (first, last, below);
+    /// What `at` says of itself.
+    fn hull_below(&self, at: usize) -> Pages {
+        if self.leaf {
+            pages(self.value(at).range())
+        } else {
+            self.child(at).hull()
+        }
     }
 
-    fn insert(&mut self, at: usize, (first, last): (u64, u64), below: *const ()) {
-        let len = self.len;
+    fn note(&mut self, at: usize, (first, last): Pages) {
+        self.first[at] = self.scale.granule(first);
+        self.last[at] = self.scale.granule(last);
+    }
+
+    /// Notes anew where everything is, in the finest granules that do.
+    fn rescale(&mut self) {
+        let mut hulls = [(0, 0); FANOUT];
+        let hulls = &mut hulls[..self.len()];
+        for (at, hull) in hulls.iter_mut().enumerate() {
+            *hull = self.hull_below(at);
+        }
+        let first = hulls.iter().map(|hull| hull.0).min();
+        let last = hulls.iter().map(|hull| hull.1).max();
+        let all = first.zip(last);
+        self.scale = all.map_or(Scale::PAGES, Scale::of);
+        for (at, hull) in hulls.iter().enumerate() {
+            self.note(at, *hull);
+        }
+    }
+
+    /// Notes where `at` is now.
+    fn set(&mut self, at: usize, below: *const ()) {
+        self.below[at] = below;
+        let hull = self.hull_below(at);
+        if self.scale.holds(hull) {
+            self.note(at, hull);
+        } else {
+            self.rescale();
+        }
+    }
+
+    fn insert(&mut self, at: usize, below: *const ()) {
+        let len = self.len();
         self.first.copy_within(at..len, at + 1);
         self.last.copy_within(at..len, at + 1);
         self.below.copy_within(at..len, at + 1);
         self.len += 1;
-        self.set(at, (first, last), below);
+        self.set(at, below);
     }
 
     fn remove(&mut self, at: usize) -> *const () {
-        let (below, len) = (self.below[at], self.len);
+        let (below, len) = (self.below[at], self.len());
         self.first.copy_within(at + 1..len, at);
         self.last.copy_within(at + 1..len, at);
         self.below.copy_within(at + 1..len, at);
         self.len -= 1;
+        if self.scale.shift > 0 {
+            // It may have been what made them so coarse.
+            self.rescale();
+        }
         below
     }
 
     /// Appends what `other` has from `from` on.
     fn take(&mut self, other: &mut Self, from: usize) {
-        let (len, more) = (self.len, other.len - from);
-        self.first[len..len + more].copy_from_slice(&other.first[from..other.len]);
-        self.last[len..len + more].copy_from_slice(&other.last[from..other.len]);
-        self.below[len..len + more].copy_from_slice(&other.below[from..other.len]);
-        self.len += more;
-        other.len = from;
+        let (len, more) = (self.len(), other.len() - from);
+        self.first[len..len + more].copy_from_slice(&other.first[from..other.len()]);
+        self.last[len..len + more].copy_from_slice(&other.last[from..other.len()]);
+        self.below[len..len + more].copy_from_slice(&other.below[from..other.len()]);
+        self.len += more as u16;
+        other.len = from as u16;
+        if self.scale != other.scale {
+            self.rescale();
+        }
     }
 
     /// Frees it and all below it.
@@ -226,7 +377,7 @@ impl<T: Entry> Node<T> {
     pub(super) unsafe fn free(root: Link<T>) {
         // SAFETY: every link is from `Box::leak`; the caller's to free, by its promise.
         let node = unsafe { Box::from_raw(root.as_ptr()) };
-        for below in &node.below[..node.len] {
+        for below in &node.below[..node.len()] {
             if node.leaf {
                 // SAFETY: from `Arc::into_raw`, with the count that the tree holds.
                 drop(unsafe { Arc::from_raw(below.cast::<T>()) });
@@ -272,8 +423,8 @@ impl<T: Entry> Nodes<T> {
         }
     }
 
-    fn blank(&mut self, leaf: bool) -> Link<T> {
-        let blank = Node::blank(self.stamp, leaf);
+    fn blank(&mut self, leaf: bool, scale: Scale) -> Link<T> {
+        let blank = Node::blank(self.stamp, leaf, scale);
         let Some(node) = self.spare.pop() else {
             return NonNull::from(Box::leak(Box::new(blank)));
         };
@@ -322,27 +473,21 @@ impl<T: Entry> Nodes<T> {
     }
 
     /// Puts `below` into the node of this batch; the upper part of it in a node of its own if there is no room.
-    fn put(
-        &mut self,
-        link: Link<T>,
-        at: usize,
-        hull: (u64, u64),
-        below: *const (),
-    ) -> Option<Link<T>> {
+    fn put(&mut self, link: Link<T>, at: usize, below: *const ()) -> Option<Link<T>> {
         let node = self.edit(link);
-        if node.len < FANOUT {
-            node.insert(at, hull, below);
+        if node.len() < FANOUT {
+            node.insert(at, below);
             return None;
         }
-        let right = self.blank(node.leaf);
+        let right = self.blank(node.leaf, node.scale);
         let more = self.edit(right);
         // Where entries come in ascending order the left one stays full.
         let half = if at == FANOUT { FANOUT } else { FANOUT / 2 };
         more.take(node, half);
         if at > half || half == FANOUT {
-            more.insert(at - half, hull, below);
+            more.insert(at - half, below);
         } else {
-            node.insert(at, hull, below);
+            node.insert(at, below);
         }
         Some(right)
     }
@@ -350,26 +495,19 @@ impl<T: Entry> Nodes<T> {
     fn with(&mut self, link: Link<T>, entry: &T, value: *const T) -> (Link<T>, Option<Link<T>>) {
         let link = self.own(link);
         let node = self.read(link);
-        let range = entry.range();
         if node.leaf {
             let at = node.before(key(entry));
-            let hull = (range.start().get(), range.last().get());
-            return (link, self.put(link, at, hull, value.cast()));
+            return (link, self.put(link, at, value.cast()));
         }
         let at = node.towards(key(entry));
         let (child, more) = self.with(node.link(at), entry, value);
         self.relink(link, at, child);
-        let more = more.and_then(|more| {
-            let hull = self.read(more).hull();
-            self.put(link, at + 1, hull, more.as_ptr().cast_const().cast())
-        });
+        let more = more.and_then(|more| self.put(link, at + 1, below(more)));
         (link, more)
     }
 
     fn relink(&mut self, link: Link<T>, at: usize, child: Link<T>) {
-        let hull = self.read(child).hull();
-        let below = child.as_ptr().cast_const().cast();
-        self.edit(link).set(at, hull, below);
+        self.edit(link).set(at, below(child));
     }
 
     /// A root with `value`, whose count it takes over.
@@ -379,11 +517,9 @@ impl<T: Entry> Nodes<T> {
         let entry = unsafe { &*value };
         let (left, right) = self.with(root, entry, value);
         let Some(right) = right else { return left };
-        let top = self.blank(false);
+        let top = self.blank(false, Scale::PAGES);
         for (at, child) in [left, right].into_iter().enumerate() {
-            let hull = self.read(child).hull();
-            let below = child.as_ptr().cast_const().cast();
-            self.edit(top).insert(at, hull, below);
+            self.edit(top).insert(at, below(child));
         }
         top
     }
@@ -392,7 +528,7 @@ impl<T: Entry> Nodes<T> {
         let node = self.read(link);
         if node.leaf {
             let at = node.before(key);
-            if at == node.len || node.key(at) != key {
+            if at == node.len() || node.key(at) != key {
                 return None;
             }
             let link = self.own(link);
@@ -411,7 +547,7 @@ impl<T: Entry> Nodes<T> {
             self.unlink(child);
         } else {
             self.relink(link, at, child);
-            if self.read(child).len <= FANOUT / 4 {
+            if self.read(child).len() <= FANOUT / 4 {
                 self.merge(link, at);
             }
         }
@@ -422,11 +558,11 @@ impl<T: Entry> Nodes<T> {
     fn merge(&mut self, link: Link<T>, at: usize) {
         let node = self.read(link);
         let at = at.saturating_sub(1);
-        if at + 1 >= node.len {
+        if at + 1 >= node.len() {
             return;
         }
         let (left, right) = (node.link(at), node.link(at + 1));
-        if self.read(left).len + self.read(right).len > FANOUT {
+        if self.read(left).len() + self.read(right).len() > FANOUT {
             return;
         }
         let (left, right) = (self.own(left), self.own(right));
@@ -445,7 +581,7 @@ impl<T: Entry> Nodes<T> {
             match (node.leaf, node.len) {
                 (false, 0) => {
                     self.unlink(root);
-                    root = self.blank(true);
+                    root = self.blank(true, Scale::PAGES);
                 }
                 (false, 1) => {
                     let only = node.link(0);
@@ -470,21 +606,25 @@ impl<T> Drop for Nodes<T> {
 #[cfg(all(any(test, fuzzing), not(loom)))]
 pub(super) fn check<T: Entry>(root: Link<T>) -> usize {
     fn depth<T: Entry>(node: &Node<T>) -> usize {
-        let keys: Vec<_> = (0..node.len).map(|at| node.key(at)).collect();
+        let keys: Vec<_> = (0..node.len()).map(|at| node.key(at)).collect();
         assert!(keys.is_sorted(), "entries are in order");
+        for at in 0..node.len() {
+            let hull = node.hull_below(at);
+            assert!(node.scale.holds(hull), "everything has granules");
+            assert_eq!(
+                hull.0,
+                node.key(at).0 >> PAGE_SHIFT,
+                "the first page is exact"
+            );
+            let noted = (node.first[at], node.last[at]);
+            let granules = [hull.0, hull.1].map(|page| node.scale.granule(page));
+            assert_eq!(noted, granules.into(), "hulls are as what is below says");
+        }
         if node.leaf {
             return 1;
         }
         assert!(!node.is_empty(), "an inner node has children");
-        let depths = (0..node.len).map(|at| {
-            let child = node.child(at);
-            assert_eq!(
-                child.hull(),
-                (node.first[at], node.last[at]),
-                "hulls are exact"
-            );
-            depth(child)
-        });
+        let depths = (0..node.len()).map(|at| depth(node.child(at)));
         let depths: Vec<_> = depths.collect();
         assert!(
             depths.iter().all(|one| *one == depths[0]),

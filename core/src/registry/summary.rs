@@ -6,9 +6,10 @@
 //! overlaps an entry, to the page, if a bit of the granules that it lies in is set on any level: for a few pages that is one word
 //! for each level that is in use, whose position follows from the address.
 //!
-//! The words are in an open-addressed table, found by level and address. Walks read it beside a writer: a cell's key is set once,
+//! The words are in two open-addressed tables, found by level and address: those of pages in one, of which there are many, and those of
+//! larger granules in the other, which are few. Walks read them beside a writer: a cell's key is set once,
 //! its bits are stored as a whole. A table that is full of words, or of words that were, is replaced by another, by one
-//! store. Nothing in it is ever too little for an entry that a walk has to find:
+//! store. Nothing in them is ever too little for an entry that a walk has to find:
 //! * bits are set before the insertion returns, so before the fence by which newcomers and walks meet (R8);
 //! * they are taken away when it is no longer in the tree, and only where no other entry is counted. Where entries overlap the writer counts
 //!   them, for each bit of the word; where they do not it keeps nothing.
@@ -76,19 +77,18 @@ struct Cell {
 #[derive(Debug)]
 struct Table {
     cells: Box<[Cell]>,
-    /// Levels that have, or have had, a word.
-    levels: AtomicU64,
 }
 
 impl Table {
     fn new(cells: usize) -> Box<Self> {
-        let cell = |_| Cell {
+        let mut room = Vec::with_capacity(cells);
+        huge_pages(&room);
+        room.extend((0..cells).map(|_| Cell {
             key: AtomicU64::new(0),
             bits: AtomicU64::new(0),
-        };
+        }));
         Box::new(Self {
-            cells: (0..cells).map(cell).collect(),
-            levels: AtomicU64::new(0),
+            cells: room.into_boxed_slice(),
         })
     }
 
@@ -116,44 +116,102 @@ impl Table {
         self.find(key).bits.load(Ordering::Acquire)
     }
 
-    /// Whether an entry may overlap `range`.
+    /// Whether an entry may have marked granules of this level in `range`.
     #[inline]
-    fn may_hit(&self, range: Range) -> bool {
-        // Acquire, as for the bits.
-        let mut levels = self.levels.load(Ordering::Acquire);
-        while levels != 0 {
-            let level = levels.trailing_zeros();
-            levels &= levels - 1;
-            let shift = PAGE_SHIFT + level * LEVEL_SHIFT;
-            let (first, last) = (range.start().get() >> shift, range.last().get() >> shift);
-            let (left, right) = (first / 64, last / 64);
-            if left == right {
-                if self.bits(key(level, left)) & mask(first, last) != 0 {
-                    return true;
-                }
-                continue;
-            }
-            if right - left >= LOOKED_AT {
-                return true;
-            }
-            let hit = (left..=right).any(|word| {
+    fn may_hit(&self, level: u32, range: Range) -> bool {
+        let shift = PAGE_SHIFT + level * LEVEL_SHIFT;
+        let (first, last) = (range.start().get() >> shift, range.last().get() >> shift);
+        let (left, right) = (first / 64, last / 64);
+        if left == right {
+            return self.bits(key(level, left)) & mask(first, last) != 0;
+        }
+        right - left >= LOOKED_AT
+            || (left..=right).any(|word| {
                 let first = if word == left { first } else { 0 };
                 let last = if word == right { last } else { 63 };
                 self.bits(key(level, word)) & mask(first, last) != 0
-            });
-            if hit {
-                return true;
-            }
+            })
+    }
+}
+
+/// Asks for large pages for what is about to be written to `room`, if it is large: most of what a walk of many registrations would pay for a
+/// word of it is the way there. Only advice.
+fn huge_pages(room: &Vec<Cell>) {
+    const HUGE: usize = 2 << 20;
+    const PAGE: usize = 1 << PAGE_SHIFT;
+    let start = room.as_ptr().addr().next_multiple_of(PAGE);
+    let end = room.as_ptr().addr() + room.capacity() * size_of::<Cell>();
+    if end.saturating_sub(start) >= HUGE {
+        // SAFETY: pages of the vector's own, whose contents stay as they are.
+        unsafe {
+            libc::madvise(
+                start as *mut _,
+                (end - start) & !(PAGE - 1),
+                libc::MADV_HUGEPAGE,
+            )
+        };
+    }
+}
+
+/// Words in a table that can be replaced.
+#[derive(Debug)]
+struct Tier {
+    /// From `Box::into_raw`; never null.
+    table: AtomicPtr<Table>,
+}
+
+impl Tier {
+    fn new() -> Self {
+        Self {
+            table: AtomicPtr::new(Box::into_raw(Table::new(LEAST))),
         }
-        false
+    }
+
+    #[inline]
+    fn table(&self) -> &Table {
+        // Acquire, with the Release in `grow`: the cells are complete.
+        let table = self.table.load(Ordering::Acquire);
+        // SAFETY: from `Box::into_raw`. The caller is a walk that began before it was replaced, so that the parent has not freed it yet;
+        // or the writer, who alone replaces it.
+        unsafe { &*table }
+    }
+
+    /// Another table, with the words that have bits and room for a third more. Gives back the old one, and how many those are.
+    fn grow(&self) -> (Old, usize) {
+        let old = self.table();
+        let live = |cell: &&Cell| cell.bits.load(Ordering::Relaxed) != 0;
+        let words = old.cells.iter().filter(live).count();
+        let room = (words + words / 3 + 2) * 8 / 5;
+        let new = Table::new(room.max(LEAST));
+        for cell in old.cells.iter().filter(live) {
+            let key = cell.key.load(Ordering::Relaxed);
+            let copy = new.find(key);
+            let bits = cell.bits.load(Ordering::Relaxed);
+            copy.bits.store(bits, Ordering::Relaxed);
+            copy.key.store(key, Ordering::Relaxed);
+        }
+        // Release, with the Acquire in `table`. Whoever still reads the old one began before the entry that made it grow is published.
+        let old = self.table.swap(Box::into_raw(new), Ordering::Release);
+        (Old(old), words)
+    }
+}
+
+impl Drop for Tier {
+    fn drop(&mut self) {
+        // SAFETY: from `Box::into_raw`, and `&mut self` means that no walk reads it.
+        drop(unsafe { Box::from_raw(self.table.load(Ordering::Relaxed)) });
     }
 }
 
 /// What walks see.
 #[derive(Debug)]
 pub(super) struct Summary {
-    /// From `Box::into_raw`; never null.
-    table: AtomicPtr<Table>,
+    /// Words of pages.
+    pages: Tier,
+    /// Words of what is larger: there are few, so that looking for one that is not there mostly stays in the cache.
+    large: Tier,
+    /// Levels that have a word in `large`.
+    levels: AtomicU64,
 }
 
 /// A table that was replaced, from `Box::into_raw`. Not a `Box`, which would claim it for itself while walks still read it.
@@ -196,8 +254,10 @@ fn spread(key: u64) -> u64 {
 /// What the writer knows besides.
 #[derive(Debug, Default)]
 pub(super) struct Marks {
-    /// Cells that have a key, in the current table.
-    used: usize,
+    /// Cells that have a key, in the current tables.
+    used: [usize; 2],
+    /// Granules that are marked, by level, as often as they are.
+    granules: [usize; LEVELS as usize],
     /// Of words in which entries overlap: how many for each bit.
     counts: HashMap<u64, Box<[u32; 64]>, BuildHasherDefault<Spread>>,
     /// Replaced: walks may see them.
@@ -207,42 +267,59 @@ pub(super) struct Marks {
 impl Summary {
     pub(super) fn new() -> Self {
         Self {
-            table: AtomicPtr::new(Box::into_raw(Table::new(LEAST))),
+            pages: Tier::new(),
+            large: Tier::new(),
+            levels: AtomicU64::new(0),
         }
     }
 
-    fn table(&self) -> &Table {
-        // Acquire, with the Release in `grow`: the cells are complete.
-        let table = self.table.load(Ordering::Acquire);
-        // SAFETY: from `Box::into_raw`. The caller is a walk that began before it was replaced, so that the parent has not freed it yet;
-        // or the writer, who alone replaces it.
-        unsafe { &*table }
+    fn tier(&self, level: u32) -> &Tier {
+        if level == 0 { &self.pages } else { &self.large }
     }
 
     /// Whether an entry may overlap `range`. Inside of a walk.
     #[inline]
     pub(super) fn may_hit(&self, range: Range) -> bool {
-        self.table().may_hit(range)
+        if self.pages.table().may_hit(0, range) {
+            return true;
+        }
+        // Acquire, as for the bits.
+        let mut levels = self.levels.load(Ordering::Acquire);
+        while levels != 0 {
+            let level = levels.trailing_zeros();
+            levels &= levels - 1;
+            if self.large.table().may_hit(level, range) {
+                return true;
+            }
+        }
+        false
     }
 
     /// An entry of `range` is about to be published.
     pub(super) fn mark(&self, marks: &mut Marks, range: Range) {
         cover(range, |level, word, mask| {
             let key = key(level, word);
-            let mut table = self.table();
+            let tier = self.tier(level);
+            let used = &mut marks.used[usize::from(level > 0)];
+            let mut table = tier.table();
             let mut cell = table.find(key);
             if cell.key.load(Ordering::Relaxed) == 0 {
-                if (marks.used + 1) * 8 > table.cells.len() * 5 {
-                    table = self.grow(marks);
+                if (*used + 1) * 8 > table.cells.len() * 5 {
+                    let old;
+                    (old, *used) = tier.grow();
+                    marks.unlinked.push(old);
+                    table = tier.table();
                     cell = table.find(key);
                 }
-                marks.used += 1;
+                *used += 1;
             }
-            let levels = table.levels.load(Ordering::Relaxed);
-            if levels & 1 << level == 0 {
-                // Release, with the walk's Acquire.
-                table.levels.store(levels | 1 << level, Ordering::Release);
+            let granules = &mut marks.granules[level as usize];
+            if level > 0 && *granules == 0 {
+                // Only the writer writes. Release, with the walk's Acquire.
+                let levels = self.levels.load(Ordering::Relaxed);
+                self.levels.store(levels | 1 << level, Ordering::Release);
             }
+            *granules += mask.count_ones() as usize;
             let bits = cell.bits.load(Ordering::Relaxed);
             if bits & mask != 0 || !marks.counts.is_empty() && marks.counts.contains_key(&key) {
                 let counts = marks.counts.entry(key).or_insert_with(|| {
@@ -259,7 +336,7 @@ impl Summary {
     pub(super) fn unmark(&self, marks: &mut Marks, range: Range) {
         cover(range, |level, word, mask| {
             let key = key(level, word);
-            let cell = self.table().find(key);
+            let cell = self.tier(level).table().find(key);
             let bits = cell.bits.load(Ordering::Relaxed);
             let mut gone = mask;
             if !marks.counts.is_empty()
@@ -276,31 +353,14 @@ impl Summary {
             }
             // Release: who finds them gone sees what was done before.
             cell.bits.store(bits & !gone, Ordering::Release);
+            let granules = &mut marks.granules[level as usize];
+            *granules -= mask.count_ones() as usize;
+            if level > 0 && *granules == 0 {
+                // As above: nobody has a bit of this level any more.
+                let levels = self.levels.load(Ordering::Relaxed);
+                self.levels.store(levels & !(1 << level), Ordering::Release);
+            }
         });
-    }
-
-    /// Another table, with the words that have bits and room for a third more.
-    fn grow(&self, marks: &mut Marks) -> &Table {
-        let old = self.table();
-        let live = |cell: &&Cell| cell.bits.load(Ordering::Relaxed) != 0;
-        let words = old.cells.iter().filter(live).count();
-        let room = (words + words / 3 + 2) * 8 / 5;
-        let new = Table::new(room.max(LEAST));
-        let mut levels = 0;
-        for cell in old.cells.iter().filter(live) {
-            let key = cell.key.load(Ordering::Relaxed);
-            levels |= 1 << ((key & 0xf) - 1);
-            let copy = new.find(key);
-            let bits = cell.bits.load(Ordering::Relaxed);
-            copy.bits.store(bits, Ordering::Relaxed);
-            copy.key.store(key, Ordering::Relaxed);
-        }
-        new.levels.store(levels, Ordering::Relaxed);
-        marks.used = words;
-        // Release, with the Acquire in `table`. Whoever still reads the old one began before the entry that made it grow is published.
-        let old = self.table.swap(Box::into_raw(new), Ordering::Release);
-        marks.unlinked.push(Old(old));
-        self.table()
     }
 }
 
@@ -309,13 +369,6 @@ fn each(mut mask: u64, mut show: impl FnMut(usize)) {
     while mask != 0 {
         show(mask.trailing_zeros() as usize);
         mask &= mask - 1;
-    }
-}
-
-impl Drop for Summary {
-    fn drop(&mut self) {
-        // SAFETY: from `Box::into_raw`, and `&mut self` means that no walk reads it.
-        drop(unsafe { Box::from_raw(self.table.load(Ordering::Relaxed)) });
     }
 }
 
@@ -394,6 +447,7 @@ mod tests {
             }
             naive.into_iter().for_each(|range| summary.unmark(&mut marks, range));
             prop_assert!(marks.counts.is_empty());
+            prop_assert_eq!(summary.levels.load(Ordering::Relaxed), 0);
             prop_assert!(!summary.may_hit(Range::new(0u64, 1u64 << 12).unwrap()));
         }
     }
@@ -408,6 +462,6 @@ mod tests {
             summary.unmark(&mut marks, range);
             assert!(!summary.may_hit(range));
         }
-        assert_eq!(summary.table().cells.len(), LEAST);
+        assert_eq!(summary.pages.table().cells.len(), LEAST);
     }
 }

@@ -45,9 +45,10 @@ impl Interrupts for Gate {
         self.model.vectors()
     }
     fn wait(&self, vector: u32, timeout: Duration) -> Result<u64, DeviceError> {
+        let fired = self.model.wait(vector, timeout);
         let is_open = self.is_open.lock().unwrap_or_else(PoisonError::into_inner);
         drop(self.opened.wait_while(is_open, |is_open| !*is_open));
-        self.model.wait(vector, timeout)
+        fired
     }
 }
 

@@ -34,7 +34,7 @@ counters! {
     requests_refused,
     /// Times that a page request was begun anew, as an invalidation came between.
     request_retries,
-    /// Stretches of page requests side by side that were resolved by one look at the sequence.
+    /// Stretches of page requests side by side of which any was resolved, all by one look at the sequence.
     request_batches,
     /// Stretches that an invalidation came between, and whose page requests were then taken up one by one.
     batches_cut,

@@ -218,7 +218,8 @@ pub(crate) fn fill(
         }
         refuse(requests);
         if install(core, &mut mirror, requests, scratch)?.is_ok() {
-            core.counters.request_batches.hit();
+            let filled = requests.iter().any(|one| one.fill == Fill::Installed);
+            core.counters.request_batches.add(filled.into());
             return Ok(true);
         }
         drop(mirror);

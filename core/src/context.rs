@@ -73,11 +73,13 @@ impl Place {
     ];
 }
 
-/// A callback on this thread's stack.
+/// A callback on this thread's stack: a handler's of the registration with this key, or a release.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Frame {
-    Handler(usize),
-    Release,
+struct Frame(usize);
+
+impl Frame {
+    /// The key of no registration.
+    const RELEASE: Self = Self(0);
 }
 
 /// Callbacks nest at most this deep: a handler cannot begin an invalidation, and a release that runs a release runs it
@@ -85,7 +87,7 @@ enum Frame {
 const DEPTH: usize = 4;
 
 struct Context {
-    frames: [Cell<Option<Frame>>; DEPTH],
+    frames: [Cell<Frame>; DEPTH],
     depth: Cell<usize>,
     open: Cell<u32>,
     notifier_locks: Cell<u32>,
@@ -105,7 +107,7 @@ struct Context {
 impl Context {
     const fn new() -> Self {
         Self {
-            frames: [const { Cell::new(None) }; DEPTH],
+            frames: [const { Cell::new(Frame::RELEASE) }; DEPTH],
             depth: Cell::new(0),
             open: Cell::new(0),
             notifier_locks: Cell::new(0),
@@ -210,11 +212,10 @@ pub(crate) fn inside_callback() -> bool {
 pub(crate) fn place(own: usize) -> Place {
     CONTEXT.with(|context| {
         let depth = context.depth.get();
-        let mut frames = context.frames[..depth].iter().rev().filter_map(Cell::get);
-        match frames.next() {
-            Some(Frame::Release) => Place::DuringRelease,
-            Some(Frame::Handler(one)) if one == own => Place::InsideOwnCallback,
-            Some(Frame::Handler(_)) => Place::InsideOtherCallback,
+        match context.frames[..depth].last().map(Cell::get) {
+            Some(Frame::RELEASE) => Place::DuringRelease,
+            Some(Frame(one)) if one == own => Place::InsideOwnCallback,
+            Some(_) => Place::InsideOtherCallback,
             None if context.open.get() > 0 => Place::InsideOtherCallback,
             None if context.map_lock.get() => Place::MapLockHeld,
             None => Place::Plain,
@@ -227,32 +228,32 @@ pub(crate) fn place(own: usize) -> Place {
 pub(crate) struct InCallback(PhantomData<*const ()>);
 
 impl InCallback {
+    #[inline]
     fn push(frame: Frame) -> Self {
         CONTEXT.with(|context| {
             let depth = context.depth.get();
             assert!(depth < DEPTH, "callbacks nest at most {DEPTH} deep");
-            context.frames[depth].set(Some(frame));
+            context.frames[depth].set(frame);
             context.depth.set(depth + 1);
         });
         Self(PhantomData)
     }
 
+    /// A handler's of the registration with this key.
+    #[inline]
     pub(crate) fn handler(registration: usize) -> Self {
-        Self::push(Frame::Handler(registration))
+        Self::push(Frame(registration))
     }
 
     pub(crate) fn release() -> Self {
-        Self::push(Frame::Release)
+        Self::push(Frame::RELEASE)
     }
 }
 
 impl Drop for InCallback {
+    #[inline]
     fn drop(&mut self) {
-        CONTEXT.with(|context| {
-            let depth = context.depth.get() - 1;
-            context.frames[depth].set(None);
-            context.depth.set(depth);
-        });
+        CONTEXT.with(|context| context.depth.set(context.depth.get() - 1));
     }
 }
 

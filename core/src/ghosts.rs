@@ -105,9 +105,6 @@ impl Ghosts {
     /// Shows a device in quarantine that may still reach something of `range`, if there is one. Allocates nothing, and takes no count
     /// of it, which could come to be the last.
     pub(crate) fn find(&self, range: Range, see: impl FnOnce(&Device)) {
-        if !self.are_there() {
-            return;
-        }
         let all = self.all.lock();
         let found = all
             .iter()

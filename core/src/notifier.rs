@@ -92,7 +92,7 @@ impl OpCore {
             sizes: PageSizes::empty(),
             may_block: false,
             drain: Duration::ZERO,
-            post: crate::watch::Watch::post(0),
+            post: crate::watch::Watch::nowhere(),
         }
     }
 }

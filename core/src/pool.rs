@@ -4,22 +4,67 @@
 //! allocated or freed between the two. There is a chain for each slot that an invalidation can claim: so short lists, which are most,
 //! touch nothing that another invalidation touches.
 
+use std::marker::PhantomData;
+use std::ptr::NonNull;
+
 use crate::active::SLOTS;
 use crate::primitive::Mutex;
 use crate::primitive::atomic::{AtomicUsize, Ordering};
 
 struct Chunk<T> {
+    /// Never has more than its first capacity.
     entries: Vec<T>,
-    next: Option<Box<Chunk<T>>>,
+    next: Option<Owned<T>>,
+}
+
+/// A chunk that this is the only way to, from `Box::leak`.
+struct Owned<T>(NonNull<Chunk<T>>);
+
+impl<T> Owned<T> {
+    fn new(entries: usize) -> Self {
+        Self(NonNull::from(Box::leak(Box::new(Chunk {
+            entries: Vec::with_capacity(entries),
+            next: None,
+        }))))
+    }
+
+    fn get(&self) -> &Chunk<T> {
+        // SAFETY: alive, and borrowed as this is, which is the only way to it but for a chain's own short cuts; those are used with the chain
+        // borrowed exclusively.
+        unsafe { self.0.as_ref() }
+    }
+
+    fn get_mut(&mut self) -> &mut Chunk<T> {
+        // SAFETY: as above.
+        unsafe { self.0.as_mut() }
+    }
+
+    fn free(self) -> Option<Self> {
+        // SAFETY: from `Box::leak`, once, as this is the only way to it.
+        unsafe { Box::from_raw(self.0.as_ptr()) }.next
+    }
+}
+
+/// Frees one after the other: each would else free the next from within, and a space that had 100 000 registrations would overflow the
+/// stack.
+fn free_all<T>(mut next: Option<Owned<T>>) {
+    while let Some(chunk) = next {
+        next = chunk.free();
+    }
 }
 
 pub(crate) struct Pool<T> {
     /// Entries of a chunk.
     chunk: usize,
-    free: Mutex<Option<Box<Chunk<T>>>>,
+    free: Mutex<Option<Owned<T>>>,
     /// Chunks that were ever made, in use or not.
     made: AtomicUsize,
 }
+
+// SAFETY: a pool has chunks without entries, and is otherwise a mutex and a count.
+unsafe impl<T: Send> Send for Pool<T> {}
+// SAFETY: as above; chunks are taken and given under the mutex.
+unsafe impl<T: Send> Sync for Pool<T> {}
 
 impl<T> Pool<T> {
     /// With chunks of so many entries, and one for each invalidation that can be in progress.
@@ -33,13 +78,6 @@ impl<T> Pool<T> {
         pool
     }
 
-    fn fresh(&self) -> Box<Chunk<T>> {
-        Box::new(Chunk {
-            entries: Vec::with_capacity(self.chunk),
-            next: None,
-        })
-    }
-
     /// Makes sure that `entries` fit in one chain, beside a chunk for each of the others. Allocates: not in the shootdown path, and not
     /// under the lock, which that path takes.
     pub(crate) fn reserve(&self, entries: usize) {
@@ -47,46 +85,49 @@ impl<T> Pool<T> {
         // Counted when it is there, with Release, so that nobody relies on what another thread has yet to make. Several that make
         // some at once may make a few too many.
         while self.made.load(Ordering::Acquire) < wanted {
-            let chunk = self.fresh();
+            let chunk = Owned::new(self.chunk);
             self.give(chunk);
             self.made.fetch_add(1, Ordering::AcqRel);
         }
     }
 
-    fn take(&self) -> Option<Box<Chunk<T>>> {
+    fn take(&self) -> Option<Owned<T>> {
         if planted!("r18") {
-            return Some(self.fresh());
+            return Some(Owned::new(self.chunk));
         }
         let mut free = self.free.lock();
         let mut chunk = free.take()?;
-        *free = chunk.next.take();
+        *free = chunk.get_mut().next.take();
         Some(chunk)
     }
 
-    fn give(&self, mut chunk: Box<Chunk<T>>) {
+    /// It has no entries, and no next.
+    fn give(&self, mut chunk: Owned<T>) {
         let mut free = self.free.lock();
-        chunk.next = free.take();
+        chunk.get_mut().next = free.take();
         *free = Some(chunk);
     }
 }
 
 impl<T> Drop for Pool<T> {
     fn drop(&mut self) {
-        // One after the other: each would else drop the next from within its own drop, and a space that had 100 000
-        // registrations would overflow the stack.
-        let mut next = self.free.lock().take();
-        while let Some(mut chunk) = next {
-            next = chunk.next.take();
-        }
+        free_all(self.free.lock().take());
     }
 }
 
-/// A list of `T` over chunks of a pool, which is told each time.
+/// A list of `T`, in the order of its making, over chunks of a pool, which is told each time.
 pub(crate) struct Chain<T> {
-    /// The newest.
-    head: Option<Box<Chunk<T>>>,
+    first: Option<Owned<T>>,
+    /// A short cut to where entries are added: the chunk, of those from `first` on.
+    last: Option<NonNull<Chunk<T>>>,
+    /// Another, to the chunk where an entry was last looked for, and how many entries there are before it.
+    near: Option<(NonNull<Chunk<T>>, usize)>,
     len: usize,
+    entries: PhantomData<T>,
 }
+
+// SAFETY: a chain is its entries; nobody else has a way to its chunks.
+unsafe impl<T: Send> Send for Chain<T> {}
 
 impl<T> Default for Chain<T> {
     fn default() -> Self {
@@ -94,92 +135,122 @@ impl<T> Default for Chain<T> {
     }
 }
 
+/// Room for one more entry.
+pub(crate) struct Room<'c, T> {
+    entries: &'c mut Vec<T>,
+    len: &'c mut usize,
+}
+
+impl<'c, T> Room<'c, T> {
+    #[inline]
+    pub(crate) fn fill(self, entry: T) -> &'c mut T {
+        *self.len += 1;
+        self.entries.push(entry);
+        self.entries.last_mut().expect("it was just added")
+    }
+}
+
 impl<T> Chain<T> {
     pub(crate) const fn new() -> Self {
-        Self { head: None, len: 0 }
+        Self {
+            first: None,
+            last: None,
+            near: None,
+            len: 0,
+            entries: PhantomData,
+        }
     }
 
-    /// Adds an entry; gives it back when the pool is exhausted.
-    pub(crate) fn push(&mut self, pool: &Pool<T>, entry: T) -> Result<(), T> {
-        let full = |chunk: &Chunk<T>| chunk.entries.len() == pool.chunk;
-        if self.head.as_deref().is_none_or(full) {
-            let Some(mut chunk) = pool.take() else {
-                return Err(entry);
-            };
-            chunk.next = self.head.take();
-            self.head = Some(chunk);
+    /// Room for an entry; `None` when the pool is exhausted.
+    #[inline]
+    pub(crate) fn room(&mut self, pool: &Pool<T>) -> Option<Room<'_, T>> {
+        // SAFETY: a chunk of this chain's, which is borrowed exclusively for as long as the reference is used.
+        let mut chunk = self.last.map(|mut last| unsafe { last.as_mut() });
+        if chunk
+            .as_deref()
+            .is_none_or(|chunk| chunk.entries.len() == pool.chunk)
+        {
+            let more = pool.take()?;
+            let at = more.0;
+            match chunk {
+                Some(last) => last.next = Some(more),
+                None => self.first = Some(more),
+            }
+            self.last = Some(at);
+            // SAFETY: as above; it was put there just now.
+            chunk = self.last.map(|mut last| unsafe { last.as_mut() });
         }
-        if let Some(chunk) = &mut self.head {
-            chunk.entries.push(entry);
-            self.len += 1;
-        }
-        Ok(())
+        Some(Room {
+            entries: &mut chunk?.entries,
+            len: &mut self.len,
+        })
     }
 
+    #[inline]
     pub(crate) fn is_empty(&self) -> bool {
-        self.head
-            .as_ref()
-            .is_none_or(|chunk| chunk.entries.is_empty())
+        self.len == 0
+    }
+
+    fn chunks(&self) -> impl Iterator<Item = &Chunk<T>> {
+        std::iter::successors(self.first.as_ref(), |chunk| chunk.get().next.as_ref())
+            .map(Owned::get)
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
-        std::iter::successors(self.head.as_deref(), |chunk| chunk.next.as_deref())
-            .flat_map(|chunk| chunk.entries.iter())
+        self.chunks().flat_map(|chunk| chunk.entries.iter())
     }
 
     pub(crate) fn len(&self) -> usize {
         self.len
     }
 
-    pub(crate) fn last_mut(&mut self) -> Option<&mut T> {
-        self.head.as_mut()?.entries.last_mut()
-    }
-
-    /// The `nth` that was pushed.
+    /// The `nth`. Quick where they are looked for in their order.
     pub(crate) fn get_mut(&mut self, nth: usize) -> Option<&mut T> {
-        let mut before = self.len;
-        let mut next = self.head.as_deref_mut();
-        while let Some(chunk) = next {
-            before -= chunk.entries.len();
-            if nth >= before {
+        let (mut at, mut before) = match self.near {
+            Some((at, before)) if before <= nth => (at, before),
+            _ => (self.first.as_ref()?.0, 0),
+        };
+        loop {
+            // SAFETY: a chunk of this chain's, which is borrowed exclusively; the reference to one is over before that to the next is made.
+            let chunk = unsafe { at.as_mut() };
+            if nth - before < chunk.entries.len() {
+                self.near = Some((at, before));
                 return chunk.entries.get_mut(nth - before);
             }
-            next = chunk.next.as_deref_mut();
+            before += chunk.entries.len();
+            at = chunk.next.as_ref()?.0;
         }
-        None
     }
 
-    /// Which it is that was pushed, of the one that `is`.
-    pub(crate) fn position(&self, mut is: impl FnMut(&T) -> bool) -> Option<usize> {
-        let mut before = self.len;
-        let mut next = self.head.as_deref();
-        while let Some(chunk) = next {
-            before -= chunk.entries.len();
-            if let Some(at) = chunk.entries.iter().position(&mut is) {
-                return Some(before + at);
-            }
-            next = chunk.next.as_deref();
-        }
-        None
+    /// Which is the first that `is`.
+    pub(crate) fn position(&self, is: impl FnMut(&T) -> bool) -> Option<usize> {
+        self.iter().position(is)
     }
 
-    /// Shows each entry, newest chunk first.
+    /// Shows each entry, in their order.
+    #[inline]
     pub(crate) fn for_each(&mut self, mut visit: impl FnMut(&mut T)) {
-        let mut next = self.head.as_deref_mut();
+        let mut next = self.first.as_mut();
         while let Some(chunk) = next {
+            let chunk = chunk.get_mut();
             chunk.entries.iter_mut().for_each(&mut visit);
-            next = chunk.next.as_deref_mut();
+            next = chunk.next.as_mut();
         }
     }
 
     /// Empties it. It keeps a chunk.
+    #[inline]
     pub(crate) fn clear(&mut self, pool: &Pool<T>) {
-        let Some(head) = &mut self.head else { return };
-        self.len = 0;
-        head.entries.clear();
-        while let Some(mut chunk) = head.next.take() {
-            head.next = chunk.next.take();
-            chunk.entries.clear();
+        if self.len == 0 {
+            return;
+        }
+        let Some(first) = &mut self.first else { return };
+        (self.len, self.near, self.last) = (0, None, Some(first.0));
+        let first = first.get_mut();
+        first.entries.clear();
+        while let Some(mut chunk) = first.next.take() {
+            first.next = chunk.get_mut().next.take();
+            chunk.get_mut().entries.clear();
             pool.give(chunk);
         }
     }
@@ -187,9 +258,15 @@ impl<T> Chain<T> {
     /// Empties it, and gives all of it back.
     pub(crate) fn give(mut self, pool: &Pool<T>) {
         self.clear(pool);
-        if let Some(chunk) = self.head.take() {
+        if let Some(chunk) = self.first.take() {
             pool.give(chunk);
         }
+    }
+}
+
+impl<T> Drop for Chain<T> {
+    fn drop(&mut self) {
+        free_all(self.first.take());
     }
 }
 
@@ -199,6 +276,10 @@ mod tests {
 
     const CHUNK: usize = 8;
 
+    fn push(chain: &mut Chain<usize>, pool: &Pool<usize>, entry: usize) {
+        chain.room(pool).expect("room").fill(entry);
+    }
+
     #[test]
     fn a_chain_takes_what_was_reserved_and_gives_it_back() {
         let pool = Pool::new(CHUNK);
@@ -206,10 +287,11 @@ mod tests {
         for _ in 0..3 {
             let mut chain = Chain::new();
             let room = (SLOTS + 2) * CHUNK;
-            (0..room).for_each(|n| chain.push(&pool, n).unwrap());
-            assert_eq!(chain.push(&pool, 0), Err(0));
+            (0..room).for_each(|n| push(&mut chain, &pool, n));
+            assert!(chain.room(&pool).is_none());
             assert_eq!(chain.iter().sum::<usize>(), (0..room).sum());
-            for nth in [0, CHUNK - 1, CHUNK, room - 1] {
+            assert!(chain.iter().copied().eq(0..room), "in their order");
+            for nth in [0, CHUNK - 1, CHUNK, room - 1, 0, room - 1, CHUNK] {
                 assert_eq!(chain.get_mut(nth).copied(), Some(nth));
                 assert_eq!(chain.position(|n| *n == nth), Some(nth));
             }
@@ -224,10 +306,10 @@ mod tests {
         pool.reserve(100);
         let mut all: Vec<_> = (0..SLOTS).map(|_| Chain::new()).collect();
         for chain in &mut all {
-            chain.push(&pool, 7).unwrap();
+            push(chain, &pool, 7);
             chain.clear(&pool);
             assert!(chain.is_empty());
         }
-        (0..100).for_each(|n| all[3].push(&pool, n).unwrap());
+        (0..100).for_each(|n| push(&mut all[3], &pool, n));
     }
 }

@@ -3,16 +3,21 @@
 //! A ring of fixed-size records in memory set aside beforehand, one ring for each of a few shards, so that threads do not
 //! share a counter. Writing one takes no lock and allocates nothing. A reader may meet a record that is being
 //! overwritten; it sees that by the record's number and leaves it out. Records carry the processor's own counter, which costs
-//! a third of a clock, and become times when they are read. `tracing` is fed from the ring, outside the shootdown
+//! a third of a clock, and become times when they are read. An invalidation that reaches no device is over in less time than reading the
+//! counter takes: of its records only every eighth does, and the others take over the time of the one before. `tracing` is fed from the ring, outside the shootdown
 //! path: all of it by [`AddressSpace::drain`](crate::AddressSpace::drain), the newest part by itself after something went wrong. Invalidations that hit nothing are not recorded.
 
 use std::fmt;
 use std::time::Duration;
 
 use crate::primitive::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-use crate::primitive::{Instant, home, now, ticks};
+use crate::primitive::{HOMES_ARE_UNIQUE, Instant, home, now, ticks};
 
-const SHARDS: usize = 8;
+/// Shards of one thread each, where threads have numbers of their own; later threads share the rest.
+const OWN: usize = if HOMES_ARE_UNIQUE { 8 } else { 0 };
+const SHARDS: usize = OWN + 4;
+/// How many records without a time of their own there are at most between two that have one.
+const TIMED: u64 = 8;
 /// Records that a dump shows.
 const DUMPED: usize = 64;
 #[cfg(not(loom))]
@@ -74,7 +79,8 @@ impl Kind {
 /// One record.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Record {
-    /// Since the address space was made.
+    /// Since the address space was made. Of the start and end of an invalidation that reached no device it is when something happened on
+    /// its shard shortly before, as reading a clock would cost more than all the rest.
     pub at: Duration,
     /// The shard: threads differ, mostly.
     pub shard: usize,
@@ -103,12 +109,14 @@ impl fmt::Display for Record {
     }
 }
 
-/// A record's words: number, ticks, kind, subject, a, b.
+/// A record's words: number, ticks or 0, kind, subject, a, b.
 type Words = [AtomicU64; 6];
 
 #[repr(align(128))]
 struct Shard {
     next: AtomicU64,
+    /// The first number that `publish` has not had.
+    published: AtomicU64,
     records: Box<[Words]>,
 }
 
@@ -117,8 +125,6 @@ pub(crate) struct Recorder {
     /// The processor's counter at that time.
     epoch_ticks: u64,
     shards: Box<[Shard]>,
-    /// Up to when `publish` has come, in ticks.
-    published: AtomicU64,
     /// Something went wrong since the last dump.
     dump_wanted: AtomicBool,
 }
@@ -127,9 +133,10 @@ impl Recorder {
     pub(crate) fn new() -> Self {
         let shard = |_| Shard {
             next: AtomicU64::new(0),
-            records: (0..RECORDS)
-                .map(|_| std::array::from_fn(|_| AtomicU64::new(0)))
-                .collect(),
+            published: AtomicU64::new(0),
+            // Of most shards no page is ever touched.
+            // SAFETY: atomics, for which 0 is a value like any other; the checker's are never made here.
+            records: unsafe { Box::new_zeroed_slice(RECORDS).assume_init() },
         };
         Self {
             epoch: now(),
@@ -137,19 +144,44 @@ impl Recorder {
             shards: (0..if cfg!(loom) { 0 } else { SHARDS })
                 .map(shard)
                 .collect(),
-            published: AtomicU64::new(0),
             dump_wanted: AtomicBool::new(false),
         }
     }
 
-    /// Writes a record. Models have none: they would only add states.
+    /// Writes a record.
     pub(crate) fn record(&self, kind: Kind, subject: u64, a: u64, b: u64) {
-        let Some(shard) = self.shards.get(home() % SHARDS) else {
+        self.write(true, kind, [subject, a, b]);
+    }
+
+    /// Writes a record of what is quicker than a look at the time, if it `is_quick`.
+    #[inline]
+    pub(crate) fn record_quick(&self, is_quick: bool, kind: Kind, subject: u64, a: u64, b: u64) {
+        self.write(!is_quick, kind, [subject, a, b]);
+    }
+
+    /// Models have none: they would only add states.
+    #[inline]
+    fn write(&self, timed: bool, kind: Kind, [subject, a, b]: [u64; 3]) {
+        let home = home();
+        let own = home < OWN;
+        let nth = if own {
+            home
+        } else {
+            OWN + home % (SHARDS - OWN)
+        };
+        let Some(shard) = self.shards.get(nth) else {
             return;
         };
-        let at = ticks();
         // Relaxed: only makes the place unique.
-        let number = shard.next.fetch_add(1, Ordering::Relaxed);
+        let number = if own {
+            let number = shard.next.load(Ordering::Relaxed);
+            shard.next.store(number + 1, Ordering::Relaxed);
+            number
+        } else {
+            shard.next.fetch_add(1, Ordering::Relaxed)
+        };
+        let timed = timed || number.is_multiple_of(TIMED);
+        let at = if timed { ticks() } else { 0 };
         let words = &shard.records[number as usize % RECORDS];
         // As a sequence lock: the number is taken away, the words written, the number set. The fence, with the one in
         // `records`, keeps the words behind the first store; Release keeps them before the last.
@@ -183,8 +215,13 @@ impl Recorder {
 
     /// Gives `tracing` the records that it has not had. Allocates; never in the shootdown path.
     pub(crate) fn publish(&self, space: u64) {
-        let since = self.published.load(Ordering::Relaxed);
-        for (ticks, record) in self.read().into_iter().filter(|(ticks, _)| *ticks > since) {
+        for (number, record) in self.read() {
+            // Two at once may both publish a record.
+            let published = &self.shards[record.shard].published;
+            if number < published.load(Ordering::Relaxed) {
+                continue;
+            }
+            published.store(number + 1, Ordering::Relaxed);
             let Record {
                 at,
                 kind,
@@ -194,7 +231,6 @@ impl Recorder {
                 ..
             } = record;
             tracing::debug!(space, ?at, ?kind, subject, a, b);
-            self.published.store(ticks, Ordering::Relaxed);
         }
     }
 
@@ -203,6 +239,7 @@ impl Recorder {
         self.read().into_iter().map(|(_, record)| record).collect()
     }
 
+    /// With their numbers in their shards.
     fn read(&self) -> Vec<(u64, Record)> {
         // What a tick is, by all that have passed.
         let (time, passed) = (
@@ -212,15 +249,14 @@ impl Recorder {
         let tick = time.as_secs_f64() / passed.max(1) as f64;
         let mut records = Vec::new();
         for (nth, shard) in self.shards.iter().enumerate() {
-            for words in &shard.records {
-                let number = words[0].load(Ordering::Acquire);
-                let [at, kind, subject, a, b] =
-                    std::array::from_fn(|word| words[word + 1].load(Ordering::Relaxed));
-                fence(Ordering::Acquire);
-                if number == 0 || words[0].load(Ordering::Relaxed) != number {
-                    continue;
-                }
-                let since = at.saturating_sub(self.epoch_ticks) as f64;
+            let mut own: Vec<_> = shard.records.iter().filter_map(whole).collect();
+            own.sort_unstable_by_key(|(number, _)| *number);
+            let time = |(_, words): &(u64, [u64; 5])| Some(words[0]).filter(|at| *at > 0);
+            let mut last = own.iter().find_map(time).unwrap_or(self.epoch_ticks);
+            for one in own {
+                last = time(&one).unwrap_or(last);
+                let (number, [_, kind, subject, a, b]) = one;
+                let since = last.saturating_sub(self.epoch_ticks) as f64;
                 records.extend(Kind::ALL.get(kind as usize).map(|kind| {
                     let record = Record {
                         at: Duration::from_secs_f64(since * tick),
@@ -230,13 +266,23 @@ impl Recorder {
                         a,
                         b,
                     };
-                    (at, record)
+                    (number, record)
                 }));
             }
         }
-        records.sort_by_key(|(at, _)| *at);
+        // Stable: those of a shard stay in their order.
+        records.sort_by_key(|(_, record)| record.at);
         records
     }
+}
+
+/// The number and the other words of a record that is nobody's who writes just now.
+fn whole(words: &Words) -> Option<(u64, [u64; 5])> {
+    let number = words[0].load(Ordering::Acquire);
+    let rest = std::array::from_fn(|word| words[word + 1].load(Ordering::Relaxed));
+    fence(Ordering::Acquire);
+    let is_whole = number != 0 && words[0].load(Ordering::Relaxed) == number;
+    is_whole.then(|| (number - 1, rest))
 }
 
 #[cfg(all(test, not(loom)))]
@@ -265,5 +311,33 @@ mod tests {
             .map(|record| record.kind)
             .collect();
         assert_eq!(kinds, Kind::ALL);
+    }
+
+    #[test]
+    fn what_has_no_time_of_its_own_stays_in_its_order_and_each_is_published_once() {
+        let recorder = Recorder::new();
+        (0..100).for_each(|n| recorder.record_quick(n % 10 != 3, Kind::Start, n, 0, 0));
+        let subjects =
+            |records: &[Record]| records.iter().map(|one| one.subject).collect::<Vec<_>>();
+        let records = recorder.records();
+        assert_eq!(subjects(&records), (0..100).collect::<Vec<_>>());
+        assert!(records.is_sorted_by_key(|one| one.at));
+        let times: std::collections::HashSet<_> = records.iter().map(|one| one.at).collect();
+        assert!(
+            (20..30).contains(&times.len()),
+            "every eighth, and one in ten: {}",
+            times.len()
+        );
+        recorder.publish(0);
+        let published = |recorder: &Recorder| -> u64 {
+            let shards = recorder.shards.iter();
+            shards
+                .map(|one| one.published.load(Ordering::Relaxed))
+                .sum()
+        };
+        assert_eq!(published(&recorder), 100);
+        recorder.record(Kind::End, 100, 0, 0);
+        recorder.publish(0);
+        assert_eq!(published(&recorder), 101);
     }
 }

@@ -10,6 +10,9 @@ use shootdown_primitive::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use shootdown_primitive::thread;
 use shootdown_primitive::time::{Duration, Instant};
 
+use std::sync::atomic::AtomicPtr;
+use std::sync::atomic::Ordering::{Acquire, Release};
+
 use crate::active::SLOTS;
 use crate::primitive::atomic::{AtomicU64, Ordering, fence};
 use crate::primitive::{home, kernel_thread};
@@ -47,35 +50,60 @@ impl Stage {
     ];
 }
 
-/// A name that the watchdog can say.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Name(&'static Named);
+/// A name that the watchdog can say: its place among all that were ever given, of which there are few. Of very many, the last ones go by
+/// one name.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Name(u16);
 
-/// One of all names that were ever given; there are few.
-#[derive(Debug)]
-struct Named {
-    /// Its place in the list.
-    at: u64,
-    name: Box<str>,
-}
+/// All names, each set once; how many there are is under the lock.
+static NAMES: [AtomicPtr<String>; 1 << 16] =
+    [const { AtomicPtr::new(std::ptr::null_mut()) }; 1 << 16];
+static NAMED: Mutex<usize> = Mutex::new(0);
 
 impl Name {
     /// Allocates, the first time.
     pub(crate) fn new(name: &str) -> Self {
-        let mut names = lock(&NAMES);
-        let known = names.iter().find(|one| &*one.name == name);
-        Self(known.copied().unwrap_or_else(|| {
-            let named = Box::leak(Box::new(Named {
-                at: (names.len() as u64).min(0xffff),
-                name: name.into(),
-            }));
-            names.push(named);
-            named
-        }))
+        let mut named = lock(&NAMED);
+        let is_known = |at: &u16| Self(*at).as_str() == name;
+        let known = (0..=u16::MAX).take(*named).find(is_known);
+        let at = known
+            .or_else(|| u16::try_from(*named).ok())
+            .unwrap_or(u16::MAX);
+        if known.is_none() && *named < NAMES.len() {
+            let last = *named == NAMES.len() - 1;
+            let name = Box::leak(Box::new(String::from(if last { "another" } else { name })));
+            // Release, with the Acquire in `as_str`.
+            NAMES[*named].store(name, Release);
+            *named += 1;
+        }
+        Self(at)
     }
 
+    /// Neither locks nor allocates.
     pub(crate) fn as_str(self) -> &'static str {
-        &self.0.name
+        let name = NAMES[usize::from(self.0)].load(Acquire);
+        // SAFETY: null, or leaked by `new`, which changes it no more.
+        unsafe { name.as_ref() }.map_or("?", |name| name)
+    }
+}
+
+/// Who is called: the number of a registration, and a name.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Who(u64);
+
+impl Who {
+    /// Numbers have 48 bits.
+    pub(crate) fn new(number: u64, name: Name) -> Self {
+        Self(number << 16 | u64::from(name.0))
+    }
+
+    #[inline]
+    pub(crate) fn number(self) -> u64 {
+        self.0 >> 16
+    }
+
+    pub(crate) fn name(self) -> Name {
+        Name(self.0 as u16)
     }
 }
 
@@ -84,7 +112,7 @@ impl Name {
 struct Post {
     /// 0 while nothing runs; else a number that never comes twice, and the stage.
     run: AtomicU64,
-    /// The registration, and the name of its handler.
+    /// A [`Who`].
     who: AtomicU64,
     thread: AtomicU64,
     /// The numbers given so far.
@@ -135,19 +163,26 @@ impl Watch {
         this
     }
 
-    /// The post of the invalidation that has claimed `slot`.
-    pub(crate) fn post(slot: usize) -> PostId {
+    /// The post of no invalidation.
+    pub(crate) const fn nowhere() -> PostId {
+        PostId(usize::MAX)
+    }
+
+    /// The post of the invalidation that has claimed `slot`, for the calling thread. None under the checker, for which posts would only add
+    /// states.
+    #[inline]
+    pub(crate) fn post(&self, slot: usize) -> PostId {
+        if let Some(post) = self.posts.get(slot) {
+            // As in `enter`: behind the last run, which was taken away.
+            fence(Ordering::Release);
+            post.thread.store(kernel_thread(), Ordering::Relaxed);
+        }
         PostId(slot)
     }
 
-    /// Notes that a callback begins. None under the checker, for which posts would only add states.
-    pub(crate) fn enter(
-        &self,
-        post: PostId,
-        stage: Stage,
-        registration: u64,
-        name: Name,
-    ) -> Option<Running<'_>> {
+    /// Notes that a callback of the thread that has the post begins.
+    #[inline]
+    pub(crate) fn enter(&self, post: PostId, stage: Stage, who: Who) -> Option<Running<'_>> {
         let post = self.posts.get(post.0)?;
         // Only this thread writes to the post.
         let number = post.given.load(Ordering::Relaxed) + 1;
@@ -155,9 +190,7 @@ impl Watch {
         // As a sequence lock: `run` was taken away before, the words are written, `run` is set. The fence, with the one in `look`,
         // keeps the words behind the first.
         fence(Ordering::Release);
-        post.who
-            .store(registration << 16 | name.0.at, Ordering::Relaxed);
-        post.thread.store(kernel_thread(), Ordering::Relaxed);
+        post.who.store(who.0, Ordering::Relaxed);
         // Release, with the Acquire of the look: who sees the run sees who it is.
         post.run
             .store(number << 8 | stage as u64, Ordering::Release);
@@ -165,7 +198,7 @@ impl Watch {
     }
 
     /// Notes that a release begins, if there is a post for it.
-    pub(crate) fn enter_release(&self, registration: u64, name: Name) -> Option<Running<'_>> {
+    pub(crate) fn enter_release(&self, who: Who) -> Option<Running<'_>> {
         let home = home();
         (0..RELEASES.min(self.posts.len())).find_map(|nth| {
             let at = SLOTS + (home + nth) % RELEASES;
@@ -174,7 +207,7 @@ impl Watch {
             post.run
                 .compare_exchange(0, u64::MAX, Ordering::Acquire, Ordering::Relaxed)
                 .ok()?;
-            self.enter(PostId(at), Stage::Release, registration, name)
+            self.enter(self.post(at), Stage::Release, who)
         })
     }
 
@@ -210,7 +243,7 @@ impl Watch {
                 continue;
             }
             let (who, thread) = (
-                post.who.load(Ordering::Relaxed),
+                Who(post.who.load(Ordering::Relaxed)),
                 post.thread.load(Ordering::Relaxed),
             );
             // The two belong to this run, or it is over: with the fence in `enter`.
@@ -220,12 +253,11 @@ impl Watch {
             }
             last.reported = true;
             self.overdue.fetch_add(1, Ordering::Relaxed);
-            let handler = lock(&NAMES).get((who & 0xffff) as usize).copied();
             let name = std::fs::read_to_string(format!("/proc/self/task/{thread}/comm"));
             tracing::error!(
                 space = self.space,
-                registration = who >> 16,
-                handler = handler.map_or("?", |one| &one.name),
+                registration = who.number(),
+                handler = who.name().as_str(),
                 stage,
                 thread,
                 thread_name = name.as_deref().unwrap_or("?").trim(),
@@ -245,7 +277,6 @@ struct Seen {
 /// What the thread watches.
 type Watched = Vec<(Weak<Watch>, Box<[Option<Seen>; POSTS]>)>;
 
-static NAMES: Mutex<Vec<&'static Named>> = Mutex::new(Vec::new());
 static WATCHDOG: Mutex<Watchdog> = Mutex::new(Watchdog {
     new: Vec::new(),
     thread: None,

@@ -3,13 +3,16 @@
 
 use std::cell::UnsafeCell;
 use std::ops::{Deref, DerefMut};
+use std::sync::OnceLock;
 
+use super::device_op::Known;
 use super::{DeviceOp, Hit, Trouble};
 use crate::active::{Claim, SLOTS};
 use crate::addr::Range;
 use crate::notifier::OpCore;
 use crate::pool::Chain;
 use crate::primitive::Arc;
+use crate::source::Change;
 use crate::space::Space;
 
 /// Between two invalidations the lists are empty and there is no trouble.
@@ -21,19 +24,32 @@ pub(crate) struct Work {
     pub(super) missed_deadline: bool,
     /// Somebody was hit, or might have been.
     pub(super) busy: bool,
+    /// While the pages change, where somebody looks on.
+    pub(super) change: Option<Change>,
 }
 
 #[repr(align(128))]
 struct Place(UnsafeCell<Work>);
 
-/// One for each slot of the claims.
-pub(crate) struct Desks(Box<[Place]>);
-
 // SAFETY: a place is used through a `Desk` only, of which there is one for each claim, and one claim of a slot at a time, the end of
 // which is ordered before the next. What lies there may be used on any thread: uses and devices are shared between threads anyway.
-unsafe impl Send for Desks {}
+unsafe impl Send for Place {}
 // SAFETY: as above.
-unsafe impl Sync for Desks {}
+unsafe impl Sync for Place {}
+
+/// One for each slot of the claims.
+pub(crate) struct Desks {
+    places: Box<[Place]>,
+    /// From the first registration on that names a device.
+    known: OnceLock<Box<[KnownPlace]>>,
+}
+
+/// Where the devices of one place are found.
+#[repr(transparent)]
+struct KnownPlace(UnsafeCell<Known>);
+
+// SAFETY: as for a place.
+unsafe impl Sync for KnownPlace {}
 
 impl Desks {
     pub(crate) fn new() -> Self {
@@ -45,9 +61,20 @@ impl Desks {
                 trouble: Trouble::default(),
                 missed_deadline: false,
                 busy: false,
+                change: None,
             }))
         };
-        Self((0..SLOTS).map(place).collect())
+        Self {
+            places: (0..SLOTS).map(place).collect(),
+            known: OnceLock::new(),
+        }
+    }
+
+    /// Registrations that name devices are going to come. Allocates, the first time.
+    pub(crate) fn reserve_devices(&self) {
+        // SAFETY: numbers, for which 0 is a value like any other. What is not used is never touched.
+        self.known
+            .get_or_init(|| unsafe { Box::new_zeroed_slice(SLOTS).assume_init() });
     }
 }
 
@@ -55,6 +82,7 @@ impl Desks {
 pub(super) struct Desk<'s> {
     pub(super) space: &'s Arc<Space>,
     pub(super) claim: Claim,
+    place: &'s Place,
 }
 
 impl<'s> Desk<'s> {
@@ -62,13 +90,43 @@ impl<'s> Desk<'s> {
     #[inline]
     pub(super) fn claim(space: &'s Arc<Space>, range: Range) -> Option<Self> {
         let claim = space.registry.active().claim(range)?;
-        Some(Self { space, claim })
+        let place = &space.desks.places[claim.slot()];
+        Some(Self {
+            space,
+            claim,
+            place,
+        })
     }
 
     /// Whether there is nobody to call and nobody to fear; then the walk is over.
     #[inline]
     pub(super) fn hits_nothing(&self, range: Range) -> bool {
         self.space.registry.misses(self.claim, range) && !self.space.ghosts.are_there()
+    }
+
+    /// The lists, and where devices are in theirs.
+    #[inline]
+    pub(super) fn work(&mut self) -> (&mut Work, Option<&mut Known>) {
+        let known = self.space.desks.known.get();
+        // SAFETY: as for the place itself; another one.
+        let known = known.map(|all| unsafe { &mut *all[self.claim.slot()].0.get() });
+        (self, known)
+    }
+
+    /// The pages change from here on.
+    #[inline]
+    pub(super) fn pages_change(&mut self, range: Range) {
+        if let Some(change) = self.space.sources.change(range) {
+            self.change = Some(change);
+        }
+    }
+
+    /// No longer.
+    #[inline]
+    pub(super) fn pages_changed(&mut self) {
+        if self.change.is_some() {
+            self.change = None;
+        }
     }
 
     /// Ends the invalidation.
@@ -80,15 +138,17 @@ impl<'s> Desk<'s> {
 
 impl Deref for Desk<'_> {
     type Target = Work;
+    #[inline]
     fn deref(&self) -> &Work {
         // SAFETY: this value's own from the claim, of which it was made, until `leave` takes it; and it is borrowed.
-        unsafe { &*self.space.desks.0[self.claim.slot()].0.get() }
+        unsafe { &*self.place.0.get() }
     }
 }
 
 impl DerefMut for Desk<'_> {
+    #[inline]
     fn deref_mut(&mut self) -> &mut Work {
         // SAFETY: as above; borrowed exclusively.
-        unsafe { &mut *self.space.desks.0[self.claim.slot()].0.get() }
+        unsafe { &mut *self.place.0.get() }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::pool::Chain;
+use crate::pool::{Chain, Pool};
 use crate::primitive::{Backoff, Instant, now};
 use crate::tlb::{BATCH, Completion, Device, FlushCommand, Health, Issue, Scope, Ticket};
 
@@ -18,6 +18,8 @@ pub(crate) struct DeviceOp {
     pub(super) state: Ack,
     /// It missed the deadline of its flush, and something wider was tried.
     pub(super) missed: bool,
+    /// Where it is among the [`Known`], if it is.
+    known: u16,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -30,6 +32,7 @@ pub(super) enum Ack {
 }
 
 impl DeviceOp {
+    #[inline]
     pub(super) fn new(device: Device) -> Self {
         let nothing = FlushCommand {
             tag: 0,
@@ -44,6 +47,7 @@ impl DeviceOp {
             ticket: None,
             state: Ack::Waiting,
             missed: false,
+            known: u16::MAX,
         }
     }
 
@@ -125,19 +129,55 @@ impl DeviceOp {
     }
 }
 
-/// Which devices are in the list: those with no bit here are not, and need not be looked for.
-#[derive(Default)]
-pub(super) struct Known([u64; 8]);
+/// Room for as many devices as can be found without going through the list; what is beyond is looked for there.
+const KNOWN: usize = if cfg!(loom) { 8 } else { 2048 };
+
+/// Where devices are in the list, found by their key: open-addressed, 1 more than the place, and empty between two invalidations.
+pub(super) struct Known([u16; KNOWN]);
 
 impl Known {
-    /// Where `device` is; from here on it is known.
-    pub(super) fn find(&mut self, devices: &Chain<DeviceOp>, device: &Device) -> Option<usize> {
-        let hash = (device.key() as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 55;
-        let (word, bit) = ((hash / 64) as usize, 1 << (hash % 64));
-        let may_be = self.0[word] & bit != 0;
-        self.0[word] |= bit;
-        let same = |one: &DeviceOp| one.device.same(device);
-        may_be.then(|| devices.position(same)).flatten()
+    /// Where `device` is; with room, it is added if it is not there. `None` if it is not, and there is none.
+    pub(super) fn place(
+        &mut self,
+        devices: &mut Chain<DeviceOp>,
+        pool: &Pool<DeviceOp>,
+        device: &Device,
+    ) -> Option<usize> {
+        const MOST: usize = KNOWN / 2;
+        let hash = (device.key() as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mut at = (hash >> 32) as usize % KNOWN;
+        while let Some(place) = usize::from(self.0[at]).checked_sub(1) {
+            if devices
+                .get_mut(place)
+                .is_some_and(|one| one.device.same(device))
+            {
+                return Some(place);
+            }
+            at = (at + 1) % KNOWN;
+        }
+        let place = devices.len();
+        let is_known = place < MOST;
+        if !is_known {
+            let mut beyond = devices.iter().skip(MOST);
+            if let Some(nth) = beyond.position(|one| one.device.same(device)) {
+                return Some(MOST + nth);
+            }
+        }
+        let op = devices.room(pool)?.fill(DeviceOp::new(device.clone()));
+        if is_known {
+            op.known = at as u16;
+            self.0[at] = place as u16 + 1;
+        }
+        Some(place)
+    }
+
+    /// Forgets all of them.
+    pub(super) fn forget(&mut self, devices: &mut Chain<DeviceOp>) {
+        devices.for_each(|one| {
+            if let Some(place) = self.0.get_mut(usize::from(one.known)) {
+                *place = 0;
+            }
+        });
     }
 }
 

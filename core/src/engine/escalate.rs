@@ -11,7 +11,7 @@ use crate::segment::SegmentInner;
 use crate::space::Space;
 use crate::stats::Counter;
 use crate::tlb::{Device, Health};
-use crate::watch::{Name, Stage};
+use crate::watch::{Stage, Who};
 
 impl Desk<'_> {
     /// What missed its deadline: the whole device, then its reset, then quarantine.
@@ -44,7 +44,12 @@ impl Desk<'_> {
             Ack::Done if one.missed => one.device.note_recovered_by_flush(),
             Ack::Missed if healthy(one) => {
                 space.recorder.record(Kind::Deadline, core.id, 2, 0);
-                if reset(space, core, (0, one.device.watched_as()), &one.device) {
+                if reset(
+                    space,
+                    core,
+                    Who::new(0, one.device.watched_as()),
+                    &one.device,
+                ) {
                     one.state = Ack::Done;
                     if one.missed {
                         one.device.note_recovered_by_reset();
@@ -75,7 +80,8 @@ impl Desk<'_> {
                 continue;
             };
             let (inner, op) = (&segment.registration().inner, Op::new(core, part));
-            let (device, who) = (&segment.device, (inner.id, segment.name));
+            let device = &segment.device;
+            let who = Who::new(inner.id(), segment.name);
             let attempt = || {
                 watched(space, inner, core, (Stage::Unload, who), || {
                     segment.context.unload(&op)
@@ -131,7 +137,7 @@ pub(super) fn call<R>(
     stage: Stage,
     handler: impl FnOnce() -> R,
 ) -> Option<R> {
-    watched(space, inner, core, (stage, (inner.id, inner.name)), handler)
+    watched(space, inner, core, (stage, inner.who), handler)
 }
 
 /// The same, where the watchdog knows what is called by another name.
@@ -139,11 +145,11 @@ fn watched<R>(
     space: &Space,
     inner: &Inner,
     core: &OpCore,
-    (stage, (id, name)): (Stage, (u64, Name)),
+    (stage, who): (Stage, Who),
     handler: impl FnOnce() -> R,
 ) -> Option<R> {
     let result = {
-        let _watched = space.watch.enter(core.post, stage, id, name);
+        let _watched = space.watch.enter(core.post, stage, who);
         let _callback = InCallback::handler(inner.key());
         if planted!("r22") {
             Some(handler())
@@ -163,7 +169,7 @@ pub(super) fn reset_all(space: &Space, core: &OpCore, inner: &Inner) -> bool {
     for target in inner.targets() {
         let device = &target.device;
         let healthy = device.health() == Health::Healthy;
-        if !healthy || !reset(space, core, (inner.id, inner.name), device) {
+        if !healthy || !reset(space, core, inner.who, device) {
             space.recorder.record(Kind::Quarantine, core.id, 0, 0);
             device.quarantine();
             all = false;
@@ -173,7 +179,7 @@ pub(super) fn reset_all(space: &Space, core: &OpCore, inner: &Inner) -> bool {
 }
 
 /// Resets a device, watched under the name of whose sake it is for.
-fn reset(space: &Space, core: &OpCore, (id, name): (u64, Name), device: &Device) -> bool {
-    let _watched = space.watch.enter(core.post, Stage::Reset, id, name);
+fn reset(space: &Space, core: &OpCore, who: Who, device: &Device) -> bool {
+    let _watched = space.watch.enter(core.post, Stage::Reset, who);
     device.reset(space.deadlines.reset).is_ok()
 }

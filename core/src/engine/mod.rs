@@ -40,11 +40,10 @@ use crate::pool::Chain;
 use crate::primitive::{Arc, Backoff, contain};
 use crate::registration::{Inner, Use};
 use crate::segment::SegmentInner;
-use crate::source::Change;
 use crate::space::Space;
 use crate::stats::Counter;
 use crate::tlb::{Device, Health};
-use crate::watch::{Name, Watch};
+use crate::watch::Name;
 
 /// Whether handlers may wait for locks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -53,21 +52,35 @@ pub(crate) enum Mode {
     Try,
 }
 
-/// One registration in one invalidation.
-pub(crate) struct Hit {
-    who: Who,
-    quiesced: bool,
-    polled: bool,
-    /// It failed in a way that no device in quarantine answers for; after the end it is kept.
-    failed: bool,
-    /// Where its first device is in the list of them.
-    device: u32,
+/// One registration in one invalidation. As small as can be: there is room set aside for as many as there are registrations.
+pub(crate) enum Hit {
+    Used(Used),
+    /// After the end: it has failed in a way that no device in quarantine answers for.
+    Kept(Arc<Inner>),
+    /// After the end.
+    Over,
 }
 
-enum Who {
-    Used(Use),
-    Kept(Arc<Inner>),
-    Nobody,
+const _: () = assert!(size_of::<Hit>() == 2 * size_of::<usize>());
+
+/// One that is in use.
+pub(crate) struct Used {
+    used: Use,
+    /// Where its first device is in the list of them.
+    device: u32,
+    quiesced: bool,
+    polled: bool,
+    /// It failed in a way that no device in quarantine answers for.
+    failed: bool,
+}
+
+impl Hit {
+    fn used(&mut self) -> Option<&mut Used> {
+        match self {
+            Self::Used(used) => Some(used),
+            _ => None,
+        }
+    }
 }
 
 /// The part of it that is invalidated.
@@ -110,7 +123,7 @@ impl Trouble {
     fn not_drained(&mut self, inner: &Inner) {
         self.any = true;
         self.not_drained = true;
-        self.handler = inner.name.as_str();
+        self.handler = inner.who.name().as_str();
     }
 
     fn panicked_as(&mut self, name: Name) {
@@ -121,7 +134,7 @@ impl Trouble {
 
     /// A handler has panicked; its devices are in quarantine. True if it has none, so that nothing answers for it.
     fn panicked(&mut self, inner: &Inner) -> bool {
-        self.panicked_as(inner.name);
+        self.panicked_as(inner.who.name());
         inner.targets().is_empty()
     }
 }
@@ -183,8 +196,8 @@ impl Failed<'_> {
 
     /// Registrations whose handler failed in a way that no device answers for.
     pub(crate) fn registrations(&self) -> impl Iterator<Item = &Arc<Inner>> {
-        self.ended.hits.iter().filter_map(|hit| match &hit.who {
-            Who::Kept(inner) => Some(inner),
+        self.ended.hits.iter().filter_map(|hit| match hit {
+            Hit::Kept(inner) => Some(inner),
             _ => None,
         })
     }
@@ -194,9 +207,6 @@ impl Failed<'_> {
 pub(crate) struct Invalidation<'s> {
     /// Until the end.
     desk: Option<Desk<'s>>,
-    space: &'s Arc<Space>,
-    /// From the end of the phases on.
-    change: Option<Change>,
     // Dropped last but one: callbacks of `end` are inside it. Then what was put off runs.
     _open: OpenInvalidation,
     _leave: Option<crate::lock::Leave>,
@@ -264,8 +274,8 @@ impl<'s> Invalidation<'s> {
         what: What<'_>,
         mode: Mode,
     ) -> Result<Self, Failed<'s>> {
-        let mut this = Self::new(space, Some(crate::lock::Leave));
-        match this.phases(what, mode, true) {
+        let mut this = Self::new(Some(crate::lock::Leave));
+        match this.phases(space, what, mode, true) {
             Ok(()) => Ok(this),
             Err((error, mut ended)) => {
                 let error = error.with(ended.first.take());
@@ -280,16 +290,15 @@ impl<'s> Invalidation<'s> {
         space: &'s Arc<Space>,
         what: What<'_>,
     ) -> Result<Self, SinkError> {
-        let mut this = Self::new(space, None);
-        let begun = this.phases(what, Mode::Blocking, planted!("r18-failed"));
+        let mut this = Self::new(None);
+        let begun = this.phases(space, what, Mode::Blocking, planted!("r18-failed"));
         begun.map(|()| this).map_err(|(error, _)| error)
     }
 
-    fn new(space: &'s Arc<Space>, leave: Option<crate::lock::Leave>) -> Self {
+    #[inline]
+    fn new(leave: Option<crate::lock::Leave>) -> Self {
         Self {
             desk: None,
-            space,
-            change: None,
             _open: OpenInvalidation::enter(),
             _leave: leave,
         }
@@ -298,30 +307,31 @@ impl<'s> Invalidation<'s> {
     #[inline]
     fn phases(
         &mut self,
+        space: &'s Arc<Space>,
         what: What<'_>,
         mode: Mode,
         keeps: bool,
     ) -> Result<(), (SinkError, Ended<'s>)> {
         // Most hit nothing: then there is no more to it than the claim.
-        let desk = Desk::claim(self.space, what.range);
-        let nothing = |desk: &Desk<'_>| what.segments.is_empty() && desk.hits_nothing(what.range);
-        if desk.as_ref().is_some_and(nothing) {
-            self.desk = desk;
-            self.change = self.space.sources.change(what.range);
+        let mut desk = Desk::claim(space, what.range);
+        let nothing =
+            |desk: &mut Desk<'_>| what.segments.is_empty() && desk.hits_nothing(what.range);
+        if let Some(desk) = desk.take_if(nothing) {
+            self.desk.insert(desk).pages_change(what.range);
             return Ok(());
         }
-        self.all_phases(desk, what, mode, keeps)
+        self.all_phases(space, desk, what, mode, keeps)
     }
 
     #[inline(never)]
     fn all_phases(
         &mut self,
+        space: &'s Arc<Space>,
         desk: Option<Desk<'s>>,
         what: What<'_>,
         mode: Mode,
         keeps: bool,
     ) -> Result<(), (SinkError, Ended<'s>)> {
-        let space = self.space;
         let desk = match start(space, desk, what, mode, keeps) {
             Ok(desk) => self.desk.insert(desk),
             Err(error) => return Err((error, Ended::without_trouble(space))),
@@ -333,11 +343,13 @@ impl<'s> Invalidation<'s> {
                 desk.drain();
                 desk.flush(what.pieces);
                 desk.cut_off();
-                desk.unload(what.segments);
+                if !what.segments.is_empty() {
+                    desk.unload(what.segments);
+                }
             }
         }
         if !desk.trouble.any {
-            self.change = space.sources.change(what.range);
+            desk.pages_change(what.range);
             return Ok(());
         }
         let error = desk.error();
@@ -352,14 +364,15 @@ impl<'s> Invalidation<'s> {
     /// The last phase; what is left where somebody was hit.
     #[inline]
     pub(crate) fn end(&mut self, outcome: Outcome) -> Option<Ended<'s>> {
-        self.change = None;
-        let desk = self.desk.take()?;
+        let mut desk = self.desk.take()?;
+        desk.pages_changed();
         if desk.busy {
-            return Some(desk.end(outcome));
+            return desk.end(outcome);
         }
+        let space = desk.space;
         desk.leave();
-        self.space.stats.add(Counter::Invalidations, 1);
-        self.space.events.ended_and_fenced();
+        space.stats.add(Counter::Invalidations, 1);
+        space.events.ended_and_fenced();
         None
     }
 }
@@ -388,7 +401,7 @@ fn start<'s>(
                 sizes: PageSizes::empty(),
                 may_block: mode == Mode::Blocking,
                 drain: space.deadlines.drain,
-                post: Watch::post(claim.slot()),
+                post: space.watch.post(claim.slot()),
             };
             if desk.collect() {
                 return Ok(desk);

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use super::desk::{Desk, Work};
 use super::device_op::{Ack, Deadline, DeviceOp, Known, sync};
 use super::escalate::{GONE, call, dead, reset_all};
-use super::{Ended, Hit, SinkError, Who, part};
+use super::{Ended, Hit, SinkError, Used, part};
 use crate::context;
 use crate::notes::Note;
 use crate::notifier::{Gather, Op, Outcome, WouldBlock};
@@ -23,18 +23,22 @@ impl<'s> Desk<'s> {
         let mut room = true;
         let (space, claim) = (self.space, self.claim);
         let registry = &space.registry;
+        let (work, mut known) = self.work();
         let Work {
             core,
             hits,
             devices,
             trouble,
             ..
-        } = &mut **self;
+        } = work;
         let range = core.range;
-        let mut known = Known::default();
         let mut count = 0;
         registry.walk(claim, range, |found| {
             let inner: &Inner = &found;
+            let Some(place) = hits.room(&space.hits) else {
+                room = planted!("r19-hit");
+                return ControlFlow::Break(());
+            };
             let Some((used, number)) = Use::enter(&found) else {
                 // It is over, but not yet among the ghosts.
                 if let Some(device) = dead(inner) {
@@ -43,37 +47,28 @@ impl<'s> Desk<'s> {
                 return ControlFlow::Continue(());
             };
             let note = Note {
-                registration: inner.id,
+                registration: inner.id(),
                 number,
                 range,
             };
             registry.active().note(claim, note);
-            let hit = Hit {
+            let hit = place.fill(Hit::Used(Used {
+                used,
+                device: 0,
                 quiesced: false,
                 polled: false,
                 failed: false,
-                device: 0,
-                who: Who::Used(used),
-            };
-            if let Err(hit) = hits.push(&space.hits, hit) {
-                room = planted!("r19-hit");
-                if let Who::Used(used) = hit.who {
-                    used.leave();
-                }
-                return ControlFlow::Break(());
-            }
+            }));
             count += 1;
             for (nth, target) in inner.targets().iter().enumerate() {
-                let Some(at) = known.find(devices, &target.device).or_else(|| {
-                    let op = DeviceOp::new(target.device.clone());
-                    devices.push(&space.device_ops, op).ok()?;
-                    Some(devices.len() - 1)
-                }) else {
+                let place =
+                    |known: &mut Known| known.place(devices, &space.device_ops, &target.device);
+                let Some(at) = known.as_deref_mut().and_then(place) else {
                     room = false;
                     break;
                 };
                 if nth == 0
-                    && let Some(hit) = hits.last_mut()
+                    && let Some(hit) = hit.used()
                 {
                     hit.device = at as u32;
                 }
@@ -84,11 +79,15 @@ impl<'s> Desk<'s> {
                 ControlFlow::Break(())
             }
         });
-        let ghosts = &space.ghosts;
-        ghosts.find(range, |device| trouble.device(device, GONE));
+        if space.ghosts.are_there() {
+            let ghosts = &space.ghosts;
+            ghosts.find(range, |device| trouble.device(device, GONE));
+        }
         if count > 0 && room {
             let (start, last) = (range.start().get(), range.last().get());
-            space.recorder.record(Kind::Start, core.id, start, last);
+            let quick = devices.is_empty();
+            let recorder = &space.recorder;
+            recorder.record_quick(quick, Kind::Start, core.id, start, last);
             space.stats.add(Counter::Hits, count);
         }
         room
@@ -103,7 +102,8 @@ impl<'s> Desk<'s> {
             ..
         } = &mut **self;
         hits.for_each(|hit| {
-            let Who::Used(used) = &hit.who else { return };
+            let Some(hit) = hit.used() else { return };
+            let used = &hit.used;
             if trouble.would_block || planted!("r22-others") && trouble.panicked {
                 return;
             }
@@ -118,7 +118,7 @@ impl<'s> Desk<'s> {
                     trouble.not_drained(used);
                 }
                 Some(Err(WouldBlock)) => {
-                    space.recorder.record(Kind::Refused, core.id, used.id, 0);
+                    space.recorder.record(Kind::Refused, core.id, used.id(), 0);
                     space.stats.add(Counter::Refused, 1);
                     trouble.would_block();
                 }
@@ -143,10 +143,10 @@ impl<'s> Desk<'s> {
             let mut waiting = false;
             let over = deadline.is_over(&backoff);
             hits.for_each(|hit| {
-                let Who::Used(used) = &hit.who else { return };
-                if !hit.polled {
+                let Some(hit) = hit.used().filter(|hit| hit.polled) else {
                     return;
-                }
+                };
+                let used = &hit.used;
                 waited_for = true;
                 let op = Op::new(core, part(used, core));
                 match call(space, used, core, Stage::Drained, || {
@@ -176,7 +176,8 @@ impl<'s> Desk<'s> {
         }
         // Without any of it the phases between start and end are a few calls.
         if waited_for || !devices.is_empty() {
-            space.recorder.record(Kind::Quiesced, core.id, 0, 0);
+            let recorder = &space.recorder;
+            recorder.record_quick(!waited_for, Kind::Quiesced, core.id, 0, 0);
         }
     }
 
@@ -191,7 +192,8 @@ impl<'s> Desk<'s> {
         } = &mut **self;
         let cut = space.sources.may_be_cut();
         hits.for_each(|hit| {
-            let Who::Used(used) = &hit.who else { return };
+            let Some(hit) = hit.used() else { return };
+            let used = &hit.used;
             let op = Op::new(core, part(used, core));
             let asked = call(space, used, core, Stage::Flush, || {
                 used.notifier.flush(&op, Gather::new(&op)).range()
@@ -202,11 +204,13 @@ impl<'s> Desk<'s> {
             };
             let Some(range) = asked else { return };
             for (nth, target) in used.targets().iter().enumerate() {
-                let at = match nth {
-                    0 => Some(hit.device as usize),
-                    _ => devices.position(|one| one.device.same(&target.device)),
-                };
-                let Some(one) = at.and_then(|at| devices.get_mut(at)) else {
+                // Mostly they lie side by side.
+                let same = |one: &DeviceOp| one.device.same(&target.device);
+                let mut at = hit.device as usize + nth;
+                if nth > 0 && !devices.get_mut(at).is_some_and(|one| same(one)) {
+                    at = devices.position(same).unwrap_or(usize::MAX);
+                }
+                let Some(one) = devices.get_mut(at) else {
                     continue;
                 };
                 let plan = FlushPlan::new(range, pieces, &target.device, cut);
@@ -218,6 +222,9 @@ impl<'s> Desk<'s> {
                 }
             }
         });
+        if devices.is_empty() {
+            return;
+        }
         let mut deadline = Deadline::new(space.deadlines.flush);
         devices.for_each(|one| {
             if one.len == 0 {
@@ -228,9 +235,6 @@ impl<'s> Desk<'s> {
                 one.issue();
             }
         });
-        if devices.is_empty() {
-            return;
-        }
         space.recorder.record(Kind::Dispatched, core.id, 0, 0);
         sync(devices, &mut deadline);
         self.escalate();
@@ -246,7 +250,8 @@ impl<'s> Desk<'s> {
             ..
         } = &mut **self;
         hits.for_each(|hit| {
-            let Who::Used(used) = &hit.who else { return };
+            let Some(hit) = hit.used() else { return };
+            let used = &hit.used;
             let op = Op::new(core, part(used, core));
             match call(space, used, core, Stage::CutOff, || {
                 used.notifier.cut_off(&op)
@@ -281,11 +286,10 @@ impl<'s> Desk<'s> {
         }
     }
 
-    /// `end` for whoever was started, and everything is given back.
-    pub(super) fn end(mut self, outcome: Outcome) -> Ended<'s> {
+    /// `end` for whoever was started, and everything is given back. What is left, where there was trouble.
+    pub(super) fn end(mut self, outcome: Outcome) -> Option<Ended<'s>> {
         let space = self.space;
-        let mut ended = Ended::without_trouble(space);
-        let quarantined = outcome == Outcome::Quarantined;
+        let (work, known) = self.work();
         let Work {
             core,
             hits,
@@ -293,46 +297,47 @@ impl<'s> Desk<'s> {
             trouble,
             missed_deadline,
             busy,
-        } = &mut *self;
+            change: _,
+        } = work;
         *busy = false;
         let hit_any = !hits.is_empty();
+        let quick = devices.is_empty();
+        let quarantined = outcome == Outcome::Quarantined;
         let kept = quarantined && trouble.keeps;
-        if hit_any {
-            if !kept {
-                // Before the uses are given back: while they last, a registration holds each device, and no count here is the last.
-                devices.clear(&space.device_ops);
+        if let Some(known) = known {
+            known.forget(devices);
+        }
+        if !kept {
+            // Before the uses are given back: while they last, a registration holds each device, and no count here is the last.
+            devices.clear(&space.device_ops);
+        }
+        hits.for_each(|hit| {
+            let Hit::Used(mut one) = std::mem::replace(hit, Hit::Over) else {
+                return;
+            };
+            let used = one.used;
+            if one.quiesced && !(planted!("r13") && trouble.would_block) {
+                let op = Op::new(core, part(&used, core));
+                let end = || used.notifier.end(&op, outcome);
+                if call(space, &used, core, Stage::End, end).is_none() {
+                    one.failed |= trouble.panicked(&used);
+                }
             }
-            hits.for_each(|hit| {
-                let Who::Used(used) = std::mem::replace(&mut hit.who, Who::Nobody) else {
-                    return;
-                };
-                if hit.quiesced && !(planted!("r13") && trouble.would_block) {
-                    let op = Op::new(core, part(&used, core));
-                    let end = || used.notifier.end(&op, outcome);
-                    if call(space, &used, core, Stage::End, end).is_none() {
-                        hit.failed |= trouble.panicked(&used);
-                    }
-                }
-                if kept && hit.failed {
-                    hit.who = Who::Kept(used.count());
-                }
-                used.leave();
-            });
-        }
-        if kept {
-            ended.first = trouble.device.take();
-            ended.devices = std::mem::take(devices);
-            ended.hits = std::mem::take(hits);
-        } else if hit_any {
-            hits.clear(&space.hits);
-        }
-        if quarantined {
-            space.stats.add(Counter::Quarantined, 1);
-        }
-        let id = core.id;
+            if kept && one.failed {
+                *hit = Hit::Kept(used.count());
+            }
+            used.leave();
+        });
+        let mut ended = None;
         let mut spoilt = None;
         if trouble.any || *missed_deadline || quarantined {
             let noteworthy = quarantined || *missed_deadline || trouble.panicked;
+            let ended = ended.insert(Ended::without_trouble(space));
+            if kept {
+                ended.first = trouble.device.take();
+                ended.devices = std::mem::take(devices);
+                ended.hits = std::mem::take(hits);
+            }
             ended.panicked = trouble.panicked.then_some((trouble.handler, core.range));
             *missed_deadline = false;
             spoilt = Some(std::mem::take(trouble));
@@ -341,15 +346,20 @@ impl<'s> Desk<'s> {
                 context::put_off(space);
             }
         }
+        hits.clear(&space.hits);
+        let id = core.id;
         self.leave();
         space.stats.add(Counter::Invalidations, 1);
+        if quarantined {
+            space.stats.add(Counter::Quarantined, 1);
+        }
         if hit_any {
             let number = match outcome {
                 Outcome::Changed => 0,
                 Outcome::Unchanged => 1,
                 Outcome::Quarantined => 2,
             };
-            space.recorder.record(Kind::End, id, number, 0);
+            space.recorder.record_quick(quick, Kind::End, id, number, 0);
         }
         space.events.ended_and_fenced();
         drop(spoilt);

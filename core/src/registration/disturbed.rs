@@ -37,7 +37,7 @@ impl Inner {
         }
         let mut known = 0;
         let notes = self.space.registry.active().notes();
-        for note in notes.filter(|note| note.registration == self.id) {
+        for note in notes.filter(|note| note.registration == self.id()) {
             if (1..=since).contains(&started_since(note.number, seen)) {
                 if note.range.overlaps(entry) {
                     return true;

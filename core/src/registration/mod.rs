@@ -29,7 +29,7 @@ use crate::registry::{Entry, Found};
 use crate::source::{Needs, Operations, Shortfall};
 use crate::space::Space;
 use crate::tlb::Device;
-use crate::watch::Name;
+use crate::watch::{Name, Who};
 
 /// A device TLB that a registration names, and the tag that its flush commands carry.
 #[derive(Clone, Debug)]
@@ -99,13 +99,14 @@ pub enum UnregisterError {
     Refused(#[from] Refused),
 }
 
+/// What an invalidation looks at first lies first: one that hits few of many finds none of it in a cache.
+#[repr(C)]
 pub(crate) struct Inner {
-    pub(crate) id: u64,
     pub(crate) range: Range,
     pub(crate) word: StateWord,
+    /// Its number, and what the watchdog and errors call the handler.
+    pub(crate) who: Who,
     pub(crate) notifier: StdArc<dyn Notifier>,
-    /// What the watchdog calls the handler, and errors.
-    pub(crate) name: Name,
     targets: Targets,
     pub(crate) space: Arc<Space>,
     /// The next on the space's completed list.
@@ -134,7 +135,7 @@ impl Targets {
 impl fmt::Debug for Inner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Registration")
-            .field("id", &self.id)
+            .field("id", &self.id())
             .field("range", &self.range)
             .field("state", &self.word.load().state())
             .finish_non_exhaustive()
@@ -145,6 +146,12 @@ impl Inner {
     /// Tells this registration from others on a thread's stack of callbacks.
     pub(crate) fn key(&self) -> usize {
         std::ptr::from_ref(self) as usize
+    }
+
+    /// A number of its own in its space.
+    #[inline]
+    pub(crate) fn id(&self) -> u64 {
+        self.who.number()
     }
 
     #[inline]
@@ -203,7 +210,7 @@ impl Entry for Inner {
     }
 
     fn number(&self) -> u64 {
-        self.id
+        self.id()
     }
 }
 
@@ -286,10 +293,9 @@ impl Prepared {
             needs: notifier.needs(),
             operations: notifier.operations(),
             inner: Arc::new(Inner {
-                id: space.next_registration(),
+                who: Who::new(space.next_registration(), Name::new(notifier.name())),
                 range,
                 word,
-                name: Name::new(notifier.name()),
                 notifier,
                 targets: Targets::new(targets),
                 space: space.clone(),
@@ -443,7 +449,7 @@ pub(crate) fn give_up(
         space.stats.unregister(place);
         space
             .recorder
-            .record(Kind::Unregister, inner.id, place as u64, 0);
+            .record(Kind::Unregister, inner.id(), place as u64, 0);
     }
     if defers {
         return Ok(if first {

@@ -156,6 +156,7 @@ impl Space {
         if targets.is_empty() {
             return;
         }
+        self.desks.reserve_devices();
         let mut devices = self.devices.lock();
         for target in targets {
             *devices.entry(target.device.key()).or_default() += 1;
@@ -198,7 +199,7 @@ impl Space {
 
     /// Puts what was admitted into the index.
     pub(crate) fn index(&self, inner: Arc<Inner>) {
-        let (id, range) = (inner.id, inner.range);
+        let (id, range) = (inner.id(), inner.range);
         self.registry.insert([inner]);
         self.recorder
             .record(Kind::Insert, id, range.start().get(), range.last().get());
@@ -235,7 +236,7 @@ impl Space {
         }
         self.registry.remove([&*inner]);
         {
-            let _watched = self.watch.enter_release(inner.id, inner.name);
+            let _watched = self.watch.enter_release(inner.who);
             let _callback = InCallback::release();
             let notifier = &inner.notifier;
             if contain(|| notifier.release()).is_none() {
@@ -244,7 +245,7 @@ impl Space {
                 self.ghosts.add(inner.range, inner.targets());
             }
         }
-        self.recorder.record(Kind::Release, inner.id, 0, 0);
+        self.recorder.record(Kind::Release, inner.id(), 0, 0);
         self.stats.add(Counter::Releases, 1);
         inner.word.released();
         // A shared one is not known under its key any more, or its handler would live on.
@@ -262,7 +263,7 @@ impl Space {
     /// A callback of `inner` panicked: its devices are in quarantine from here on.
     pub(crate) fn note_panic(&self, inner: &Inner, op: u64) {
         self.stats.add(Counter::Panics, 1);
-        self.recorder.record(Kind::Panicked, op, inner.id, 0);
+        self.recorder.record(Kind::Panicked, op, inner.id(), 0);
         for target in inner.targets() {
             target.device.quarantine();
         }

@@ -141,6 +141,22 @@ pub trait Memory: Send + Sync + 'static {
     /// at `addr`, or this memory shows no page table.
     fn translate(&self, addr: Addr) -> Option<Translation>;
 
+    /// Walks the page table of all of `range`: hands what [`Memory::translate`] says of each page that overlaps it to `found`, in order.
+    /// As little of a promise as that, page by page. For a memory whose walks have a fixed cost.
+    fn walk(&self, range: Range, found: &mut dyn FnMut(Translation)) {
+        let mut next = Some(range.start());
+        while let Some(addr) = next.filter(|addr| range.holds(*addr)) {
+            let page = match self.translate(addr) {
+                Some(one) => {
+                    found(one);
+                    one.page
+                }
+                None => Range::page(addr, PageSize::FourKiB),
+            };
+            next = page.end();
+        }
+    }
+
     /// Takes the pages of `range` away from the CPU, whose next access to one of them waits until `touched`, called with that page on
     /// a thread of the memory's own, has returned. Devices are not its business.
     ///

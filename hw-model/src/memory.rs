@@ -451,6 +451,18 @@ impl Memory for ModelMemory {
         Some(found)
     }
 
+    fn walk(&self, range: Range, found: &mut dyn FnMut(Translation)) {
+        self.table.walk(range, &mut |mut one| {
+            if let Some(kernel) = &self.kernel {
+                let Some(rights) = kernel.rights(&one) else {
+                    return;
+                };
+                one.rights &= rights;
+            }
+            found(one);
+        });
+    }
+
     fn exclude(&self, range: Range, touched: Touched) -> Result<Box<dyn Exclusion>, MemoryError> {
         let call = "UFFDIO_REGISTER";
         self.check(call, range, PageSize::FourKiB)?;

@@ -180,6 +180,14 @@ impl AddressSpace {
         self.space.memory.as_ref()?.translate(addr)
     }
 
+    /// Walks the page table of all of `range`, as [`AddressSpace::translate`] does for one address: `found` is called with each page
+    /// that is mapped and overlaps it, in order. For faults that are resolved together.
+    pub fn walk(&self, range: Range, found: &mut dyn FnMut(Translation)) {
+        if let Some(memory) = &self.space.memory {
+            memory.walk(range, found);
+        }
+    }
+
     /// Bytes of memory in quarantine; after the exit, those that stay for as long as the process lives. Addresses of segments
     /// are no memory.
     pub fn quarantined_bytes(&self) -> u64 {

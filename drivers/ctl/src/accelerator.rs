@@ -22,6 +22,9 @@ pub(crate) struct Report {
     pub(crate) commands: u64,
     pub(crate) page_requests: u64,
     pub(crate) request_retries: u64,
+    pub(crate) requests_resolved: u64,
+    pub(crate) request_batches: u64,
+    pub(crate) pages_around: u64,
     pub(crate) queues_opened: u64,
     pub(crate) pasid_flushes: u64,
     pub(crate) invalidations: u64,
@@ -42,8 +45,12 @@ impl fmt::Display for Report {
         )?;
         writeln!(
             f,
-            "               {} queues, {} flushes before PASIDs came back",
-            self.queues_opened, self.pasid_flushes
+            "               faults: {} in {} batches, {} filled around; {} queues, {} flushes before PASIDs came back",
+            self.requests_resolved,
+            self.request_batches,
+            self.pages_around,
+            self.queues_opened,
+            self.pasid_flushes
         )
     }
 }
@@ -94,6 +101,9 @@ impl Accelerators {
             report.commands += counts.commands;
             report.page_requests += stats.requests;
             report.request_retries += stats.request_retries;
+            report.requests_resolved += stats.requests_resolved;
+            report.request_batches += stats.request_batches;
+            report.pages_around += stats.pages_around;
             report.queues_opened += stats.queues_opened;
             report.pasid_flushes += stats.pasid_flushes;
             report.invalidations += counts.invalidations;

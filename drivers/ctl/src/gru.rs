@@ -45,6 +45,13 @@ impl fmt::Display for Hardware {
         )?;
         writeln!(
             f,
+            "  faults: {} in {} batches, {} filled around",
+            get("faults_resolved"),
+            get("fault_batches"),
+            get("preloads")
+        )?;
+        writeln!(
+            f,
             "  contexts: {} loaded, {} stolen, {} not as a fault was unresolved, {} not within the window",
             get("contexts_loaded"),
             get("contexts_stolen"),

@@ -131,6 +131,7 @@ pub(crate) fn driver(plant: Option<Plant>, foreign: Operations) -> Config {
             control_blocks: BLOCKS,
             data_bytes: CHUNK as usize * 8,
             misses: MissMode::default(),
+            ..Config::default().segment
         },
         // Short, so that they are stolen often.
         steal: Steal {

@@ -257,6 +257,7 @@ impl<'s> Worker<'s> {
             control_blocks: BLOCKS,
             data_bytes: CHUNK as usize * 8,
             misses,
+            ..shootdown_gru::Config::default().segment
         }
     }
 

@@ -50,6 +50,10 @@ impl Context {
         }
         // Relaxed: one thread at a time uses a control block.
         self.tries[cb].store(1, Ordering::Relaxed);
+        // Nothing: what misses has something left.
+        for side in &self.preloaded[cb] {
+            side.store(0, Ordering::Relaxed);
+        }
         let words = instruction.words();
         for (word, value) in words.iter().enumerate().skip(1) {
             registers.write(at(word), *value)?;

@@ -26,7 +26,7 @@ use crate::config::{Config, Plant};
 use crate::context::{Context, Loaded};
 use crate::error::GruError;
 use crate::handle::{Backoff, Timing};
-use crate::layout::{CONTEXTS, RESET, cch, configuration, page_code, tgh};
+use crate::layout::{CONTEXTS, RESET, cch, configuration, page_code, slots, tgh};
 use crate::load;
 use crate::purge::{Purge, Purges, Unended};
 use crate::stats::{Counters, Latencies};
@@ -163,14 +163,12 @@ impl Chiplet {
         state.slots.iter().flatten().count()
     }
 
-    /// The context that control-block slot `slot` belongs to, and which of its control blocks that is.
-    pub(crate) fn owner(&self, slot: usize) -> Option<(Arc<Context>, usize)> {
+    /// The context that control-block slot `slot` belongs to, and where it is loaded.
+    pub(crate) fn owner(&self, slot: usize) -> Option<(Arc<Context>, Loaded)> {
         let state = self.lock();
         let mut taken = state.slots.iter().flatten();
-        taken.find_map(|one| {
-            let cb = one.loaded.control_block(slot)?;
-            Some((Arc::clone(&one.context), cb))
-        })
+        let owner = taken.find(|one| slots(one.loaded.cb_map).any(|own| own == slot))?;
+        Some((Arc::clone(&owner.context), owner.loaded))
     }
 
     /// What purges have cost.
@@ -307,7 +305,7 @@ impl DeviceTlb for ChipletTlb {
         }
     }
 
-    /// Entries are what [`fault`](crate::fault) installs: the page that the translation names.
+    /// Entries are what [`fill`](crate::fill) installs: the page that the translation names.
     fn splits_pages(&self) -> bool {
         false
     }

@@ -51,6 +51,7 @@ pub enum LateDropIns {
     /// purge arrives after the miss: before the write, and the drop-in is ignored and the control block misses again; or after
     /// it, and the purge takes the entry. The lock keeps other threads from answering the miss in between, which would leave
     /// the write to a later miss that the purge came before.
+    /// - *Preloads* are written while the miss is pending, and were translated after it, as its own entry was.
     /// - *Ranges*: an invalidation is flushed with the page sizes of what is mapped in it, widened to whole pages. The entry
     ///   is a page that was mapped when its translation was read, so the first purge of any part of that page has its size
     ///   and covers it. Purges of an ASID or of the whole chiplet cover everything.
@@ -87,6 +88,13 @@ pub struct SegmentOptions {
     pub data_bytes: usize,
     /// Who resolves its TLB misses.
     pub misses: MissMode,
+    /// Pages of 4 KiB that are installed along with one that a block copy has missed: those that it comes to next, up to so many, to the
+    /// end of what it copies, and to the first that is not mapped so. 0: none. More than the TLB has entries for is for nothing, and
+    /// while they are installed invalidations of the space wait.
+    ///
+    /// As Linux has it: a count of eight bits that is set for each context, for block copies and pages of 4 KiB only, each written by
+    /// WRITE_ONLY before the miss itself is answered.
+    pub preload: u8,
 }
 
 impl SegmentOptions {
@@ -155,6 +163,7 @@ impl Default for Config {
                 control_blocks: 8,
                 data_bytes: 2048,
                 misses: MissMode::default(),
+                preload: 8,
             },
             steal: Steal::default(),
             late_drop_ins: LateDropIns::default(),

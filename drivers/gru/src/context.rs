@@ -21,7 +21,7 @@
 //! # Locks
 //! chiplet lock → place → gate. Nothing but registers is waited for with a place held.
 
-use shootdown_primitive::sync::atomic::AtomicU8;
+use shootdown_primitive::sync::atomic::{AtomicU8, AtomicU64};
 use shootdown_primitive::sync::{
     Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
 };
@@ -62,11 +62,6 @@ impl Loaded {
     pub(crate) fn slot(&self, cb: usize) -> Option<usize> {
         slots(self.cb_map).nth(cb)
     }
-
-    /// The control block in the chiplet's slot `slot`, if it is the context's.
-    pub(crate) fn control_block(&self, slot: usize) -> Option<usize> {
-        slots(self.cb_map).position(|own| own == slot)
-    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -97,6 +92,8 @@ pub(crate) struct Context {
     pub(crate) saved: Mutex<Saved>,
     /// Tries of each control block's instruction.
     pub(crate) tries: Box<[AtomicU8]>,
+    /// What was left of each control block's block copy when something was last preloaded for what it reads, and for what it writes.
+    pub(crate) preloaded: Box<[[AtomicU64; 2]]>,
     /// Completions that have interrupted, and whatever else makes a sleeper look.
     completions: Mutex<u64>,
     completed: Condvar,
@@ -146,6 +143,7 @@ impl Context {
             left: Condvar::new(),
             saved: Mutex::new(Saved::zero(blocks, options.units().1 * DATA_PER_UNIT)),
             tries: (0..blocks).map(|_| AtomicU8::new(0)).collect(),
+            preloaded: (0..blocks).map(|_| Default::default()).collect(),
             completions: Mutex::new(0),
             completed: Condvar::new(),
             counters: SegmentCounters::default(),

@@ -35,6 +35,7 @@ pub(crate) enum Operation {
     Start,
     InterruptSync,
     Deallocate,
+    WriteOnly,
     WriteRestart,
     UserPolling,
     FaultException,
@@ -43,11 +44,12 @@ pub(crate) enum Operation {
 }
 
 impl Operation {
-    pub(crate) const ALL: [Self; 8] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::Allocate,
         Self::Start,
         Self::InterruptSync,
         Self::Deallocate,
+        Self::WriteOnly,
         Self::WriteRestart,
         Self::UserPolling,
         Self::FaultException,
@@ -60,6 +62,7 @@ impl Operation {
             Self::Start => "START of a context",
             Self::InterruptSync => "INTERRUPT_SYNC of a context",
             Self::Deallocate => "DEALLOCATE of a context",
+            Self::WriteOnly => "WRITE_ONLY of a fault",
             Self::WriteRestart => "WRITE_RESTART of a fault",
             Self::UserPolling => "USER_POLLING_MODE of a fault",
             Self::FaultException => "EXCEPTION of a fault",
@@ -73,6 +76,7 @@ impl Operation {
             Self::Start => cch::START,
             Self::InterruptSync => cch::INTERRUPT_SYNC,
             Self::Deallocate => cch::DEALLOCATE,
+            Self::WriteOnly => tfh::WRITE_ONLY,
             Self::WriteRestart => tfh::WRITE_RESTART,
             Self::UserPolling => tfh::USER_POLLING,
             Self::FaultException => tfh::EXCEPTION,

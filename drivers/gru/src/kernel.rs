@@ -41,6 +41,8 @@ impl Pool {
             control_blocks: BLOCKS,
             data_bytes: BLOCKS * DATA,
             misses: MissMode::UserPolling,
+            // Its addresses are unmapped.
+            preload: 0,
         };
         Arc::new(Self {
             context: Context::new(chiplet, device, None, options),

@@ -59,6 +59,25 @@ pub(crate) mod cbe {
     pub(crate) const ADDRESS: usize = 3;
     /// Those that belong to a context's state: causes, detail, address, and the next element.
     pub(crate) const STATE: std::ops::Range<usize> = 1..5;
+    /// Opcode and element type.
+    pub(crate) const COPY: usize = 5;
+    pub(crate) const BASE0: usize = 6;
+    pub(crate) const BASE1: usize = 7;
+    /// Elements that are left, and the cache lines of the first address that they lie in.
+    pub(crate) const LEFT: usize = 8;
+
+    /// Whether the copy of an instruction is a block copy's.
+    pub(crate) const fn is_block_copy(copy: u64) -> bool {
+        (copy >> 8) & 0xf == 1
+    }
+
+    /// Bytes that a block copy has yet to read, from `from` on, and to write.
+    pub(crate) const fn left(copy: u64, from: u64, left: u64) -> [u64; 2] {
+        const LINE: u64 = 64;
+        let (elements, lines) = (left & 0xffff_ffff, left >> 32);
+        let reads = (lines * LINE).saturating_sub(from % LINE);
+        [reads, elements << ((copy >> 12) & 7)]
+    }
 }
 
 /// The first word of a TLB fault handle.
@@ -173,6 +192,7 @@ pub(crate) mod tgh {
 
 /// TLB fault handles.
 pub(crate) mod tfh {
+    pub(crate) const WRITE_ONLY: u64 = 2;
     pub(crate) const WRITE_RESTART: u64 = 3;
     pub(crate) const EXCEPTION: u64 = 4;
     pub(crate) const USER_POLLING: u64 = 7;

@@ -18,6 +18,7 @@ mod config;
 mod context;
 mod error;
 mod fault;
+mod fill;
 mod gru;
 mod handle;
 mod instruction;

@@ -148,6 +148,11 @@ impl Latencies {
 counters! {
     /// TLB misses that were answered by an entry.
     faults_resolved,
+    /// Looks at the sequence that answered at least one of them by an entry: of a segment's misses, those that are in the fault map at
+    /// a time are answered together.
+    fault_batches,
+    /// Entries that were installed beside them, for what a block copy comes to next.
+    preloads,
     /// Rounds that began anew because an invalidation came between.
     fault_retries,
     /// TLB misses that were answered by an exception.

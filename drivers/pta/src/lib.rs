@@ -19,7 +19,8 @@
 //! | `flush` | [`DeviceTlb`](shootdown::DeviceTlb) | issue, doorbell, completions that get lost or come twice, reset |
 //! | `space` | [`Notifier`](shootdown::Notifier) | quiesce: pages leave the page table under the driver's lock; one registration a space, shared by its queues |
 //! | `mirror` | | the page table, without an allocation under the lock |
-//! | `fault` | | page requests: begin and retry, a block at a time |
+//! | `fault` | | page requests: taken from the ring, a batch at a time, and answered |
+//! | `stretch` | | begin and retry, for what lies side by side, and what is installed round it |
 //! | `queue` | [`DeviceContext`](shootdown::DeviceContext) | the segment: a queue that ends with its mapping, under the map lock too |
 //! | `device` | | PASIDs, which come back only after a flush; what a reset leaves |
 //! | `pta` | | probe, and the opening of a queue |
@@ -49,6 +50,7 @@ mod pta;
 mod queue;
 mod space;
 mod stats;
+mod stretch;
 
 pub use command::Command;
 pub use error::PtaError;

@@ -29,7 +29,7 @@ struct Table {
 pub(crate) struct Spares([Option<Box<Table>>; LEVELS as usize - 1]);
 
 impl Spares {
-    /// Takes as many as one entry can need: whether there is one now at least.
+    /// Takes as many as the entries of one table of pages can need: whether there is one now at least.
     pub(crate) fn fill(&mut self, core: &Core) -> bool {
         for spare in self.0.iter_mut().filter(|spare| spare.is_none()) {
             *spare = core.take_table().map(|number| {
@@ -190,6 +190,19 @@ impl Mirror {
         let number = NUMBER.of(self.tables[child as usize].number);
         self.write(table, at, number | TABLE.of(1))?;
         Ok(Ok(child as usize))
+    }
+
+    /// Whether there is an entry for a page that holds `addr`.
+    pub(crate) fn holds(&self, addr: Addr) -> bool {
+        let mut table = ROOT;
+        for level in (0..LEVELS).rev() {
+            match self.tables[table].entries[index(level, addr.get())] {
+                NOTHING => return false,
+                PAGE => return true,
+                child => table = (child - CHILD) as usize,
+            }
+        }
+        false
     }
 
     /// Writes the entry of one page of 4 KiB or 2 MiB. What it replaces is translated as before, or has been flushed.

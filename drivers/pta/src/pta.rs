@@ -24,15 +24,22 @@ pub struct Config {
     /// For invalidations to end that keep a page request waiting; then its command ends with a page fault, as one of nothing. Less
     /// than what the device gives it.
     pub fault_deadline: Duration,
-    /// Pages of 4 KiB that are installed together, round the one that was asked for: a power of two, at most 512. 1: that one only.
+    /// Page requests that are resolved together at most, where they lie side by side; 0 or 1: each by itself. What is declared here is
+    /// all that one round takes from the device's ring.
+    pub fault_batch: usize,
+    /// The window, in pages of 4 KiB, whose other pages are installed along with one that was asked for, as far as they are mapped:
+    /// rounded up to a power of two, at most 512, and aligned to its size. 0 or 1: only what was asked for. None is made writable for a
+    /// read, and none that the device has already is touched.
     pub fault_around: u64,
 }
 
 impl Default for Config {
+    /// The window of Linux's own fault-around, 64 KiB.
     fn default() -> Self {
         Self {
             deadline: Duration::from_millis(500),
             fault_deadline: Duration::from_secs(1),
+            fault_batch: 64,
             fault_around: 16,
         }
     }

@@ -34,10 +34,16 @@ counters! {
     requests_refused,
     /// Times that a page request was begun anew, as an invalidation came between.
     request_retries,
+    /// Stretches of page requests side by side of which any was resolved, all by one look at the sequence.
+    request_batches,
+    /// Stretches that an invalidation came between, and whose page requests were then taken up one by one.
+    batches_cut,
     /// Times that the ring was found to have overflowed.
     ring_overflows,
     /// Pages that were written into a page table.
     pages_installed,
+    /// Of those, how many nobody had asked for.
+    pages_around,
     /// Pages that were taken out of one by an invalidation.
     pages_removed,
     /// Times that a space's whole page table was dropped for want of tables.

@@ -236,6 +236,13 @@ impl Core {
         control
     }
 
+    /// Fires a vector.
+    pub(super) fn interrupt(&self, vector: usize) {
+        self.counters
+            .interrupts
+            .add(self.vectors.fire(vector).into());
+    }
+
     /// How much longer a step takes than it should.
     pub(super) fn delay(&self, control: &mut Control) -> Option<Duration> {
         let faults = self.config.faults;
@@ -307,7 +314,7 @@ impl Core {
                 return false;
             }
             Operation::Interrupt(vector) => {
-                self.vectors.fire(vector);
+                self.interrupt(vector);
                 return false;
             }
             Operation::Reset => control.resetting = true,

@@ -191,7 +191,7 @@ impl Core {
         self.doorbell.clear(slot);
         self.segment.set_status(slot, status, substatus);
         if let Some(vector) = vector {
-            self.vectors.fire(vector);
+            self.interrupt(vector);
         }
     }
 

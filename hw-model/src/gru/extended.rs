@@ -6,12 +6,18 @@
 use super::context::Interruption;
 use super::control::{Control, Core};
 use super::fault::Mode;
-use super::layout::{ACTIVE, CALL_OS, EXCEPTION, STATUS, cbe};
+use super::layout::{ACTIVE, CALL_OS, EXCEPTION, STATUS, cb, cbe};
+
+/// Bytes of a cache line.
+const LINE: u64 = 64;
 
 impl Core {
     /// Reads a word of an extended control block.
     pub(super) fn read_extended(&self, control: &Control, slot: usize, word: usize) -> u64 {
         let value = self.segment.extended(slot, word);
+        if word >= cbe::COPY {
+            return self.read_copy(control, slot, word);
+        }
         if word != cbe::STATE {
             return value;
         }
@@ -61,5 +67,27 @@ impl Core {
             _ => cbe::IDLE,
         };
         cbe::STATUS.put(cbe::CBR_STATE.put(0, state), bits)
+    }
+    /// What of the instruction is left, for the kernel to see what it will come to.
+    fn read_copy(&self, control: &Control, slot: usize, word: usize) -> u64 {
+        if control.owner[slot].is_none() {
+            return 0;
+        }
+        let words = self.segment.words(slot);
+        let code = cb::ELEMENT.get(words[0]);
+        let done = self.segment.extended(slot, cbe::ELEMENT);
+        let at = |base: usize| words[base].wrapping_add(done << code);
+        match word {
+            cbe::COPY => cb::ELEMENT.put(cb::OPCODE.put(0, cb::OPCODE.get(words[0])), code),
+            cbe::BASE0 => at(cb::BASE0),
+            cbe::BASE1 => at(cb::BASE1),
+            cbe::LEFT => {
+                let left = cb::COUNT.get(words[cb::SHAPE]).saturating_sub(done);
+                let lines = (at(cb::BASE0) % LINE + (left << code)).div_ceil(LINE);
+                let most = cbe::LINES.mask() >> cbe::LINES.mask().trailing_zeros();
+                cbe::LINES.put(cbe::ELEMENTS.put(0, left), lines.min(most))
+            }
+            _ => 0,
+        }
     }
 }

@@ -234,7 +234,7 @@ impl Core {
             Some(delay) => {
                 control.file(Instant::now() + delay, Operation::Interrupt(vector), true);
             }
-            None => self.vectors.fire(vector),
+            None => self.interrupt(vector),
         }
     }
 
@@ -248,7 +248,8 @@ impl Core {
                 true
             }
             WRITE_ONLY => {
-                self.drop_in(control, slot);
+                let written = self.drop_in(control, slot);
+                self.counters.preloads.add(written.into());
                 true
             }
             WRITE_RESTART => {
@@ -270,12 +271,14 @@ impl Core {
         control.faults[slot].handle.finish(result);
     }
 
-    fn drop_in(&self, control: &mut Control, slot: usize) {
+    /// Whether it was not ignored.
+    fn drop_in(&self, control: &mut Control, slot: usize) -> bool {
         let fault = &control.faults[slot];
         let key = fault.fill_key();
         let planted = self.config.plants.contains(Plant::DROP_IN_NOT_CANCELLED);
         let Some(context) = control.owner[slot].filter(|_| planted || !fault.cancels(key)) else {
-            return self.counters.drop_ins_cancelled.hit();
+            self.counters.drop_ins_cancelled.hit();
+            return false;
         };
         let owner = control.contexts[context].owner;
         let entry = TlbEntry {
@@ -289,6 +292,7 @@ impl Core {
         if control.tlb.install(entry, &mut control.rng) {
             self.counters.evictions.hit();
         }
+        true
     }
 
     /// Takes the fault back, if there is one: the control block is not stopped by it any more.

@@ -24,10 +24,13 @@ impl Vector {
 }
 
 impl Vectors {
-    pub(super) fn fire(&self, vector: usize) {
+    /// Whether none was pending.
+    pub(super) fn fire(&self, vector: usize) -> bool {
         let vector = &self.0[vector];
-        *vector.pending() += 1;
+        let mut pending = vector.pending();
+        *pending += 1;
         vector.fired.notify_all();
+        *pending == 1
     }
 
     /// Takes what is pending, after waiting for something to be for at most `timeout`. `None`: no such vector.

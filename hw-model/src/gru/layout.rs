@@ -269,8 +269,21 @@ pub mod cbe {
     /// Word with the next element to be done: where an interrupted instruction goes on after START. ALLOCATE clears it,
     /// so software that does not restore it has the instruction run from its first element.
     pub const ELEMENT: usize = 4;
-    /// How many words there are.
+    /// How many words belong to the state of an instruction.
     pub const WORDS: usize = 5;
+    /// Word with a copy of the instruction's opcode and element type, in the fields of a control block's DW0. This and the words that
+    /// follow are made when they are read; writes to them are ignored. Linux reads them to know what a block copy will miss next.
+    pub const COPY: usize = 5;
+    /// Word with the first address, where the next element is.
+    pub const BASE0: usize = 6;
+    /// Word with a copy's second address, where the next element goes.
+    pub const BASE1: usize = 7;
+    /// Word with what is left.
+    pub const LEFT: usize = 8;
+    /// In DW8: elements that are not done.
+    pub const ELEMENTS: Field = Field::new(0, 32);
+    /// In DW8: cache lines of the first address that they lie in; as many as fit in the field.
+    pub const LINES: Field = Field::new(32, 32);
 
     /// In DW0: the state.
     pub const CBR_STATE: Field = Field::new(0, 4);

@@ -38,8 +38,12 @@ counters! {
     modify_misses,
     /// Entries installed.
     drop_ins,
+    /// Of those, how many by an operation that restarts nothing.
+    preloads,
     /// Drop-ins that were ignored because a purge covered them since the miss, or because there was no such miss.
     drop_ins_cancelled,
+    /// Interrupts that found none pending; others are one with that which is.
+    interrupts,
     /// Entries that had to make room.
     evictions,
     /// Purges of pages of one ASID.

@@ -169,16 +169,35 @@ impl PageTable {
 
     /// Walks the table. Takes no lock.
     pub(super) fn translate(&self, addr: Addr) -> Option<Translation> {
-        if !self.arena.holds(addr) {
-            return None;
+        let held = self.arena.holds(addr);
+        held.then(|| self.shown(self.page_of(addr)))?
+    }
+
+    /// Walks the table of all of `range`. Takes no lock.
+    pub(super) fn walk(&self, range: Range, found: &mut dyn FnMut(Translation)) {
+        let Some(inside) = self.arena.intersect(range) else {
+            return;
+        };
+        let (mut page, last) = (self.page_of(inside.start()), self.page_of(inside.last()));
+        while page <= last {
+            let shown = self.shown(page);
+            if let Some(one) = shown {
+                found(one);
+            }
+            let size = shown.map_or(BASE_PAGE, |one| one.page_size);
+            page += frames_of(size) - page % frames_of(size);
         }
-        let page = self.page_of(addr);
+    }
+
+    /// What a device may install for `page`, if it is present.
+    fn shown(&self, page: u64) -> Option<Translation> {
         let entry = self.get(page);
         if entry.0 & Entry::PRESENT == 0 {
             return None;
         }
         let page_size = entry.size();
         let within = page % frames_of(page_size);
+        let addr = self.range_of(page, 1).start();
         Some(Translation {
             page: Range::page(addr, page_size),
             page_size,
@@ -352,6 +371,41 @@ mod tests {
         }
         assert_eq!(table.translate(Addr::new(BASE - 1)), None);
         assert_eq!(table.translate(Addr::new(BASE)), None);
+    }
+
+    /// One after the other, as a memory walks that has nothing better.
+    fn one_by_one(table: &PageTable, part: Range) -> Vec<Translation> {
+        let (mut all, mut next) = (Vec::new(), Some(part.start()));
+        while let Some(addr) = next.filter(|addr| part.holds(*addr)) {
+            let found = table.translate(addr);
+            all.extend(found);
+            next = found
+                .map_or(Range::page(addr, BASE_PAGE), |one| one.page)
+                .end();
+        }
+        all
+    }
+
+    #[test]
+    fn a_walk_of_a_range_finds_what_walks_of_its_addresses_find() {
+        let table = table();
+        put(&table, range(512, 512), 1024, PageSize::TwoMiB);
+        put(&table, range(16, 16), 48, PageSize::SixtyFourKiB);
+        put(&table, range(500, 12), 900, PageSize::FourKiB);
+        for part in [
+            range(0, 2048),
+            range(20, 500),
+            range(31, 1),
+            range(700, 1),
+            Range::ALL,
+            Range::new(4096u64, 4096).unwrap(),
+        ] {
+            let mut all = Vec::new();
+            table.walk(part, &mut |one| all.push(one));
+            let inside = part.intersect(table.arena);
+            let expected = inside.map(|part| one_by_one(&table, part));
+            assert_eq!(all, expected.unwrap_or_default(), "{part}");
+        }
     }
 
     #[test]

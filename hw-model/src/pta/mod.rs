@@ -160,7 +160,9 @@ impl Core {
     /// Fires the interrupt if it is due.
     fn fire(&self, state: &mut State) {
         if std::mem::take(&mut state.interrupt) {
-            *self.pending() += 1;
+            let mut pending = self.pending();
+            state.counts.interrupts += u64::from(*pending == 0);
+            *pending += 1;
             self.fired.notify_all();
         }
     }

@@ -129,10 +129,12 @@ impl State {
         };
         match RESPONSE.get(value) {
             RETRY => {
+                self.counts.responses += 1;
                 let place = self.requests.waiting.swap_remove(at).place;
                 self.slot(place).phase = Phase::Ready;
             }
             INVALID => {
+                self.counts.responses += 1;
                 let place = self.requests.waiting.swap_remove(at).place;
                 self.fail(place, PAGE_FAULT);
             }

@@ -24,6 +24,10 @@ pub struct Counts {
     pub requests_dropped: u64,
     /// Page requests that were not answered in time.
     pub requests_unanswered: u64,
+    /// Answers that were waited for.
+    pub responses: u64,
+    /// Interrupts that found none pending; others are one with that which is.
+    pub interrupts: u64,
     /// Answers that nobody waited for.
     pub responses_ignored: u64,
     /// Invalidations that were begun.

@@ -43,7 +43,7 @@ impl Case {
     }
 
     /// One that takes the time itself.
-    fn timed(name: impl Into<String>, run: impl FnMut(u64) -> Duration + 'static) -> Self {
+    pub fn timed(name: impl Into<String>, run: impl FnMut(u64) -> Duration + 'static) -> Self {
         Self {
             name: name.into(),
             run: Box::new(run),

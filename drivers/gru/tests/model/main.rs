@@ -7,5 +7,6 @@ mod kernel;
 mod misses;
 mod oversubscribed;
 mod segments;
+mod storm;
 mod stress;
 mod support;

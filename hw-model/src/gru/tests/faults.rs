@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use shootdown::{Interrupts, Registers};
+use shootdown::{Interrupts, Memory, PageSize, Registers};
 
 use super::rig::{Instr, Misses, Rig, calls_os, until};
-use crate::gru::layout::{ACTIVE, CAUSE, EXCEPTION, IDLE, STATUS, tfh};
+use crate::gru::layout::{ACTIVE, CAUSE, EXCEPTION, IDLE, STATUS, cb, cbe, tfh};
 use crate::gru::{ChipletConfig, Latency};
 
 fn set(base0: u64) -> Instr {
@@ -116,4 +116,77 @@ fn a_drop_in_takes_effect_in_time_though_nobody_polls_its_handle() {
     let command = 1 | STATUS.put(tfh::WRITE_RESTART << 8, ACTIVE);
     rig.chiplet.write(Rig::tfh(0, 0), command).unwrap();
     until("the end", || rig.status(0, 0) == IDLE);
+}
+
+/// Writes the translation of the page at `vaddr` for a miss in `slot`, beside it.
+fn preload(rig: &Rig, slot: u64, vaddr: u64) {
+    assert!(rig.fill(slot));
+    let found = rig.memory.translate(vaddr.into()).unwrap();
+    rig.write(Rig::tfh(slot, tfh::FILL_VADDR), found.page.start().get());
+    rig.write(Rig::tfh(slot, tfh::PFN), found.frame.0);
+    rig.operate(Rig::tfh(slot, 0), 0, tfh::WRITE_ONLY).unwrap();
+}
+
+#[test]
+fn what_is_written_beside_a_miss_is_ignored_as_well_if_a_purge_of_it_came_since() {
+    let (rig, base) = Rig::started(ChipletConfig::default());
+    rig.issue(0, 0, &set(base));
+    rig.await_miss(0);
+    rig.purge(0, 8, base + 2 * 4096, PageSize::FourKiB, 1);
+    rig.await_purge(0);
+    for page in 1..4 {
+        preload(&rig, 0, base + page * 4096);
+        assert_eq!(rig.holds(8, base + page * 4096), page != 2);
+    }
+    let counts = rig.chiplet.counts();
+    assert_eq!((counts.preloads, counts.drop_ins_cancelled), (2, 1));
+    assert_eq!(rig.finish(0, 0), IDLE);
+    assert_eq!(rig.chiplet.counts().drop_ins, 3);
+}
+
+#[test]
+fn the_extended_block_says_what_is_left_of_a_copy() {
+    let (rig, base) = Rig::started(ChipletConfig::default());
+    let (from, to) = (base + 4096 - 16, base + 8 * 4096 + 8);
+    let copy = Instr {
+        opcode: 1,
+        element: 3,
+        base0: from,
+        base1: to,
+        count: 1000,
+        ..Instr::default()
+    };
+    rig.issue(0, 0, &copy);
+    let says = |done: u64, lines: u64| {
+        let word = |word| rig.read(Rig::cbe(0, word));
+        assert_eq!(cb::OPCODE.get(word(cbe::COPY)), 1);
+        assert_eq!(cb::ELEMENT.get(word(cbe::COPY)), 3);
+        let bases = (word(cbe::BASE0), word(cbe::BASE1));
+        assert_eq!(bases, (from + done * 8, to + done * 8));
+        let left = word(cbe::LEFT);
+        let left = (cbe::ELEMENTS.get(left), cbe::LINES.get(left));
+        assert_eq!(left, (1000 - done, lines));
+        // Written they are not.
+        rig.write(Rig::cbe(0, cbe::BASE0), 1);
+    };
+    // The source, the destination, and the source's second page.
+    for (done, lines) in [(0, 126), (0, 126), (2, 125)] {
+        rig.await_miss(0);
+        says(done, lines);
+        rig.resolve(0);
+    }
+    assert_eq!(rig.finish(0, 0), IDLE);
+    says(0, 126);
+    assert_eq!(rig.read(Rig::cbe(2, cbe::BASE0)), 0, "nobody's");
+}
+
+#[test]
+fn interrupts_that_find_one_pending_are_one_with_it() {
+    let (rig, base) = Rig::started(ChipletConfig::default());
+    for number in 0..2 {
+        rig.issue(0, number, &set(base));
+        rig.await_miss(Rig::slot(0, number));
+    }
+    assert_eq!(rig.chiplet.counts().interrupts, 1);
+    assert_eq!(rig.chiplet.wait(0, Duration::ZERO), Ok(2));
 }

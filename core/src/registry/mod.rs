@@ -59,12 +59,9 @@ impl<T> Garbage for Unlinked<T> {
     }
 }
 
-/// Mostly there is nothing to move, or all of it.
+/// Mostly there is nothing to move.
 fn append<E>(to: &mut Vec<E>, more: &mut Vec<E>) {
-    if more.is_empty() {
-    } else if to.is_empty() {
-        std::mem::swap(to, more);
-    } else {
+    if !more.is_empty() {
         to.append(more);
     }
 }

@@ -414,7 +414,7 @@ fn run_put_off() {
         }
         // Legal with the map lock held.
         while let Some(inner) = CONTEXT.with(|context| context.inserts.pop()) {
-            Inner::publish(inner);
+            Inner::publish(&inner.space, std::iter::once(&inner));
         }
         // Whoever is at it further up on this stack goes on with the rest.
         if !is_outermost() || CONTEXT.with(|context| context.leaving.replace(true)) {

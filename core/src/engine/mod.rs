@@ -61,6 +61,7 @@ pub(crate) enum Hit {
     Over,
 }
 
+#[cfg(not(loom))]
 const _: () = assert!(size_of::<Hit>() == 2 * size_of::<usize>());
 
 /// One that is in use.

@@ -9,6 +9,8 @@
 //! frees, which the shootdown path may not do.
 
 mod disturbed;
+mod giving_up;
+mod prepared;
 pub(crate) mod state;
 
 use std::fmt;
@@ -18,18 +20,20 @@ use std::sync::Arc as StdArc;
 
 use thiserror::Error;
 
+pub(crate) use self::giving_up::give_up;
+use self::giving_up::{Begun, begin_giving_up};
+pub use self::prepared::Prepared;
 use self::state::{Detach, State, StateWord};
 use crate::addr::Range;
-use crate::context::{self, Place, Refused};
+use crate::context::{self, Refused};
 use crate::list::{Link, Linked, PutOff};
 use crate::notifier::Notifier;
 use crate::primitive::Arc;
-use crate::recorder::Kind;
 use crate::registry::{Entry, Found};
-use crate::source::{Needs, Operations, Shortfall};
+use crate::source::Shortfall;
 use crate::space::Space;
 use crate::tlb::Device;
-use crate::watch::{Name, Who};
+use crate::watch::Who;
 
 /// A device TLB that a registration names, and the tag that its flush commands carry.
 #[derive(Clone, Debug)]
@@ -47,6 +51,12 @@ pub enum InsertError {
     /// The space is exiting, or has exited.
     #[error("the address space is exiting: {range} can no longer be registered")]
     Exiting {
+        /// What was to be registered.
+        range: Range,
+    },
+    /// It was prepared by another space than the one that was to insert it.
+    #[error("the registration of {range} was prepared by another address space: insert it there")]
+    AnotherSpace {
         /// What was to be registered.
         range: Range,
     },
@@ -183,23 +193,27 @@ impl Inner {
         }
     }
 
-    /// The second half of an insertion: makes it visible. It was counted by [`Space::admit`] and is in use by the insertion, so
-    /// that an exit which came meanwhile waits for this, and whoever gave it up leaves the completion to this. Allocates.
-    pub(crate) fn publish(this: Arc<Self>) {
-        let space = &this.space;
-        space.index(this.clone());
-        if space.registry.active().may_have_missed(this.range) {
-            this.word.note_missed();
+    /// The second half of an insertion: makes them visible, all of one space and at once. They were counted by [`Space::admit`] and are in
+    /// use by the insertion, so that an exit which came meanwhile waits for this, and whoever gave one up leaves the completion to this.
+    /// Allocates.
+    pub(crate) fn publish<'i>(space: &Space, these: impl Iterator<Item = &'i Arc<Self>> + Clone) {
+        space.index(these.clone());
+        for this in these.clone() {
+            if space.registry.active().may_have_missed(this.range) {
+                this.word.note_missed();
+            }
+            this.word.go_live();
+            // Exit sets its mark, fences, and walks the index; above is a fence too: either it finds this registration, or this the mark.
+            if space.exit_has_begun() && !planted!("r7-late") {
+                this.word.detach(false);
+            }
         }
-        this.word.go_live();
-        // Exit sets its mark, fences, and walks the index; above is a fence too: either it finds this registration, or this the mark.
-        if space.exit_has_begun() && !planted!("r7-late") {
-            this.word.detach(false);
-        }
-        // Those who wait for it to be live.
+        // Those who wait for them to be live.
         space.events.ended();
-        if this.word.leave() {
-            Space::complete(this);
+        for this in these {
+            if this.word.leave() {
+                Space::complete(this.clone());
+            }
         }
     }
 }
@@ -271,88 +285,6 @@ impl Deref for Use {
     }
 }
 
-/// A registration that is complete but not visible yet: inserting it allocates nothing that it needs later.
-#[derive(Debug)]
-#[must_use = "a prepared registration does nothing until it is inserted"]
-pub struct Prepared {
-    inner: Arc<Inner>,
-    needs: Needs,
-    operations: Operations,
-}
-
-impl Prepared {
-    pub(crate) fn new(
-        space: &Arc<Space>,
-        range: Range,
-        notifier: StdArc<dyn Notifier>,
-        targets: &[Target],
-        word: StateWord,
-    ) -> Self {
-        space.reserve(targets);
-        Self {
-            needs: notifier.needs(),
-            operations: notifier.operations(),
-            inner: Arc::new(Inner {
-                who: Who::new(space.next_registration(), Name::new(notifier.name())),
-                range,
-                word,
-                notifier,
-                targets: Targets::new(targets),
-                space: space.clone(),
-                next: Link::new(),
-                next_put_off: Link::new(),
-            }),
-        }
-    }
-
-    pub(crate) fn inner(&self) -> &Arc<Inner> {
-        &self.inner
-    }
-
-    /// Makes it visible. From here on callbacks may run, also before this returns. An invalidation of an overlapping range
-    /// that is in progress does not call this handler; [`Registration::begin`] waits for its end. Takes no
-    /// lock that a callback can hold; with the map lock held it is legal.
-    ///
-    /// Inside a callback, or an open invalidation, it returns at once, and takes effect when the thread has left the outermost of
-    /// them: until then the handler is not called, and `begin` on another thread waits.
-    ///
-    /// # Errors
-    /// [`InsertError::Exiting`]; [`InsertError::Uncovered`]; [`Refused`] with a `NotifierLock` held (outside a callback).
-    pub fn insert(self) -> Result<Registration, InsertError> {
-        self.admit()?;
-        context::leave();
-        Ok(Registration {
-            inner: self.inner,
-            owned: true,
-        })
-    }
-
-    /// The caller runs [`context::leave`] afterwards: exit may have come between, and left the release to this thread.
-    pub(crate) fn admit(&self) -> Result<(), InsertError> {
-        let inner = &self.inner;
-        let later = context::inside_callback();
-        if !later {
-            context::wait_refusal("insert")?;
-            // What is yet to be told of an earlier mapping is not told to this one (R29).
-            inner.space.sources.settle(inner.range);
-        }
-        // The space translates what lies in its arena: a driver that registers everything needs no more than that to be watched.
-        let all = |arena: &Range| inner.range.contains(*arena);
-        let watched = inner.space.table.arena.filter(all).unwrap_or(inner.range);
-        let sources = &inner.space.sources;
-        sources.check(watched, self.needs, self.operations)?;
-        if !inner.space.admit(inner) {
-            return Err(InsertError::Exiting { range: inner.range });
-        }
-        if later {
-            context::insert_later(inner.clone());
-        } else {
-            Inner::publish(inner.clone());
-        }
-        Ok(())
-    }
-}
-
 /// A registration that is live, held by its owner. Dropping it detaches it and never waits: callbacks that are running go on
 /// to their end, then `release` runs.
 #[derive(Debug)]
@@ -417,69 +349,17 @@ impl Registration {
     pub fn unregister(&self) -> Result<Unregistered, UnregisterError> {
         give_up(&self.inner, |word| word.detach(true))
     }
-}
 
-/// The one way of giving a registration up: by unregister and by put.
-pub(crate) fn give_up(
-    inner: &Arc<Inner>,
-    detach: impl FnOnce(&StateWord) -> Detach,
-) -> Result<Unregistered, UnregisterError> {
-    let space = &inner.space;
-    let place = context::place(inner.key());
-    // Whoever waits inside a callback may wait for itself (R11), or for one that waits for it (R12).
-    let defers = context::inside_callback()
-        && !(planted!("r11") && place == Place::InsideOwnCallback)
-        && !(planted!("r12") && place == Place::InsideOtherCallback);
-    if !context::inside_callback() {
-        context::wait_refusal("unregister")?;
-    }
-    let detached = detach(&inner.word);
-    match detached {
-        Detach::AlreadyUnregistered => {
-            return Err(UnregisterError::AlreadyUnregistered { range: inner.range });
-        }
-        Detach::NotInserted | Detach::Shared => {
-            return Ok(Unregistered::AlreadyGone);
-        }
-        Detach::Complete => Space::complete(inner.clone()),
-        Detach::InUse | Detach::Already => {}
-    }
-    let first = detached != Detach::Already;
-    if first {
-        space.stats.unregister(place);
-        space
-            .recorder
-            .record(Kind::Unregister, inner.id(), place as u64, 0);
-    }
-    if defers {
-        return Ok(if first {
-            Unregistered::Deferred
-        } else {
-            Unregistered::AlreadyGone
-        });
-    }
-    space.events.wait(None, || inner.word.load().is_quiet());
-    if !context::is_outermost() {
-        return Ok(if first {
-            Unregistered::Quiet
-        } else {
-            Unregistered::AlreadyGone
-        });
-    }
-    loop {
-        context::leave();
-        Space::run_completed(space);
-        let released = || inner.word.load().state() == State::Released;
-        if released() {
-            return Ok(if first {
-                Unregistered::Released
-            } else {
-                Unregistered::AlreadyGone
-            });
-        }
-        space
-            .events
-            .wait(None, || released() || space.has_completed());
+    /// Gives many up, each as by [`Registration::unregister`]: first all are detached, then all are waited for, and they leave the index
+    /// together, so that it costs less than one after the other. What each came to, in their order; one that is refused keeps none of the
+    /// others back.
+    pub fn unregister_all(registrations: &[Self]) -> Vec<Result<Unregistered, UnregisterError>> {
+        let begin = |one: &Self| begin_giving_up(&one.inner, |word| word.detach(true));
+        let begun: Vec<_> = registrations.iter().map(begin).collect();
+        let finish = |(one, begun): (&Self, Result<Begun, UnregisterError>)| {
+            begun.map(|begun| begun.finish(&one.inner))
+        };
+        registrations.iter().zip(begun).map(finish).collect()
     }
 }
 

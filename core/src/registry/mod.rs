@@ -53,9 +53,19 @@ impl<T> Garbage for Unlinked<T> {
     }
 
     fn append(&mut self, more: &mut Self) {
-        self.nodes.append(&mut more.nodes);
-        self.values.append(&mut more.values);
-        self.tables.append(&mut more.tables);
+        append(&mut self.nodes, &mut more.nodes);
+        append(&mut self.values, &mut more.values);
+        append(&mut self.tables, &mut more.tables);
+    }
+}
+
+/// Mostly there is nothing to move, or all of it.
+fn append<E>(to: &mut Vec<E>, more: &mut Vec<E>) {
+    if more.is_empty() {
+    } else if to.is_empty() {
+        std::mem::swap(to, more);
+    } else {
+        to.append(more);
     }
 }
 

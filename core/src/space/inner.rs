@@ -10,7 +10,7 @@ use crate::context::{self, InCallback};
 use crate::engine::{self, Desks, DeviceOp, Hit, InvalidateError};
 use crate::events::Events;
 use crate::ghosts::Ghosts;
-use crate::list::{Link, List, PutOff};
+use crate::list::{Link, Linked, List, PutOff};
 use crate::managed::Table;
 use crate::memory::Memory;
 use crate::notifier::{Cause, Notifier};
@@ -62,8 +62,10 @@ pub(crate) struct Space {
     made: AtomicUsize,
     /// The devices that those name, by their keys, and how often: an invalidation may have to flush each of them.
     devices: Mutex<HashMap<usize, usize>>,
-    /// Complete, and not released yet.
+    /// Complete, and in the index yet.
     completed: List<Inner>,
+    /// In the index no more, and not released yet.
+    removed: List<Inner>,
     /// What devices that are in quarantine may still reach through registrations that are over.
     pub(crate) ghosts: Ghosts,
     exit_wanted: AtomicBool,
@@ -77,6 +79,26 @@ impl fmt::Debug for Space {
         f.debug_struct("Space")
             .field("id", &self.id)
             .finish_non_exhaustive()
+    }
+}
+
+/// Out of the index, and to be released by whoever is outermost, whatever a driver's drop does meanwhile.
+struct Gone<'s> {
+    space: &'s Space,
+    /// The newest first.
+    all: Vec<Arc<Inner>>,
+}
+
+impl Drop for Gone<'_> {
+    fn drop(&mut self) {
+        if self.all.is_empty() {
+            return;
+        }
+        for inner in self.all.drain(..).rev() {
+            self.space.removed.push(inner);
+        }
+        // They were on no list for a moment.
+        self.space.events.ended();
     }
 }
 
@@ -121,6 +143,7 @@ impl Space {
             made: AtomicUsize::new(0),
             devices: Mutex::new(HashMap::new()),
             completed: List::new(),
+            removed: List::new(),
             ghosts: Ghosts::new(),
             exit_wanted: AtomicBool::new(false),
             put_off: AtomicBool::new(false),
@@ -183,26 +206,32 @@ impl Space {
         }
     }
 
-    /// Counts a registration as inserted, and takes the insertion's use of it, unless the space is exiting. The lock is what exit
+    /// Counts registrations as inserted, and takes the insertion's use of each, unless the space is exiting. The lock is what exit
     /// and insertion exclude each other by; nothing is allocated under it, as callbacks take it too.
-    pub(crate) fn admit(&self, inner: &Inner) -> bool {
+    pub(crate) fn admit<'i>(&self, inners: impl Iterator<Item = &'i Arc<Inner>>) -> bool {
         let mut lifecycle = self.lifecycle.lock();
         if lifecycle.exiting && !planted!("r7") {
             return false;
         }
-        inner.word.begin_insert();
-        lifecycle.registered += 1;
+        let mut admitted = 0;
+        for inner in inners {
+            inner.word.begin_insert();
+            admitted += 1;
+        }
+        lifecycle.registered += admitted;
         drop(lifecycle);
-        self.stats.add(Counter::Inserts, 1);
+        self.stats.add(Counter::Inserts, admitted as u64);
         true
     }
 
-    /// Puts what was admitted into the index.
-    pub(crate) fn index(&self, inner: Arc<Inner>) {
-        let (id, range) = (inner.id(), inner.range);
-        self.registry.insert([inner]);
-        self.recorder
-            .record(Kind::Insert, id, range.start().get(), range.last().get());
+    /// Puts what was admitted into the index, all of it at once.
+    pub(crate) fn index<'i>(&self, inners: impl Iterator<Item = &'i Arc<Inner>> + Clone) {
+        self.registry.insert(inners.clone().cloned());
+        for inner in inners {
+            let (id, range) = (inner.id(), inner.range);
+            self.recorder
+                .record(Kind::Insert, id, range.start().get(), range.last().get());
+        }
     }
 
     /// A registration is detached and out of use: it waits for its release, by this thread when it is outermost, or by another
@@ -217,24 +246,43 @@ impl Space {
     }
 
     pub(crate) fn has_completed(&self) -> bool {
-        self.completed.has_some()
+        self.completed.has_some() || self.removed.has_some()
     }
 
     /// Releases what is complete. Only where [`context::is_outermost`].
     pub(crate) fn run_completed(this: &Arc<Self>) {
-        while let Some(inner) = this.completed.pop() {
-            this.release(inner);
-            // What it has put off itself.
-            context::leave();
+        while this.has_completed() {
+            if let Some(inner) = this.remove_completed().or_else(|| this.removed.pop()) {
+                this.release(inner);
+                // What it has put off itself.
+                context::leave();
+            }
         }
     }
 
-    fn release(&self, inner: Arc<Inner>) {
+    /// Takes all that is complete out of the index, at once: one of them, which the caller releases. The others go to the list of those
+    /// that whoever is outermost releases, each by itself, so that whoever waits for one of them can do it meanwhile.
+    fn remove_completed(&self) -> Option<Arc<Inner>> {
+        let mut gone = Gone {
+            space: self,
+            all: Vec::new(),
+        };
+        let first = self.completed.take()?;
+        let mut next = first.next().take();
+        while let Some(inner) = next {
+            next = inner.next().take();
+            gone.all.push(inner);
+        }
+        let all = || std::iter::once(&first).chain(&gone.all);
         // Before it leaves the index: a device that does not answer any more may hold entries of its range for ever.
-        if !planted!("r20-ghost") {
+        for inner in all().filter(|_| !planted!("r20-ghost")) {
             self.ghosts.add(inner.range, inner.targets());
         }
-        self.registry.remove([&*inner]);
+        self.registry.remove(all().map(|inner| &**inner));
+        Some(first)
+    }
+
+    fn release(&self, inner: Arc<Inner>) {
         {
             let _watched = self.watch.enter_release(inner.who);
             let _callback = InCallback::release();
@@ -384,7 +432,7 @@ impl Space {
         shared.retain(|(one, _)| *one != key);
         let (range, notifier, targets) = make();
         let prepared = Prepared::new(this, range, notifier, &targets, StateWord::shared());
-        if let Err(error) = prepared.admit() {
+        if let Err(error) = Prepared::admit(std::slice::from_ref(&prepared)) {
             // Unlocked: with it goes the handler, whose drop may be anything.
             drop(shared);
             return Err(error);

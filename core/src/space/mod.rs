@@ -197,7 +197,7 @@ impl AddressSpace {
         let word = StateWord::new();
         let prepared = Prepared::new(&self.space, range, notifier, targets, word);
         if planted!("r25") {
-            let _ = prepared.admit();
+            let _ = Prepared::admit(std::slice::from_ref(&prepared));
         }
         Ok(prepared)
     }
@@ -213,6 +213,26 @@ impl AddressSpace {
         targets: &[Target],
     ) -> Result<crate::Registration, crate::InsertError> {
         self.prepare(range, notifier, targets)?.insert()
+    }
+
+    /// Inserts many, each as by [`Prepared::insert`], all or none: they become visible together, so that it costs less than one after the
+    /// other, and an invalidation finds all of them or none.
+    ///
+    /// # Errors
+    /// [`InsertError::AnotherSpace`](crate::InsertError::AnotherSpace), and as [`Prepared::insert`]. None was inserted then, no handler was
+    /// called, and what was prepared is dropped.
+    pub fn insert_all(
+        &self,
+        prepared: Vec<Prepared>,
+    ) -> Result<Vec<crate::Registration>, crate::InsertError> {
+        let another = |one: &&Prepared| !Arc::ptr_eq(&one.inner().space, &self.space);
+        if let Some(one) = prepared.iter().find(another) {
+            let range = one.inner().range;
+            return Err(crate::InsertError::AnotherSpace { range });
+        }
+        Prepared::admit(&prepared)?;
+        context::leave();
+        Ok(prepared.into_iter().map(Prepared::inserted).collect())
     }
 
     /// Ends the space, whoever else owns it: every registration is released, then the memory goes. Waits for callbacks that are

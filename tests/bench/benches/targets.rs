@@ -112,6 +112,15 @@ fn index(table: &Table) {
             other,
         );
     }
+    for count in [1_000, 100_000] {
+        let other = ("iset's insert + remove", || case::iset_pair(count));
+        table.ratio(
+            &format!("register + unregister, 1000 together beside {count}"),
+            Target::None,
+            || case::bulk(count, 1_000),
+            other,
+        );
+    }
     table.ratio(
         "unregister",
         Target::AtMost(3.0),
@@ -171,6 +180,12 @@ fn threads(table: &Table) {
         ("one thread", case::one_thread),
     );
     table.ratio(
+        "two threads, two spaces",
+        Target::None,
+        || case::two_threads(false),
+        ("one thread", case::one_thread),
+    );
+    table.ratio(
         "two threads fault, disjoint",
         Target::AtMost(2.0 / 1.8),
         || case::faults(2),
@@ -203,6 +218,12 @@ fn rest(table: &Table) {
             ("one device", || case::devices(1, latency)),
         );
     }
+    table.ratio(
+        "64 devices of 10 us, issue, dispatch and poll alone",
+        Target::None,
+        || case::bare_devices(64, latency),
+        ("one device", || case::devices(1, latency)),
+    );
     table.ratio(
         "managed unmap of a touched page",
         Target::AtMost(1.06),

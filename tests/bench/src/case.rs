@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use shootdown::{
-    AddressSpace, Cause, Deadlines, Map, NotifierLock, Outcome, ProcessMemory, Range, Target,
+    AddressSpace, Cause, Completion, Deadlines, DeviceTlb, FlushCommand, Map, NotifierLock,
+    Outcome, PageSize, ProcessMemory, Range, Registration, Scope, Target,
 };
 
 use crate::ground::{Empty, Ground, Tlb, interval};
@@ -111,6 +112,35 @@ pub fn pair(count: usize) -> Case {
         let one = space.register(range, handler.clone(), &[]);
         one.expect("a registration").unregister().expect("its end");
         black_box(&registrations);
+    })
+}
+
+/// The same, many together: made visible at once, and given up at once. The time of one.
+pub fn bulk(count: usize, together: usize) -> Case {
+    let ground = Ground::new(count);
+    let queries = ground.queries(0);
+    let (space, registrations) = ground.space();
+    let handler = Arc::new(Empty);
+    let mut at = 0;
+    let name = format!("register, unregister {together} together/{count}");
+    Case::timed(name, move |times| {
+        black_box(&registrations);
+        let begun = Instant::now();
+        let mut left = times as usize;
+        while left > 0 {
+            let now = left.min(together);
+            let prepared = (at..at + now).map(|nth| {
+                let range = queries[nth % queries.len()];
+                let one = space.prepare(range, handler.clone(), &[]);
+                one.expect("a registration")
+            });
+            let all = space.insert_all(prepared.collect());
+            for end in Registration::unregister_all(&all.expect("all of them")) {
+                end.expect("its end");
+            }
+            (left, at) = (left - now, at + now);
+        }
+        begun.elapsed()
     })
 }
 
@@ -316,6 +346,34 @@ pub fn devices(count: usize, latency: Duration) -> Case {
     Case::new(format!("devices/{count}"), move |_| {
         shoot(&space, range);
         black_box(&registrations);
+    })
+}
+
+/// What that cannot do without: as many commands, doorbells and looks at the devices.
+pub fn bare_devices(count: usize, latency: Duration) -> Case {
+    let page = Range::new(1u64 << 32, 1 << 12).expect("a page");
+    let command = FlushCommand {
+        tag: 0,
+        scope: Scope::Pages {
+            range: page,
+            page_size: PageSize::FourKiB,
+        },
+    };
+    let devices: Vec<Box<dyn DeviceTlb>> = (0..count)
+        .map(|_| Box::new(Tlb::new(latency)) as Box<dyn DeviceTlb>)
+        .collect();
+    let mut tickets = Vec::with_capacity(count);
+    Case::new(format!("bare devices/{count}"), move |_| {
+        tickets.clear();
+        for device in &devices {
+            device.issue(command);
+            tickets.push(device.dispatch());
+        }
+        for (device, ticket) in devices.iter().zip(&tickets) {
+            while device.poll(*ticket) == Completion::Pending {
+                std::hint::spin_loop();
+            }
+        }
     })
 }
 

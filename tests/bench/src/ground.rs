@@ -111,15 +111,19 @@ pub struct Tlb {
 }
 
 impl Tlb {
-    /// A device with such a TLB, as a registration names it. Without a latency no clock is read.
-    pub fn target(latency: Duration) -> Target {
-        let tlb = Self {
+    /// With this latency; without one no clock is read.
+    pub fn new(latency: Duration) -> Self {
+        Self {
             latency,
             epoch: Instant::now(),
             done: AtomicU64::new(0),
-        };
+        }
+    }
+
+    /// A device with such a TLB, as a registration names it.
+    pub fn target(latency: Duration) -> Target {
         Target {
-            device: Device::new("passive", tlb),
+            device: Device::new("passive", Self::new(latency)),
             tag: 0,
         }
     }

@@ -1,0 +1,94 @@
+//! Giving a registration up, from anywhere: what may wait waits, what may not is completed by the last to leave.
+
+use super::state::{Detach, State, StateWord};
+use super::{Inner, UnregisterError, Unregistered};
+use crate::context::{self, Place};
+use crate::primitive::Arc;
+use crate::recorder::Kind;
+use crate::space::Space;
+
+/// The one way of giving a registration up: by unregister and by put.
+pub(crate) fn give_up(
+    inner: &Arc<Inner>,
+    detach: impl FnOnce(&StateWord) -> Detach,
+) -> Result<Unregistered, UnregisterError> {
+    Ok(begin_giving_up(inner, detach)?.finish(inner))
+}
+
+/// What giving a registration up has begun.
+pub(super) enum Begun {
+    /// There is no more to it.
+    Over(Unregistered),
+    /// It is detached, by this call or before, and to be waited for.
+    Detached { first: bool },
+}
+
+pub(super) fn begin_giving_up(
+    inner: &Arc<Inner>,
+    detach: impl FnOnce(&StateWord) -> Detach,
+) -> Result<Begun, UnregisterError> {
+    let space = &inner.space;
+    let place = context::place(inner.key());
+    // Whoever waits inside a callback may wait for itself (R11), or for one that waits for it (R12).
+    let defers = context::inside_callback()
+        && !(planted!("r11") && place == Place::InsideOwnCallback)
+        && !(planted!("r12") && place == Place::InsideOtherCallback);
+    if !context::inside_callback() {
+        context::wait_refusal("unregister")?;
+    }
+    let detached = detach(&inner.word);
+    match detached {
+        Detach::AlreadyUnregistered => {
+            return Err(UnregisterError::AlreadyUnregistered { range: inner.range });
+        }
+        Detach::NotInserted | Detach::Shared => {
+            return Ok(Begun::Over(Unregistered::AlreadyGone));
+        }
+        Detach::Complete => Space::complete(inner.clone()),
+        Detach::InUse | Detach::Already => {}
+    }
+    let first = detached != Detach::Already;
+    if first {
+        space.stats.unregister(place);
+        space
+            .recorder
+            .record(Kind::Unregister, inner.id(), place as u64, 0);
+    }
+    Ok(match (defers, first) {
+        (false, first) => Begun::Detached { first },
+        (true, true) => Begun::Over(Unregistered::Deferred),
+        (true, false) => Begun::Over(Unregistered::AlreadyGone),
+    })
+}
+
+impl Begun {
+    pub(super) fn finish(self, inner: &Inner) -> Unregistered {
+        let first = match self {
+            Self::Over(unregistered) => return unregistered,
+            Self::Detached { first } => first,
+        };
+        let space = &inner.space;
+        let what = |done| {
+            if first {
+                done
+            } else {
+                Unregistered::AlreadyGone
+            }
+        };
+        space.events.wait(None, || inner.word.load().is_quiet());
+        if !context::is_outermost() {
+            return what(Unregistered::Quiet);
+        }
+        loop {
+            context::leave();
+            Space::run_completed(space);
+            let released = || inner.word.load().state() == State::Released;
+            if released() {
+                return what(Unregistered::Released);
+            }
+            space
+                .events
+                .wait(None, || released() || space.has_completed());
+        }
+    }
+}

@@ -128,7 +128,9 @@ impl Watching {
         let within = offset.checked_sub(layout::MANAGEMENT + layout::TFH)?;
         let handle = within < layout::SLOTS as u64 * layout::HANDLE_STRIDE
             && within % layout::HANDLE_STRIDE == 0;
-        let writes = layout::OPCODE.get(value) == layout::tfh::WRITE_RESTART && value & 1 == 1;
+        let opcode = layout::OPCODE.get(value);
+        let installs = [layout::tfh::WRITE_ONLY, layout::tfh::WRITE_RESTART];
+        let writes = installs.contains(&opcode) && value & 1 == 1;
         if !handle || !writes {
             return None;
         }

@@ -115,7 +115,7 @@ pub(crate) const TABLE: &[Entry] = &[
     pair(
         "R9",
         "RETRY_NOT_CHECKED",
-        "the fault path checks retry under the driver lock (drivers/gru, fault)",
+        "the fault path checks retry under the driver lock (drivers/gru, fill)",
         "model",
         [
             "stress::retry_alone_protects_on_hardware_that_installs_late_drop_ins",
@@ -125,7 +125,7 @@ pub(crate) const TABLE: &[Entry] = &[
     job(
         "R9",
         "retry-not-checked",
-        "the fault path checks retry under the driver lock (drivers/gru, fault)",
+        "the fault path checks retry under the driver lock (drivers/gru, fill)",
     ),
     model(
         "R10",
@@ -442,7 +442,7 @@ pub(crate) const TABLE: &[Entry] = &[
     pair(
         "R34",
         "WRONG_RANGE",
-        "begin takes the range of the whole entry (drivers/gru, fault)",
+        "begin takes the range of the whole entry (drivers/gru, fill)",
         "model",
         [
             "stress::the_sequence_of_the_whole_entry_protects_beside_an_unmap_of_a_part",
@@ -452,7 +452,7 @@ pub(crate) const TABLE: &[Entry] = &[
     job(
         "R34",
         "wrong-range",
-        "begin takes the range of the whole entry (drivers/gru, fault)",
+        "begin takes the range of the whole entry (drivers/gru, fill)",
     ),
     test(
         "R35",

@@ -32,9 +32,9 @@ struct Idle {
 pub(super) struct Turn(u64);
 
 /// Between two looks: a receiver that is stuck is relieved after one to two of these.
-const LOOK: Duration = Duration::from_millis(2);
+const LOOK: Duration = Duration::from_millis(1);
 /// Looks without anything received, after which nobody watches: a tenth of a second.
-const QUIET: u32 = if cfg!(loom) { 1 } else { 50 };
+const QUIET: u32 = if cfg!(loom) { 1 } else { 100 };
 
 impl Relay {
     /// The receiver has received something, and may be relieved from here on.

@@ -246,6 +246,12 @@ pub(crate) const TABLE: &[Entry] = &[
             test: "a_change_that_is_refused_frees_no_device",
         },
     },
+    model(
+        "R18",
+        "r18-relay",
+        "whoever receives and whoever stops to watch it fence before they look for each other (source::relay)",
+        "source::relay::tests::model::a_receiver_that_is_stuck_is_relieved",
+    ),
     test(
         "R19",
         "r19-command",

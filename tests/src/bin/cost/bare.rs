@@ -9,9 +9,10 @@ use shootdown::Range;
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Duties {
     /// unotify: asks whether the caller is a thread of this process, and not a child that has inherited the filter. uffd: looks
-    /// whether there is an event before it reads, so that whoever registers can wait for what is about to be read.
+    /// whether there is an event before it reads, so that whoever registers can wait for what is about to be read; and watches what
+    /// is mapped over what was unmapped.
     pub(crate) asks: bool,
-    /// Keeps the addresses of what is unmapped.
+    /// Keeps the addresses of what is unmapped. What is reserved so need not be watched.
     pub(crate) reserves: bool,
 }
 
@@ -210,9 +211,14 @@ impl BareUffd {
                     return;
                 }
                 let [what, start, end, _] = event;
-                if duties.reserves && what as u8 == UNMAP {
-                    let len = end as usize - start as usize;
-                    reserve(start as usize, len, libc::MAP_FIXED_NOREPLACE);
+                if what as u8 != UNMAP {
+                    continue;
+                }
+                let (at, len) = (start as usize, (end - start) as usize);
+                let reserved = duties.reserves && reserve(at, len, libc::MAP_FIXED_NOREPLACE) == 0;
+                if duties.asks && !reserved {
+                    // Nothing may be there.
+                    let _ = register(fd, at, len);
                 }
             }
         })?;
@@ -220,9 +226,14 @@ impl BareUffd {
     }
 
     pub(crate) fn register(&self, range: Range) -> io::Result<()> {
-        let mut register = [range.start().get(), range.len() as u64, MODE_WP, 0];
-        // SAFETY: as long as the request says.
-        let said = unsafe { libc::ioctl(self.0.as_raw_fd(), REGISTER, register.as_mut_ptr()) };
-        check(said.into()).map(|_| ())
+        let (at, len) = (range.start().get() as usize, range.len() as usize);
+        register(self.0.as_raw_fd(), at, len)
     }
+}
+
+fn register(fd: i32, at: usize, len: usize) -> io::Result<()> {
+    let mut register = [at as u64, len as u64, MODE_WP, 0];
+    // SAFETY: as long as the request says.
+    let said = unsafe { libc::ioctl(fd, REGISTER, register.as_mut_ptr()) };
+    check(said.into()).map(|_| ())
 }

@@ -544,7 +544,7 @@ fn what_the_kernel_rounds_is_told_as_it_rounds() {
     assert_eq!(rig.handler.starts(), before + 1);
 }
 
-/// How often the supervisors have gone to sleep: once for each call at least.
+/// How often the supervisors have gone to sleep: once for each call, if there is some time between two.
 fn naps() -> u64 {
     let threads = std::fs::read_dir("/proc/self/task").unwrap();
     let texts =
@@ -568,8 +568,16 @@ fn the_space_s_own_operations_go_round_the_supervisors() {
     let rig = rig();
     let (space, part) = (&rig.space, page(rig.buffer, 3));
     assert_eq!(munmap(page(rig.buffer, 1)), Ok(0));
-    thread::sleep(Duration::from_millis(20));
-    let before = naps();
+    // For a moment one of them looks whether the other is stuck, then all sleep until there is a call.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let before = loop {
+        let before = naps();
+        thread::sleep(Duration::from_millis(50));
+        if naps() == before {
+            break before;
+        }
+        assert!(Instant::now() < deadline, "somebody looks for ever");
+    };
     for _ in 0..10 {
         space.discard(part).unwrap();
         space.protect(part, Rights::READ).unwrap();

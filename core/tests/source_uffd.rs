@@ -7,7 +7,7 @@ mod foreign;
 mod support;
 
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,7 @@ struct Handler {
     starts: AtomicU64,
     ends: AtomicU64,
     slow: AtomicU64,
+    inside: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 impl Notifier for Handler {
@@ -34,6 +35,10 @@ impl Notifier for Handler {
     fn quiesce<'o>(&self, op: &Op<'o>) -> Result<Drain<'o>, WouldBlock> {
         self.starts.fetch_add(1, SeqCst);
         thread::sleep(Duration::from_millis(self.slow.load(SeqCst)));
+        let inside = self.inside.lock().unwrap().take();
+        if let Some(inside) = inside {
+            inside();
+        }
         Ok(op.idle())
     }
 
@@ -183,6 +188,43 @@ fn foreign_changes_are_told_and_own_ones_once() {
     assert_eq!(munmap(again), Ok(0));
     told(8);
     assert_eq!(rig.handler.starts.load(SeqCst), 8);
+}
+
+#[test]
+fn a_handler_may_unmap_what_is_watched_and_holds_nobody_up() {
+    if !in_child("a_handler_may_unmap_what_is_watched_and_holds_nobody_up") {
+        return;
+    }
+    let rig = rig();
+    let own = page(rig.buffer, 9);
+    let (inside, is_inside) = mpsc::channel();
+    let (go, may_go) = mpsc::channel();
+    *rig.handler.inside.lock().unwrap() = Some(Box::new(move || {
+        // Somebody has to read that, and it is not this thread.
+        assert_eq!(munmap(own), Ok(0));
+        inside.send(()).unwrap();
+        may_go.recv().unwrap();
+    }));
+    let parts: Vec<Range> = (0..5).map(|nth| page(rig.buffer, nth)).collect();
+    assert_eq!(munmap(parts[0]), Ok(0));
+    is_inside.recv_timeout(Duration::from_secs(20)).unwrap();
+    for part in &parts[1..] {
+        assert_eq!(munmap(*part), Ok(0));
+    }
+    // One thread tells, the other reads.
+    assert_eq!(rig.handler.ends.load(SeqCst), 0);
+    go.send(()).unwrap();
+    eventually("told", || rig.handler.ends.load(SeqCst) == 6);
+    // The one that was busy reads when this one is.
+    let (inside, is_inside) = mpsc::channel();
+    *rig.handler.inside.lock().unwrap() = Some(Box::new(move || {
+        assert_eq!(munmap(page(rig.buffer, 10)), Ok(0));
+        inside.send(()).unwrap();
+    }));
+    assert_eq!(munmap(page(rig.buffer, 5)), Ok(0));
+    is_inside.recv_timeout(Duration::from_secs(20)).unwrap();
+    eventually("told", || rig.handler.ends.load(SeqCst) == 8);
+    rig.watched.stop().map_err(|(_, refused)| refused).unwrap();
 }
 
 #[test]

@@ -142,3 +142,47 @@ fn a_fault_does_not_wait_for_what_is_elsewhere() {
         elsewhere.join().unwrap();
     });
 }
+
+/// R4: of what is given up together one is in its release, which waits for the other's: that is run by whoever waits meanwhile.
+#[test]
+fn what_is_given_up_together_is_released_by_whoever_waits() {
+    check(2, || {
+        let space = space();
+        let over = StdArc::new((loom::sync::Mutex::new(false), loom::sync::Condvar::new()));
+        let waiting = {
+            let over = over.clone();
+            Probe::acting(
+                || {},
+                move || {
+                    let mut is_over = over.0.lock().unwrap();
+                    while !*is_over {
+                        is_over = over.1.wait(is_over).unwrap();
+                    }
+                },
+            )
+        };
+        let other = Probe::acting(
+            || {},
+            move || {
+                *over.0.lock().unwrap() = true;
+                over.1.notify_all();
+            },
+        );
+        let prepare = |nth, probe: &StdArc<Probe>| space.prepare(page(nth), probe.clone(), &[]);
+        let both = vec![prepare(1, &other).unwrap(), prepare(2, &waiting).unwrap()];
+        let both = space.insert_all(both).unwrap();
+        let exiting = {
+            let space = space.clone();
+            thread::spawn(move || space.exit().unwrap())
+        };
+        for end in Registration::unregister_all(&both) {
+            assert!(matches!(
+                end,
+                Ok(Unregistered::Released | Unregistered::AlreadyGone)
+            ));
+        }
+        exiting.join().unwrap();
+        other.assert_released_once();
+        waiting.assert_released_once();
+    });
+}

@@ -59,19 +59,16 @@ impl<T> Garbage for Unlinked<T> {
     }
 }
 
-/// Mostly there is nothing to move, or all of it.
+/// Mostly there is nothing to move.
 fn append<E>(to: &mut Vec<E>, more: &mut Vec<E>) {
-    if more.is_empty() {
-    } else if to.is_empty() {
-        std::mem::swap(to, more);
-    } else {
+    if !more.is_empty() {
         to.append(more);
     }
 }
 
 /// Values and tables that nobody sees any more: to be dropped when the writer's lock is let go, as the last count of a value may be
-/// among them, and with it whatever a driver drops.
-type Free<T> = (Vec<Arc<T>>, Vec<Old>);
+/// among them, and with it whatever a driver drops. One value needs no list of its own.
+type Free<T> = (Option<Arc<T>>, Vec<Arc<T>>, Vec<Old>);
 
 struct Writer<T> {
     nodes: Nodes<T>,
@@ -233,10 +230,13 @@ impl<T: Entry> Registry<T> {
         } = writer;
         retired.retire(&self.active, unlinked, free);
         nodes.reuse(&mut free.nodes);
-        (
-            std::mem::take(&mut free.values),
-            std::mem::take(&mut free.tables),
-        )
+        let one = free.values.pop();
+        let others = if free.values.is_empty() {
+            Vec::new()
+        } else {
+            std::mem::take(&mut free.values)
+        };
+        (one, others, std::mem::take(&mut free.tables))
     }
 
     /// Drops the values that were removed; waits for the walks that may still see them.

@@ -3,6 +3,9 @@
 //! The space does not know of a foreign `munmap`, and goes on counting the addresses as mapped. Were they free, a later `mmap` of
 //! anybody's might be given them, and the space's own operations would destroy it. So they are reserved again, without access: at once by
 //! whoever makes the call, or later by whoever is told of it, if nobody was faster. The space's `unmap` gives them back.
+//!
+//! A child by fork has them reserved as well, unlike the arena: to keep a mapping without memory out of children would cost whoever
+//! unmaps as much again as the unmapping.
 
 use super::gate;
 use crate::addr::Range;
@@ -13,22 +16,19 @@ fn map(range: Range, how: i32) -> Result<usize, i32> {
     let [start, len] = [range.start().get() as usize, range.len() as usize];
     let flags = (RESERVED | how) as usize;
     // SAFETY: somebody unmaps this range, or has: it is no memory that anybody relies on.
-    unsafe {
-        gate::own_call(libc::SYS_mmap, [start, len, 0, flags, usize::MAX, 0])?;
-        // Best effort, as with the arena itself.
-        let _ = gate::own_call(
-            libc::SYS_madvise,
-            [start, len, libc::MADV_DONTFORK as usize, 0, 0, 0],
-        );
-    }
-    Ok(0)
+    unsafe { gate::own_call(libc::SYS_mmap, [start, len, 0, flags, usize::MAX, 0]) }
 }
 
-/// Reserves what of `range` lies in an arena, where nothing is mapped. What somebody has mapped there meanwhile stays.
-pub(super) fn reserve_hole(range: Range, arenas: impl Iterator<Item = Range>) {
+/// Reserves what of `range` lies in an arena, where nothing is mapped. What somebody has mapped there meanwhile stays. Whether all of it
+/// is reserved: then nothing is there that anybody has mapped.
+pub(super) fn reserve_hole(range: Range, arenas: impl Iterator<Item = Range>) -> bool {
+    let mut reserved = 0;
     for part in arenas.filter_map(|arena| arena.intersect(range)) {
-        let _ = map(part, libc::MAP_FIXED_NOREPLACE);
+        if map(part, libc::MAP_FIXED_NOREPLACE).is_ok() {
+            reserved += part.len();
+        }
     }
+    reserved == range.len()
 }
 
 /// An unmap that failed.

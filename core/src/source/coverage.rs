@@ -12,6 +12,7 @@ use super::operation::{Needs, Operation, Operations, Sees};
 use super::{BUILT_IN, Observer, Source};
 use crate::active::SLOTS;
 use crate::addr::Range;
+use crate::primitive::kernel_thread;
 
 /// Sources that one space has at most.
 pub(super) const SOURCES: usize = 4;
@@ -70,6 +71,35 @@ struct OwnRange {
     thread: u32,
 }
 
+/// Those of a space. Most of the time there is none: who looks for one looks at as many as there are.
+struct OwnRanges {
+    /// The first so many.
+    used: usize,
+    list: [Option<OwnRange>; SLOTS],
+}
+
+impl OwnRanges {
+    fn iter(&self) -> impl Iterator<Item = OwnRange> {
+        self.list[..self.used].iter().flatten().copied()
+    }
+
+    /// Operations have slots, which are as many.
+    fn add(&mut self, range: OwnRange) {
+        if let Some(free) = self.list.get_mut(self.used) {
+            *free = Some(range);
+            self.used += 1;
+        }
+    }
+
+    fn remove(&mut self, range: Range) {
+        let found = self.iter().position(|one| one.range == range);
+        if let Some(nth) = found {
+            self.used -= 1;
+            self.list[nth] = self.list[self.used].take();
+        }
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -80,7 +110,7 @@ pub(crate) struct Sources {
     /// Raised and lowered under the lock, so that the many spaces without a source pay one load.
     count: AtomicUsize,
     /// What the space's own operations are about to change: a source is told of it too, and has nothing to tell.
-    own: Mutex<[Option<OwnRange>; SLOTS]>,
+    own: Mutex<OwnRanges>,
     observer: OnceLock<Arc<dyn Observer>>,
     /// Others change pages of the space, or have: large ones may be cut without the table's knowing. It stays so when they are no
     /// longer watched.
@@ -92,7 +122,10 @@ impl Sources {
         Self {
             entries: Mutex::new([const { None }; SOURCES]),
             count: AtomicUsize::new(0),
-            own: Mutex::new([None; SLOTS]),
+            own: Mutex::new(OwnRanges {
+                used: 0,
+                list: [None; SLOTS],
+            }),
             observer: OnceLock::new(),
             others: AtomicBool::new(false),
         }
@@ -236,14 +269,12 @@ impl Sources {
                 _changes: changes,
             };
         }
-        // SAFETY: no arguments.
-        let thread = unsafe { libc::syscall(libc::SYS_gettid) } as u32;
+        let thread = kernel_thread() as u32;
         let mut own = lock(&self.own);
         for range in ranges.into_iter().flatten() {
-            if let Some(free) = own.iter_mut().find(|one| one.is_none()) {
-                *free = Some(OwnRange { range, thread });
-            }
+            own.add(OwnRange { range, thread });
         }
+        drop(own);
         Own {
             sources: self,
             ranges,
@@ -254,12 +285,12 @@ impl Sources {
     /// Whether exactly this is being changed, on this thread, by an operation of the space itself, which has shot it down.
     pub(crate) fn is_own(&self, range: Range, thread: u32) -> bool {
         let asked = OwnRange { range, thread };
-        lock(&self.own).iter().flatten().any(|one| *one == asked)
+        lock(&self.own).iter().any(|one| one == asked)
     }
 
-    /// What the space's own operations are changing.
-    pub(crate) fn owned(&self) -> [Option<Range>; SLOTS] {
-        lock(&self.own).map(|one| one.map(|one| one.range))
+    /// What the space's own operations are changing, into a list that has room for [`SLOTS`].
+    pub(super) fn owned(&self, into: &mut Vec<Range>) {
+        into.extend(lock(&self.own).iter().map(|one| one.range));
     }
 }
 
@@ -303,12 +334,7 @@ impl Drop for Own<'_> {
         }
         let mut own = lock(&self.sources.own);
         for range in self.ranges.into_iter().flatten() {
-            if let Some(one) = own
-                .iter_mut()
-                .find(|one| one.is_some_and(|one| one.range == range))
-            {
-                *one = None;
-            }
+            own.remove(range);
         }
     }
 }

@@ -36,6 +36,7 @@ mod io_uring;
 mod observer;
 mod operation;
 mod probe;
+mod relay;
 mod scratch;
 mod service;
 pub(crate) mod uffd;
@@ -248,9 +249,9 @@ impl Sink {
         self.pin.space().table.arena
     }
 
-    /// What the space's own operations are changing.
-    pub(crate) fn owned(&self) -> [Option<Range>; crate::active::SLOTS] {
-        self.pin.space().sources.owned()
+    /// What the space's own operations are changing, into a list that has room for [`SLOTS`](crate::active::SLOTS).
+    fn owned(&self, into: &mut Vec<Range>) {
+        self.pin.space().sources.owned(into);
     }
 
     /// Whether exactly this range is being changed, by this thread (its number in the kernel), by an operation of the space itself,

@@ -10,31 +10,35 @@
 //! there on.
 //!
 //! # Two threads
-//! The *reader* reads, queues, and does nothing else: it takes no lock of an application, allocates nothing, and never
-//! unmaps what is watched, as it would wait for itself for ever. The *server* makes the invalidations; releases, which may unmap what
-//! they like and take any lock, run on the service thread. The queue has a fixed size; what does not fit means that everything is
-//! flushed (R19).
+//! One reads, and makes the invalidation of what it has read itself: its caller is let go by the reading, and nobody else has to be woken,
+//! on another processor, for each event. When that lasts the other [takes over](Relay): it reads and queues, and does nothing else, so that a
+//! handler may block, take a lock of the application, or unmap what is watched, which waits to be read as well. The queue
+//! has a fixed size; what does not fit means that everything is flushed (R19). Neither thread allocates; releases, which may unmap
+//! what they like and take any lock, run on the service thread.
 //!
 //! # News of an earlier mapping (R29)
 //! While an event is unread its range can be mapped and registered again. So an insertion waits ([`Source::settle`]) until what had
 //! happened before is told: the kernel refuses to write-protect a page while any operation is between its change and the
-//! reading of its event, which is asked of a page of the source's own; the reader's turn is odd from before a read until what
-//! it read is queued; and the queue counts what the server has done.
+//! reading of its event, which is asked of a page of the source's own; the turn is odd from before a read until what was read is
+//! queued; and the queue counts what has been told.
 
 #[cfg(all(any(test, fuzzing), not(loom)))]
 pub(crate) mod fuzz;
 pub(super) mod sys;
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{JoinHandle, ThreadId};
+use std::thread::JoinHandle;
 
 use self::sys::{Descriptor, Event};
 use super::operation::{Operation, Sees};
+use super::relay::Relay;
 use super::service::{self, Service};
 use super::{Sink, Source, SourceError, arena};
+use crate::active::SLOTS;
 use crate::addr::Range;
 use crate::context::OpenInvalidation;
 use crate::notifier::Cause;
@@ -42,6 +46,8 @@ use crate::primitive::Backoff;
 
 /// Events that wait to be acted on; more are everything.
 const QUEUE: usize = 1024;
+/// Threads of a descriptor: one reads, the other stands by.
+const THREADS: usize = 2;
 /// Sinks of one descriptor: a space's, and the self-test's.
 const SINKS: usize = 4;
 
@@ -74,32 +80,40 @@ pub(super) fn declares(operation: Operation) -> Sees {
 #[derive(Debug)]
 struct Running {
     shared: Arc<Shared>,
-    reader: JoinHandle<()>,
-    server: JoinHandle<()>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
 struct Queue {
     events: VecDeque<Event>,
-    /// One did not fit.
+    /// One did not fit, or a mapping could not be watched.
     lost: bool,
+    /// One of the threads tells what there is.
+    serving: bool,
     taken: u64,
     done: u64,
+    /// Threads that wait until something is done.
+    waiting: usize,
     stopping: bool,
 }
 
 #[derive(Debug)]
 struct Shared {
     descriptor: Descriptor,
-    /// Written to when the reader shall end.
+    /// Written to where there is something to do that is no event.
     wake: OwnedFd,
     sinks: Mutex<[Option<Arc<Sink>>; SINKS]>,
-    /// Odd while the reader may have read what is not queued.
+    relay: Relay,
+    /// Odd while what has been read may not be queued.
     turn: AtomicU64,
     queue: Mutex<Queue>,
     changed: Condvar,
-    server: Mutex<Option<ThreadId>>,
     service: Service,
+}
+
+thread_local! {
+    /// For whom this thread reads: an address.
+    static READS: Cell<usize> = const { Cell::new(0) };
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -148,7 +162,7 @@ impl Source for Uffd {
                 })?;
         }
         // SAFETY: numbers only.
-        let wake = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
+        let wake = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
         if wake < 0 {
             return Err(SourceError::last("eventfd"));
         }
@@ -161,42 +175,34 @@ impl Source for Uffd {
             // SAFETY: opened just now.
             wake: unsafe { OwnedFd::from_raw_fd(wake) },
             sinks: Mutex::new(list),
+            relay: Relay::default(),
             turn: AtomicU64::new(0),
             queue: Mutex::new(Queue {
                 events: VecDeque::with_capacity(QUEUE),
                 lost: false,
+                serving: false,
                 taken: 0,
                 done: 0,
+                waiting: 0,
                 stopping: false,
             }),
             changed: Condvar::new(),
-            server: Mutex::new(None),
             service: service::start()?,
         });
-        let spawn = |name: &str, run: fn(&Shared)| {
-            let shared = shared.clone();
-            let thread = std::thread::Builder::new().name(name.to_owned());
-            thread
-                .spawn(move || run(&shared))
-                .map_err(|error| SourceError::System {
-                    call: "the start of a thread",
-                    error,
-                })
-        };
-        let reader = spawn("shootdown-reader", Shared::read)?;
-        let server = match spawn("shootdown-uffd", Shared::serve) {
-            Ok(server) => server,
-            Err(error) => {
-                shared.end_reader(reader);
-                return Err(error);
+        let mut threads = Vec::with_capacity(THREADS);
+        for nth in 0..THREADS {
+            let of_thread = shared.clone();
+            let thread = std::thread::Builder::new().name("shootdown-uffd".to_owned());
+            match thread.spawn(move || of_thread.run(nth)) {
+                Ok(thread) => threads.push(thread),
+                Err(error) => {
+                    shared.end(threads);
+                    let call = "the start of a thread";
+                    return Err(SourceError::System { call, error });
+                }
             }
-        };
-        *lock(&shared.server) = Some(server.thread().id());
-        *running = Some(Running {
-            shared,
-            reader,
-            server,
-        });
+        }
+        *running = Some(Running { shared, threads });
         Ok(())
     }
 
@@ -221,11 +227,7 @@ impl Source for Uffd {
         }
         let running = lock(&self.running).take();
         if let Some(running) = running {
-            shared.end_reader(running.reader);
-            lock(&shared.queue).stopping = true;
-            shared.changed.notify_all();
-            // A thread that panicked has nothing more to do.
-            let _ = running.server.join();
+            shared.end(running.threads);
         }
     }
 
@@ -249,14 +251,14 @@ impl Shared {
             Err(error) if error.raw_os_error() == Some(libc::ENOMEM) => {
                 // Blind from here on, and nobody the wiser: at least what is there now goes.
                 lock(&self.queue).lost = true;
-                self.changed.notify_all();
+                self.wake();
             }
             _ => {}
         }
     }
 
     fn settle(&self) {
-        if *lock(&self.server) == Some(std::thread::current().id()) {
+        if READS.get() == std::ptr::from_ref(self) as usize {
             // It tells by itself.
             return;
         }
@@ -272,23 +274,34 @@ impl Shared {
         }
         let mut queue = lock(&self.queue);
         let taken = queue.taken;
-        while queue.done < taken && !queue.stopping {
+        queue.waiting += 1;
+        while queue.done < taken {
             queue = self
                 .changed
                 .wait(queue)
                 .unwrap_or_else(PoisonError::into_inner);
         }
+        queue.waiting -= 1;
     }
 
-    fn end_reader(&self, reader: JoinHandle<()>) {
+    /// Whoever reads looks at the queue.
+    fn wake(&self) {
         let one = 1u64;
         // SAFETY: eight bytes, as the descriptor wants them.
         unsafe { libc::write(self.wake.as_raw_fd(), (&raw const one).cast(), 8) };
-        let _ = reader.join();
     }
 
-    /// The reader. Somebody waits for each event that there is: nothing here allocates, or waits for anything but moments.
-    fn read(&self) {
+    fn end(&self, threads: Vec<JoinHandle<()>>) {
+        lock(&self.queue).stopping = true;
+        self.wake();
+        for thread in threads {
+            // A thread that panicked has nothing more to do.
+            let _ = thread.join();
+        }
+    }
+
+    /// One of the threads. Somebody waits for each event that there is: nothing here allocates.
+    fn run(&self, nth: usize) {
         // Handlers of the application's signals could unmap what is watched.
         // SAFETY: the set is filled before it is used.
         unsafe {
@@ -296,67 +309,83 @@ impl Shared {
             libc::sigfillset(&mut all);
             libc::pthread_sigmask(libc::SIG_BLOCK, &all, std::ptr::null_mut());
         }
+        READS.set(std::ptr::from_ref(self) as usize);
+        let mut own = Vec::with_capacity(SLOTS);
+        // The first reads.
+        if nth > 0 && !self.relay.stand_by() {
+            return;
+        }
+        loop {
+            let Some(serves) = self.read(&mut own) else {
+                return self.relay.close();
+            };
+            if serves {
+                let turn = self.relay.busy();
+                self.serve();
+                if !self.relay.done(turn) && !self.relay.stand_by() {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Waits for an event, and queues it. Whether it is this thread's to tell what is queued; `None`: it is to end.
+    fn read(&self, own: &mut Vec<Range>) -> Option<bool> {
         let poll = |fd| libc::pollfd {
             fd,
             events: libc::POLLIN,
             revents: 0,
         };
         let mut fds = [poll(self.descriptor.raw()), poll(self.wake.as_raw_fd())];
-        loop {
-            // SAFETY: two descriptors.
-            unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) };
-            // An operation of the space itself that waits to be read is still among these; afterwards it may be over.
-            let own = self.own();
-            self.turn.fetch_add(1, Ordering::AcqRel);
-            let event = self.descriptor.read();
-            if let Some(event) = event
-                && !event
-                    .range()
-                    .is_some_and(|range| own.contains(&Some(range)))
-            {
-                let mut queue = lock(&self.queue);
-                if queue.events.len() == QUEUE {
-                    queue.lost = true;
-                } else {
-                    queue.events.push_back(event);
-                    queue.taken += 1;
-                }
-                drop(queue);
-                self.changed.notify_all();
-            }
-            // Release: whoever sees this even sees the queue.
-            self.turn.fetch_add(1, Ordering::Release);
-            if event.is_none() && fds[1].revents != 0 {
-                return;
+        // SAFETY: two descriptors.
+        unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) };
+        // An operation of the space itself that waits to be read is still among these; afterwards it may be over.
+        own.clear();
+        if let Some(sink) = &lock(&self.sinks)[0] {
+            // The self-test's space has no operations of its own.
+            sink.owned(own);
+        }
+        self.turn.fetch_add(1, Ordering::AcqRel);
+        let event = self.descriptor.read();
+        let is_own = |event: &Event| event.range().is_some_and(|range| own.contains(&range));
+        let mut queue = lock(&self.queue);
+        if let Some(event) = event.filter(|event| !is_own(event)) {
+            if queue.events.len() == QUEUE {
+                queue.lost = true;
+            } else {
+                queue.events.push_back(event);
+                queue.taken += 1;
             }
         }
-    }
-
-    fn own(&self) -> Own {
-        let sinks = lock(&self.sinks);
-        // The self-test's space has no operations of its own.
-        sinks[0].as_ref().map_or([None; _], |sink| sink.owned())
+        let serves = !queue.serving && (queue.lost || !queue.events.is_empty());
+        queue.serving |= serves;
+        let stopping = queue.stopping;
+        // Not what is written when this is to stop: there may be events to be read first.
+        if fds[1].revents != 0 && !stopping {
+            let mut count = 0u64;
+            // SAFETY: eight bytes, as the descriptor gives them.
+            unsafe { libc::read(self.wake.as_raw_fd(), (&raw mut count).cast(), 8) };
+        }
+        drop(queue);
+        // Release: whoever sees this even sees the queue.
+        self.turn.fetch_add(1, Ordering::Release);
+        let ends = stopping && event.is_none() && !serves;
+        (!ends).then_some(serves)
     }
 
     fn sinks(&self) -> [Option<Arc<Sink>>; SINKS] {
         lock(&self.sinks).clone()
     }
 
-    /// The server: tells what was read.
+    /// Tells what is queued, and what is queued meanwhile.
     fn serve(&self) {
         let mut queue = lock(&self.queue);
         loop {
             let lost = std::mem::take(&mut queue.lost);
             let event = queue.events.pop_front();
             if !lost && event.is_none() {
-                if queue.stopping {
-                    return;
-                }
-                queue = self
-                    .changed
-                    .wait(queue)
-                    .unwrap_or_else(PoisonError::into_inner);
-                continue;
+                queue.serving = false;
+                return;
             }
             drop(queue);
             {
@@ -369,10 +398,13 @@ impl Shared {
                     self.act(event);
                 }
             }
-            lock(&self.queue).done += u64::from(event.is_some());
-            self.changed.notify_all();
             service::hand_over(self.service);
             queue = lock(&self.queue);
+            queue.done += u64::from(event.is_some());
+            // A system call, also where nobody waits.
+            if queue.waiting > 0 {
+                self.changed.notify_all();
+            }
         }
     }
 
@@ -380,13 +412,11 @@ impl Shared {
         match event {
             Event::Unmap(range) => {
                 self.tell(Some(range), Cause::Unmap);
-                self.reserve(range);
                 self.look_again(range);
             }
             Event::Remove(range) => self.tell(Some(range), Cause::Discard),
             Event::Remap(from, to) => {
                 self.tell(Some(from), Cause::Remap);
-                self.reserve(from);
                 self.look_again(from);
                 // Where it went is nobody's business here.
                 let inside = |to: &Range| {
@@ -414,21 +444,17 @@ impl Shared {
         }
     }
 
-    /// The addresses of an arena stay its own, if nobody was faster.
-    fn reserve(&self, range: Range) {
+    /// The addresses of an arena stay its own, if nobody was faster; what is mapped there now, by `MAP_FIXED` or later, is watched again.
+    fn look_again(&self, range: Range) {
         let sinks = self.sinks();
         let arenas = sinks.iter().flatten().filter_map(|sink| sink.arena());
-        arena::reserve_hole(range, arenas);
-    }
-
-    /// What is mapped there now, by `MAP_FIXED` or later, is watched again.
-    fn look_again(&self, range: Range) {
-        for sink in self.sinks().iter().flatten() {
+        if arena::reserve_hole(range, arenas) {
+            return;
+        }
+        for sink in sinks.iter().flatten() {
             if let Some(part) = sink.range().intersect(range) {
                 self.renew(part);
             }
         }
     }
 }
-
-type Own = [Option<Range>; crate::active::SLOTS];

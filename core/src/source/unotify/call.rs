@@ -39,8 +39,12 @@ impl Changes {
         }
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
     pub(super) fn iter(&self) -> impl Iterator<Item = (Range, Cause)> {
-        self.list.iter().flatten().copied()
+        self.list[..self.len].iter().flatten().copied()
     }
 }
 

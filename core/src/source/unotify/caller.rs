@@ -4,6 +4,7 @@
 //! rights of its own, by `unshare` and raw system calls, and a child between vfork and exec has. Then a supervisor borrows the
 //! descriptor; what it cannot borrow, its caller does himself.
 
+use std::cell::Cell;
 use std::io::Write;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
@@ -12,9 +13,39 @@ use super::call::Call;
 /// Who makes a call.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Caller {
+    /// A thread of this process that is known to have been one before it made this call. While it waits it does not end by itself, and is
+    /// killed, by a signal or an exec, with its process only, and the supervisors with that.
+    Own,
     /// A thread of this process, or another process with its memory: between vfork and exec.
     InThisMemory,
     Other,
+}
+
+/// Threads of this process that a supervisor has seen make calls, by their numbers.
+#[derive(Default)]
+pub(super) struct Known([Cell<u32>; 16]);
+
+impl Known {
+    /// Who makes a call, by the number of the thread.
+    ///
+    /// The number may have been another process's when the call was received, and a thread's of this one by now, if the caller was killed
+    /// meanwhile. Numbers are given out in turn. For that to happen to one that was a thread's here before, it would have to
+    /// be given out twice, once to that process and once back, between two calls, and the second time since this was received.
+    pub(super) fn caller(&self, thread: u32) -> Caller {
+        let known = &self.0[thread as usize % self.0.len()];
+        if is_of_this_process(thread) {
+            match known.replace(thread) == thread {
+                true => Caller::Own,
+                false => Caller::InThisMemory,
+            }
+        } else {
+            known.take();
+            match shares(thread, KCMP_VM) {
+                true => Caller::InThisMemory,
+                false => Caller::Other,
+            }
+        }
+    }
 }
 
 // Of `kcmp`.
@@ -33,15 +64,15 @@ pub(super) fn own_thread() -> u32 {
     unsafe { libc::syscall(libc::SYS_gettid) as u32 }
 }
 
-pub(super) fn caller(thread: u32) -> Caller {
-    let own = std::process::id();
-    // SAFETY: signal 0 is none: this asks whether the thread is one of this process.
-    let is_thread = unsafe { libc::syscall(libc::SYS_tgkill, own, thread, 0) } == 0;
-    if is_thread || shares(thread, KCMP_VM) {
-        Caller::InThisMemory
-    } else {
-        Caller::Other
-    }
+/// Whether a thread is one of this process. Its clock of processor time is known to those only: of the questions that tell, the
+/// cheapest.
+fn is_of_this_process(thread: u32) -> bool {
+    // `CPUCLOCK_PERTHREAD_MASK`, `CPUCLOCK_SCHED` of `include/linux/posix-timers_types.h`.
+    const OF_A_THREAD: i32 = 4;
+    const PROCESSOR_TIME: i32 = 2;
+    let clock = !(thread as i32) << 3 | OF_A_THREAD | PROCESSOR_TIME;
+    // SAFETY: numbers only; nothing is written to where nothing is.
+    unsafe { libc::syscall(libc::SYS_clock_getres, clock, 0) == 0 }
 }
 
 /// How a supervisor can make a call in the place of its caller.
@@ -140,7 +171,11 @@ mod tests {
         let same = move |thread| [KCMP_FILES, KCMP_FS].map(|what| shares(thread, what));
         let parted = std::thread::spawn(move || {
             assert!(has_rights_of_this(here));
-            assert_eq!(caller(here), Caller::InThisMemory);
+            let known = Known::default();
+            let twice = [(); 2].map(|()| known.caller(here));
+            assert_eq!(twice, [Caller::InThisMemory, Caller::Own]);
+            // A process that has nothing to do with this one; then the number is a thread's here anew.
+            assert_eq!(known.caller(1), Caller::Other);
             assert_eq!(same(here), [true, true]);
             // SAFETY: numbers only.
             let parted = unsafe { libc::unshare(libc::CLONE_FS | libc::CLONE_FILES) };

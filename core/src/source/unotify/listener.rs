@@ -1,41 +1,9 @@
 //! The listener: calls that the kernel hands over, and their answers.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 /// A call that waits for its answer.
 pub(super) type Notification = libc::seccomp_notif;
-
-/// Waits for calls, so that one supervisor wakes for each. Without an epoll descriptor, of which there may be no more, all wake, and
-/// one receives it.
-pub(super) struct Wait(Option<OwnedFd>);
-
-impl Wait {
-    pub(super) fn new(listener: i32) -> Self {
-        // SAFETY: numbers only.
-        let fd = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
-        if fd < 0 {
-            return Self(None);
-        }
-        // SAFETY: opened just now.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        let mut event = libc::epoll_event {
-            events: (libc::EPOLLIN | libc::EPOLLEXCLUSIVE) as u32,
-            u64: 0,
-        };
-        let add = libc::EPOLL_CTL_ADD;
-        // SAFETY: both descriptors are open.
-        let added = unsafe { libc::epoll_ctl(fd.as_raw_fd(), add, listener, &mut event) };
-        Self((added == 0).then_some(fd))
-    }
-
-    pub(super) fn wait(&self) {
-        let Some(fd) = &self.0 else { return };
-        let mut event = libc::epoll_event { events: 0, u64: 0 };
-        // SAFETY: there is room for one event.
-        unsafe { libc::epoll_wait(fd.as_raw_fd(), &mut event, 1, -1) };
-    }
-}
 
 /// The next call; waits for one.
 ///

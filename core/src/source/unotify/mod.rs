@@ -9,20 +9,23 @@
 //! The filter is installed for all threads at once (TSYNC), the supervisors among them, and inherited by those that come later. What exempts
 //! the supervisors' calls is not the thread, which a filter cannot see, but the place that they come from: the [`gate`]. The
 //! supervisors wait for calls before the filter exists: the start of a thread allocates, on both sides, while somebody who holds the
-//! allocator's lock may be waiting for it. There are three. Two run handlers at a time, so disjoint calls are served in parallel; the
-//! third receives what comes meanwhile, and tells a handler that makes a call which a supervisor would have to serve EDEADLK.
+//! allocator's lock may be waiting for it. There are three. One receives and serves; where a call lasts longer than one to two
+//! milliseconds another takes over, so that two run handlers then, and the third receives what comes meanwhile, and tells a handler
+//! that makes a call which a supervisor would have to serve EDEADLK. Calls that take less are served one after the other.
 //!
 //! # Whose call it is
 //! A supervisor makes the call that its caller meant. A thread may have descriptors, a directory, a user of its own (`unshare`, raw
 //! system calls), and a child between vfork and exec has descriptors of its own. Descriptors are borrowed (`pidfd_getfd`). Where the kernel
 //! forbids that, forbids the comparison (`kcmp`), or directory or rights differ, the caller makes the call himself when the
-//! invalidation has ended: before, but no barrier. The self-test sees where that is so for all. A caller that is killed meanwhile
-//! is not represented: his call is not made.
+//! invalidation has ended: before, but no barrier. The self-test sees where that is so for all. Another process's thread that is killed
+//! meanwhile is not represented: its call is not made. A thread of this process is killed with the supervisors only.
 //!
 //! # Arenas
 //! What lies in the arena of a managed space is unmapped, moved away or detached by others as they like, but its addresses stay
 //! reserved: the space counts them as mapped until it unmaps them itself, and nobody else is to be given them. A supervisor
-//! reserves where it would unmap, so there is no moment between. Two calls leave one: an `mremap` that moves *and* grows, and `shmdt`.
+//! reserves where it would unmap, so there is no moment between. Three calls leave one, in which somebody else's `mmap` may be given
+//! them: an `mremap` that moves *and* grows; one that moves what the kernel does not move with `MREMAP_DONTUNMAP` (huge pages, memory
+//! of devices, and before Linux 5.13 all that is not private and anonymous); and `shmdt`.
 //!
 //! # What it does not see
 //! * What is no call of a thread of this process: other processes that change a file, whatever an io_uring does, and what the kernel does
@@ -71,7 +74,7 @@ use super::service;
 use super::{Sink, Source, SourceError, gate};
 use crate::addr::Range;
 
-/// Supervisors of a process: all but one run handlers at a time.
+/// Supervisors of a process: all but one may run handlers at a time.
 const SUPERVISORS: usize = 3;
 
 /// Seccomp user notification. Opt-in: read the module's notes on what stays. Any number of values stand for the one listener that

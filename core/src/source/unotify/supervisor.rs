@@ -1,7 +1,8 @@
-//! The supervisors: each receives a call, shoots down, performs it, and answers.
+//! The supervisors: one receives a call, shoots down, performs it, and answers.
 //!
-//! All but one of them run handlers at a time. The one that is left goes on receiving: a call may be a handler's of the others, which
-//! would wait for itself, and is told so. What else it receives waits for a supervisor.
+//! The others [stand by](Relay), and take over when a call lasts. All but one of them run handlers at a time. The one that is left goes
+//! on receiving: a call may be a handler's of the others, which would wait for itself, and is told so. What else it
+//! receives waits for a supervisor.
 
 use std::collections::VecDeque;
 use std::io;
@@ -9,9 +10,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use super::call::{CHANGES, Call, Changes};
-use super::caller::{Caller, StandIn, caller, own_thread};
+use super::caller::{Caller, Known, StandIn, own_thread};
 use super::filter::RANGES;
-use super::listener::{self, Notification, Wait};
+use super::listener::{self, Notification};
 use super::maps::Maps;
 use super::perform::Arenas;
 use super::{LISTENER, NONE_COMES, SUPERVISOR, SUPERVISORS, lock};
@@ -19,6 +20,7 @@ use crate::addr::Range;
 use crate::context::OpenInvalidation;
 use crate::engine::SinkError;
 use crate::notifier::{Cause, Outcome};
+use crate::source::relay::Relay;
 use crate::source::service::{self, Service};
 use crate::source::{ExternalChange, Sink, SourceError};
 
@@ -40,7 +42,7 @@ struct Route {
 struct Calls {
     serving: usize,
     /// Never grows: it has room for [`WAITING`].
-    waiting: VecDeque<Notification>,
+    waiting: VecDeque<(Notification, Caller)>,
 }
 
 /// The list of all supervisors.
@@ -48,6 +50,7 @@ struct Calls {
 pub(super) struct Supervisor {
     routes: Mutex<[Option<Route>; RANGES]>,
     left: Condvar,
+    relay: Relay,
     calls: Mutex<Calls>,
     service: Service,
 }
@@ -81,16 +84,37 @@ pub(super) fn supervise(nth: usize, maps: &Maps) {
     let Some(supervisor) = SUPERVISOR.get().filter(|_| listener != NONE_COMES) else {
         return;
     };
-    let wait = Wait::new(listener);
+    let seat = Seat {
+        listener,
+        maps,
+        known: Known::default(),
+    };
+    let relay = &supervisor.relay;
+    // The first receives.
+    if nth > 0 && !relay.stand_by() {
+        return;
+    }
     loop {
-        wait.wait();
         match listener::receive(listener) {
-            Ok(notification) => supervisor.take(listener, maps, notification),
+            Ok(notification) => {
+                let turn = relay.busy();
+                supervisor.take(&seat, notification);
+                if !relay.done(turn) && !relay.stand_by() {
+                    return;
+                }
+            }
             Err(error) if is_passing(&error) => {}
             // Somebody has closed it: what the filter stops fails from here on.
-            Err(_) => return,
+            Err(_) => return relay.close(),
         }
     }
+}
+
+/// What a supervisor has for itself.
+struct Seat<'m> {
+    listener: i32,
+    maps: &'m Maps,
+    known: Known,
 }
 
 /// A signal, or a caller that was gone by then.
@@ -110,6 +134,7 @@ impl Supervisor {
         Self {
             routes: Mutex::new([const { None }; RANGES]),
             left: Condvar::new(),
+            relay: Relay::default(),
             calls: Mutex::new(Calls {
                 serving: 0,
                 waiting: VecDeque::with_capacity(WAITING),
@@ -162,20 +187,22 @@ impl Supervisor {
     }
 
     /// Serves a call that was received, then those that wait, unless all but this one are at it.
-    fn take(&self, listener: i32, maps: &Maps, notification: Notification) {
+    fn take(&self, seat: &Seat<'_>, notification: Notification) {
+        let listener = seat.listener;
         let mut is_supervisor = THREADS.iter().map(|one| one.load(Ordering::Relaxed));
         if is_supervisor.any(|one| one == notification.pid) {
             // Its handler waits for this very call.
             return listener::answer(listener, notification.id, Err(libc::EDEADLK));
         }
-        if caller(notification.pid) == Caller::Other {
+        let caller = seat.known.caller(notification.pid);
+        if caller == Caller::Other {
             return listener::let_go_on(listener, notification.id);
         }
         {
             let mut calls = lock(&self.calls);
             if calls.serving == SUPERVISORS - 1 {
                 if calls.waiting.len() < WAITING {
-                    calls.waiting.push_back(notification);
+                    calls.waiting.push_back((notification, caller));
                 } else {
                     listener::answer(listener, notification.id, Err(libc::EAGAIN));
                 }
@@ -183,9 +210,9 @@ impl Supervisor {
             }
             calls.serving += 1;
         }
-        let mut next = Some(notification);
-        while let Some(notification) = next {
-            self.serve(listener, maps, &notification);
+        let mut next = Some((notification, caller));
+        while let Some((notification, caller)) = next {
+            self.serve(seat, &notification, caller);
             let mut calls = lock(&self.calls);
             next = calls.waiting.pop_front();
             calls.serving -= usize::from(next.is_none());
@@ -193,8 +220,8 @@ impl Supervisor {
     }
 
     /// Serves one call. From its receipt to its answer nothing is allocated or freed.
-    fn serve(&self, listener: i32, maps: &Maps, notification: &Notification) {
-        let id = notification.id;
+    fn serve(&self, seat: &Seat<'_>, notification: &Notification, caller: Caller) {
+        let (id, listener, maps) = (notification.id, seat.listener, seat.maps);
         {
             // As if inside a callback: what the handlers put off stays put off until the caller has its answer.
             let _open = OpenInvalidation::enter();
@@ -204,7 +231,7 @@ impl Supervisor {
             let perform = |arenas: &Arenas| {
                 // A caller that was killed is gone, and what it wanted to unmap may be somebody else's by the time that this is made.
                 // Whoever waits still is also who was looked at above: his number was not given to another.
-                if !listener::is_waited_for(listener, id) {
+                if caller != Caller::Own && !listener::is_waited_for(listener, id) {
                     return (Some(Err(libc::EINTR)), Outcome::Unchanged);
                 }
                 if matches!(stand_in, StandIn::Not) {
@@ -263,15 +290,20 @@ impl Supervisor {
 
     fn leave(&self, sinks: [Option<Arc<Sink>>; RANGES]) {
         let mut routes = lock(&self.routes);
+        let mut waited_for = false;
         for (route, sink) in routes.iter_mut().zip(sinks) {
             if let (Some(route), Some(sink)) = (route, sink) {
                 // Not the last: the route has one.
                 drop(sink);
                 route.uses -= 1;
+                waited_for |= route.stopping;
             }
         }
         drop(routes);
-        self.left.notify_all();
+        // A system call, also where nobody waits.
+        if waited_for {
+            self.left.notify_all();
+        }
     }
 }
 
@@ -291,7 +323,8 @@ fn begin<'s>(
             foreign.map(move |sink| Part { sink, range, cause })
         })
     };
-    if changes.everything || parts().count() > CHANGES {
+    let at_most = changes.len() * sinks().count();
+    if changes.everything || at_most > CHANGES && parts().count() > CHANGES {
         let all = sinks().map(|sink| Part {
             sink,
             range: sink.range(),

@@ -5,6 +5,33 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use shootdown::Range;
 
+/// What a mechanism is made to do besides: what correctness needs, without a framework.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Duties {
+    /// unotify: asks whether the caller is a thread of this process, and not a child that has inherited the filter. uffd: looks
+    /// whether there is an event before it reads, so that whoever registers can wait for what is about to be read.
+    pub(crate) asks: bool,
+    /// Keeps the addresses of what is unmapped.
+    pub(crate) reserves: bool,
+}
+
+/// As `munmap`, but the addresses stay taken.
+fn reserve(at: usize, len: usize, how: i32) -> isize {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | how;
+    // SAFETY: over what a thread of this process wants to be unmapped, or has unmapped.
+    let mapped = unsafe { libc::mmap(at as *mut _, len, libc::PROT_NONE, flags, -1, 0) };
+    if mapped == libc::MAP_FAILED {
+        return -(libc::ENOMEM as isize);
+    }
+    0
+}
+
+/// Whether it is a thread of this process: its clock of processor time is known to those only.
+fn is_of_this_process(thread: u32) -> bool {
+    // SAFETY: numbers only.
+    unsafe { libc::syscall(libc::SYS_clock_getres, !(thread as i32) << 3 | 6, 0) == 0 }
+}
+
 /// A filter that hands the `munmap` of a page over, and one thread that performs the call and answers.
 pub(crate) struct BareUnotify;
 
@@ -34,7 +61,7 @@ fn check(said: libc::c_long) -> io::Result<i32> {
 
 impl BareUnotify {
     /// For a page.
-    pub(crate) fn start(range: Range) -> io::Result<()> {
+    pub(crate) fn start(range: Range, duties: Duties) -> io::Result<()> {
         // SAFETY: no call is made.
         let place = unsafe { perform(0, 0) } as u64;
         let (first, last) = (range.start().get(), range.last().get());
@@ -84,7 +111,7 @@ impl BareUnotify {
         let (send, receive) = std::sync::mpsc::channel();
         std::thread::Builder::new().spawn(move || {
             if let Ok(listener) = receive.recv() {
-                serve(listener);
+                serve(listener, duties);
             }
         })?;
         // SAFETY: numbers only.
@@ -114,7 +141,7 @@ fn line(code: u32, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
     }
 }
 
-fn serve(listener: i32) {
+fn serve(listener: i32, duties: Duties) {
     loop {
         // SAFETY: integers only; the kernel fills it.
         let mut call: libc::seccomp_notif = unsafe { std::mem::zeroed() };
@@ -122,9 +149,15 @@ fn serve(listener: i32) {
         if unsafe { libc::ioctl(listener, libc::SECCOMP_IOCTL_NOTIF_RECV, &raw mut call) } != 0 {
             continue;
         }
-        let [at, len, ..] = call.data.args;
-        // SAFETY: what a thread of this process asked for.
-        let result = unsafe { perform(at as usize, len as usize) };
+        let [at, len, ..] = call.data.args.map(|arg| arg as usize);
+        if duties.asks && !is_of_this_process(call.pid) {
+            continue;
+        }
+        let result = match duties.reserves {
+            true => reserve(at, len, libc::MAP_FIXED),
+            // SAFETY: what a thread of this process asked for.
+            false => unsafe { perform(at, len) },
+        };
         let answer = libc::seccomp_notif_resp {
             id: call.id,
             val: 0,
@@ -146,9 +179,10 @@ const DEVICE_NEW: libc::c_ulong = 0xaa00;
 /// REMAP, REMOVE, UNMAP, WP_UNPOPULATED, WP_ASYNC.
 const FEATURES: u64 = 1 << 2 | 1 << 3 | 1 << 6 | 1 << 13 | 1 << 15;
 const MODE_WP: u64 = 2;
+const UNMAP: u8 = 0x16;
 
 impl BareUffd {
-    pub(crate) fn start(range: Range) -> io::Result<Self> {
+    pub(crate) fn start(range: Range, duties: Duties) -> io::Result<Self> {
         let device = std::fs::File::open("/dev/userfaultfd")?;
         // SAFETY: numbers only.
         let fd = unsafe { libc::ioctl(device.as_raw_fd(), DEVICE_NEW, libc::O_CLOEXEC) };
@@ -161,8 +195,26 @@ impl BareUffd {
         this.register(range)?;
         std::thread::Builder::new().spawn(move || {
             let mut event = [0u64; 4];
-            // SAFETY: one event has 32 bytes; the descriptor lives as long as the process.
-            while unsafe { libc::read(fd, event.as_mut_ptr().cast(), 32) } != -1 {}
+            loop {
+                if duties.asks {
+                    let mut ready = libc::pollfd {
+                        fd,
+                        events: libc::POLLIN,
+                        revents: 0,
+                    };
+                    // SAFETY: one descriptor, which lives as long as the process.
+                    unsafe { libc::poll(&mut ready, 1, -1) };
+                }
+                // SAFETY: one event has 32 bytes.
+                if unsafe { libc::read(fd, event.as_mut_ptr().cast(), 32) } == -1 {
+                    return;
+                }
+                let [what, start, end, _] = event;
+                if duties.reserves && what as u8 == UNMAP {
+                    let len = end as usize - start as usize;
+                    reserve(start as usize, len, libc::MAP_FIXED_NOREPLACE);
+                }
+            }
         })?;
         Ok(this)
     }

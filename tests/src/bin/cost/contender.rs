@@ -12,7 +12,7 @@ use shootdown::{
 use thiserror::Error;
 
 use crate::Contender;
-use crate::bare::{BareUffd, BareUnotify};
+use crate::bare::{BareUffd, BareUnotify, Duties};
 
 const PAGE: u64 = 4096;
 
@@ -55,25 +55,39 @@ type Renew<'a> = &'a mut dyn FnMut() -> Result<(), Error>;
 pub(crate) fn serve(contender: Contender) -> Result<(), Error> {
     let memory = Arc::new(ProcessMemory::reserve(64 << 20)?);
     let arena = memory.arena();
-    let space = AddressSpace::managed(memory, Deadlines::default());
-    let page = space.map(Map::anonymous(PAGE))?;
+    // Without a memory of its own the space watches what is somebody else's as a whole; the page lies in the same place.
+    let space = match contender.keeps_addresses() {
+        true => AddressSpace::managed(memory, Deadlines::default()),
+        false => AddressSpace::without_memory(Deadlines::default()),
+    };
+    let middle = arena.start().get() + (32 << 20);
+    let page = Range::new(middle, PAGE).expect("a page");
+    if contender.keeps_addresses() {
+        space.map(Map::anonymous(PAGE).at(page.start()))?;
+    } else {
+        map(Some(middle as usize))?;
+    }
     let watch = |source: Arc<dyn Source>| space.watch(source, arena);
+    let duties = |asks| Duties {
+        asks,
+        reserves: contender.keeps_addresses(),
+    };
     match contender {
         Contender::Nothing => turns(page, &mut || Ok(())),
-        Contender::BareUnotify => {
-            BareUnotify::start(page)?;
+        Contender::BareUnotify | Contender::DutifulUnotify | Contender::DutifulUnotifyInArena => {
+            BareUnotify::start(page, duties(contender != Contender::BareUnotify))?;
             turns(page, &mut || Ok(()))
         }
-        Contender::Unotify => {
+        Contender::Unotify | Contender::UnotifyInArena => {
             let _watched = watch(Arc::new(Unotify::new()))?;
             let _registration = space.register(page, Arc::new(Registered), &[])?;
             turns(page, &mut || Ok(()))
         }
-        Contender::BareUffd => {
-            let uffd = BareUffd::start(arena)?;
+        Contender::BareUffd | Contender::DutifulUffd | Contender::DutifulUffdInArena => {
+            let uffd = BareUffd::start(arena, duties(contender != Contender::BareUffd))?;
             turns(page, &mut || Ok(uffd.register(page)?))
         }
-        Contender::Uffd => {
+        Contender::Uffd | Contender::UffdInArena => {
             let _watched = watch(Arc::new(Uffd::new()))?;
             let mut registration = None;
             turns(page, &mut || {

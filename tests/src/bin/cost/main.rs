@@ -46,12 +46,37 @@ enum Contender {
     Nothing,
     /// A filter and a supervisor that performs the call.
     BareUnotify,
+    /// The same, and what correctness needs.
+    DutifulUnotify,
     /// The framework's, with one registration.
     Unotify,
+    /// As above: the addresses stay those of the arena.
+    DutifulUnotifyInArena,
+    /// The framework's, with one registration in the arena of its space.
+    UnotifyInArena,
     /// A userfaultfd and a reader.
     BareUffd,
+    /// The same, and what correctness needs.
+    DutifulUffd,
     /// The framework's, with one registration.
     Uffd,
+    /// As above: the addresses stay those of the arena.
+    DutifulUffdInArena,
+    /// The framework's, with one registration in the arena of its space.
+    UffdInArena,
+}
+
+impl Contender {
+    /// Whether what is unmapped lies in the arena of a space, which keeps its addresses.
+    fn keeps_addresses(self) -> bool {
+        matches!(
+            self,
+            Self::DutifulUnotifyInArena
+                | Self::UnotifyInArena
+                | Self::DutifulUffdInArena
+                | Self::UffdInArena
+        )
+    }
 }
 
 #[derive(Debug, Error)]
@@ -68,15 +93,18 @@ enum Error {
 #[derive(Debug, Serialize)]
 struct Row {
     source: Contender,
-    /// The munmap of a touched page of 4 KiB, in nanoseconds: nothing watches, the bare mechanism, the framework.
-    munmap_ns: [f64; 3],
+    /// The munmap of a touched page of 4 KiB, in nanoseconds: nothing watches, the bare mechanism, the same with what correctness
+    /// needs, the framework.
+    munmap_ns: [f64; 4],
     /// Framework by bare mechanism.
     munmap_ratio: f64,
+    /// Framework by what correctness needs.
+    munmap_by_needed: f64,
     /// A system call that has nothing to do with memory, as above.
-    unrelated_ns: [f64; 3],
+    unrelated_ns: [f64; 4],
     unrelated_ratio: f64,
     /// The munmap of a touched page that is not watched.
-    elsewhere_ns: [f64; 3],
+    elsewhere_ns: [f64; 4],
     elsewhere_ratio: f64,
 }
 
@@ -148,8 +176,8 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-fn row(options: &Options, bare: Contender, source: Contender) -> Result<Row, Error> {
-    let mut contenders = [Contender::Nothing, bare, source]
+fn row(options: &Options, [bare, needed, source]: [Contender; 3]) -> Result<Row, Error> {
+    let mut contenders = [Contender::Nothing, bare, needed, source]
         .into_iter()
         .map(Process::start)
         .collect::<Result<Vec<_>, _>>()?;
@@ -163,34 +191,35 @@ fn row(options: &Options, bare: Contender, source: Contender) -> Result<Row, Err
         }
     }
     let medians = |of: fn(&Sample) -> f64| {
-        [0, 1, 2].map(|nth| median(turns.iter().map(|turn| of(&turn[nth])).collect()))
+        [0, 1, 2, 3].map(|nth| median(turns.iter().map(|turn| of(&turn[nth])).collect()))
     };
-    let ratio = |of: fn(&Sample) -> f64| {
-        median(
-            turns
-                .iter()
-                .map(|turn| of(&turn[2]) / of(&turn[1]))
-                .collect(),
-        )
+    // Framework by one of the others.
+    let ratio = |nth: usize, of: fn(&Sample) -> f64| {
+        let ratios = turns.iter().map(|turn| of(&turn[3]) / of(&turn[nth]));
+        median(ratios.collect())
     };
     Ok(Row {
         source,
         munmap_ns: medians(|sample| sample.munmap),
-        munmap_ratio: ratio(|sample| sample.munmap),
+        munmap_ratio: ratio(1, |sample| sample.munmap),
+        munmap_by_needed: ratio(2, |sample| sample.munmap),
         unrelated_ns: medians(|sample| sample.unrelated),
-        unrelated_ratio: ratio(|sample| sample.unrelated),
+        unrelated_ratio: ratio(1, |sample| sample.unrelated),
         elsewhere_ns: medians(|sample| sample.elsewhere),
-        elsewhere_ratio: ratio(|sample| sample.elsewhere),
+        elsewhere_ratio: ratio(1, |sample| sample.elsewhere),
     })
 }
 
 /// False if a source costs more than it may.
 fn compare(options: &Options) -> Result<bool, Error> {
-    let pairs = [
-        (Contender::BareUnotify, Contender::Unotify),
-        (Contender::BareUffd, Contender::Uffd),
+    use Contender::*;
+    let rows = [
+        [BareUnotify, DutifulUnotify, Unotify],
+        [BareUnotify, DutifulUnotifyInArena, UnotifyInArena],
+        [BareUffd, DutifulUffd, Uffd],
+        [BareUffd, DutifulUffdInArena, UffdInArena],
     ];
-    let rows = pairs.map(|(bare, source)| row(options, bare, source));
+    let rows = rows.map(|contenders| row(options, contenders));
     let rows = rows.into_iter().collect::<Result<Vec<_>, _>>()?;
     if options.json {
         println!("{}", serde_json::to_string(&rows).expect("numbers"));
@@ -210,16 +239,31 @@ fn print(options: &Options, rows: &[Row]) {
         "medians of {} turns of {} calls, ns",
         options.turns, options.calls
     );
-    println!("                              nothing   bare   framework   framework / bare");
+    println!(
+        "                                        nothing    bare  needed  framework   by bare  by needed"
+    );
     for row in rows {
-        let name = format!("{:?}", row.source).to_lowercase();
-        for (what, [nothing, bare, framework], ratio) in [
-            ("munmap, watched", row.munmap_ns, row.munmap_ratio),
-            ("munmap, elsewhere", row.elsewhere_ns, row.elsewhere_ratio),
-            ("an unrelated call", row.unrelated_ns, row.unrelated_ratio),
+        let name = row.source.to_possible_value().expect("none is hidden");
+        let name = name.get_name().replace('-', " ");
+        let needed = Some(row.munmap_by_needed);
+        for (what, [nothing, bare, dutiful, framework], ratio, needed) in [
+            ("munmap, watched", row.munmap_ns, row.munmap_ratio, needed),
+            (
+                "munmap, elsewhere",
+                row.elsewhere_ns,
+                row.elsewhere_ratio,
+                None,
+            ),
+            (
+                "an unrelated call",
+                row.unrelated_ns,
+                row.unrelated_ratio,
+                None,
+            ),
         ] {
+            let needed = needed.map_or(String::new(), |ratio| format!("x{ratio:.2}"));
             println!(
-                "{name:<8} {what:<20} {nothing:>8.0} {bare:>7.0} {framework:>9.0}        x{ratio:.2}"
+                "{name:<17} {what:<20} {nothing:>8.0} {bare:>7.0} {dutiful:>7.0} {framework:>10.0}     x{ratio:.2}      {needed}"
             );
         }
     }

@@ -41,6 +41,12 @@ pub(crate) const TABLE: &[Entry] = &[
         "model::litmus::an_end_and_a_waiter_do_not_miss_each_other",
     ),
     model(
+        "R4",
+        "r4-removed",
+        "whoever waits is woken for what another thread has yet to release (space::inner, remove_completed)",
+        "model::waits::what_is_given_up_together_is_released_by_whoever_waits",
+    ),
+    model(
         "R5",
         "r5",
         "the last to leave completes, not who detached (registration::state)",
@@ -240,6 +246,12 @@ pub(crate) const TABLE: &[Entry] = &[
             test: "a_change_that_is_refused_frees_no_device",
         },
     },
+    model(
+        "R18",
+        "r18-relay",
+        "whoever receives and whoever stops to watch it fence before they look for each other (source::relay)",
+        "source::relay::tests::model::a_receiver_that_is_stuck_is_relieved",
+    ),
     test(
         "R19",
         "r19-command",

@@ -22,7 +22,7 @@ mod tests;
 use std::ops::ControlFlow;
 
 pub(crate) use self::node::{Entry, Found};
-use self::node::{Link, Node, Nodes, key};
+use self::node::{Link, Node, Nodes, SPARE, key};
 use self::summary::{Marks, Old, Summary};
 use crate::active::{Active, Claim};
 use crate::addr::Range;
@@ -39,9 +39,10 @@ struct Unlinked<T> {
 
 impl<T> Default for Unlinked<T> {
     fn default() -> Self {
+        // So that what is handed out does not depend on how much happened to be unlinked at once.
         Self {
-            nodes: Vec::new(),
-            values: Vec::new(),
+            nodes: Vec::with_capacity(SPARE),
+            values: Vec::with_capacity(SPARE / 8),
             tables: Vec::new(),
         }
     }

@@ -26,7 +26,7 @@ pub(crate) const FANOUT: usize = 16;
 pub(crate) const FANOUT: usize = 2;
 
 /// Nodes kept for reuse.
-const SPARE: usize = 64;
+pub(super) const SPARE: usize = 64;
 
 /// What an index is made of.
 pub(crate) trait Entry {
@@ -424,8 +424,8 @@ impl<T: Entry> Nodes<T> {
     pub(super) fn new() -> Self {
         Self {
             stamp: 1,
-            spare: Vec::new(),
-            unlinked: Vec::new(),
+            spare: Vec::with_capacity(SPARE),
+            unlinked: Vec::with_capacity(SPARE),
         }
     }
 

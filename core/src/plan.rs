@@ -6,7 +6,7 @@
 //! needs the fewest.
 
 use crate::addr::{PageSize, PageSizes, Range};
-use crate::tlb::{BATCH, Device, Scope};
+use crate::tlb::{BATCH, Device, Limits, Scope};
 
 /// What walks the pieces of a range: calls with each one, and the sizes that its pages have.
 pub(crate) type Pieces<'a> = &'a dyn Fn(Range, &mut dyn FnMut(Range, PageSizes));
@@ -23,9 +23,10 @@ struct Open {
     last: u64,
 }
 
-/// The commands of one range for one device.
+/// The commands of one range for one device, or for all that are alike.
 #[derive(Debug)]
 pub(crate) struct FlushPlan {
+    range: Range,
     entry_sizes: PageSizes,
     splits_pages: bool,
     per_command: u64,
@@ -37,17 +38,22 @@ pub(crate) struct FlushPlan {
     full: bool,
 }
 
+/// Commands of one range that are no dearer than a full flush, and fit into a batch.
+fn most(limits: &Limits) -> usize {
+    let most = limits.commands_per_batch.clamp(1, BATCH);
+    most.min(usize::try_from(limits.full_flush_cost.max(1)).unwrap_or(usize::MAX))
+}
+
 impl FlushPlan {
     /// The plan for `range` on `device`. Where others change pages too large ones may have been `cut`.
     pub(crate) fn new(range: Range, pieces: Pieces<'_>, device: &Device, cut: bool) -> Self {
         let limits = device.limits();
-        let most = limits.commands_per_batch.clamp(1, BATCH);
-        let cost = usize::try_from(limits.full_flush_cost.max(1)).unwrap_or(usize::MAX);
         let mut plan = Self {
+            range,
             entry_sizes: limits.entry_sizes,
             splits_pages: device.splits_pages() || cut,
             per_command: limits.pages_per_command.max(1),
-            most: most.min(cost),
+            most: most(limits),
             open: [None; PageSize::ALL.len()],
             scopes: [Scope::Tag; BATCH],
             len: 0,
@@ -64,6 +70,16 @@ impl FlushPlan {
             }
         }
         plan
+    }
+
+    /// Whether it does for this device as well, with the same in the range.
+    pub(crate) fn fits(&self, range: Range, device: &Device, cut: bool) -> bool {
+        let limits = device.limits();
+        self.range == range
+            && self.entry_sizes == limits.entry_sizes
+            && self.splits_pages == (device.splits_pages() || cut)
+            && self.per_command == limits.pages_per_command.max(1)
+            && self.most == most(limits)
     }
 
     /// The sizes that entries of pages of `sizes` can have.

@@ -119,7 +119,8 @@ pub trait DeviceTlb: Send + Sync + 'static {
     /// [`Issue::Busy`]: with nothing queued it must cost the device nothing.
     fn dispatch(&self) -> Ticket;
 
-    /// Whether everything of `ticket` is acknowledged. Takes no lock that a stuck device can hold up.
+    /// Whether everything of `ticket` is acknowledged. Takes no lock that a stuck device can hold up. Asked again until it is, but for
+    /// a while not where another device of the operation is waited for: the device has to get on with it by itself.
     fn poll(&self, ticket: Ticket) -> Completion;
 
     /// The last resort: stops the device and empties its TLB. Success means that no access through an old entry can

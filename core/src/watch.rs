@@ -79,6 +79,22 @@ impl Name {
         Self(at)
     }
 
+    /// The same for a name that stays as it is: mostly the one that this thread has last asked for.
+    pub(crate) fn of(name: &'static str) -> Self {
+        use std::cell::Cell;
+        std::thread_local! {
+            static LAST: Cell<Option<(&'static str, Name)>> = const { Cell::new(None) };
+        }
+        // The same place, not only the same letters, which takes longer to see.
+        let is_it = |(last, _): &(&'static str, Name)| std::ptr::eq(*last, name);
+        if let Some((_, known)) = LAST.get().filter(is_it) {
+            return known;
+        }
+        let found = Self::new(name);
+        LAST.set(Some((name, found)));
+        found
+    }
+
     /// Neither locks nor allocates.
     pub(crate) fn as_str(self) -> &'static str {
         let name = NAMES[usize::from(self.0)].load(Acquire);

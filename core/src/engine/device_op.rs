@@ -201,7 +201,8 @@ impl Deadline {
     }
 }
 
-/// Polls all devices together until each has acknowledged or the deadline is over.
+/// Waits for all devices together, until each has acknowledged or the deadline is over. Of those that have everything that they are to do,
+/// only the first that is not done is looked at: when it is, most of the others are too, and nobody goes on before all are.
 pub(super) fn sync(devices: &mut Chain<DeviceOp>, deadline: &mut Deadline) {
     if planted!("r21-sync") {
         devices.for_each(|one| one.state = Ack::Done);
@@ -211,8 +212,13 @@ pub(super) fn sync(devices: &mut Chain<DeviceOp>, deadline: &mut Deadline) {
     loop {
         let over = deadline.is_over(&backoff);
         let mut waiting = false;
+        let mut behind = false;
         devices.for_each(|one| {
+            if behind && one.state == Ack::Waiting && !over {
+                return;
+            }
             one.poll();
+            behind |= one.state == Ack::Waiting;
             if matches!(one.state, Ack::Issuing | Ack::Waiting) {
                 waiting = true;
                 if over {

@@ -191,6 +191,9 @@ impl<'s> Desk<'s> {
             ..
         } = &mut **self;
         let cut = space.sources.may_be_cut();
+        // That of the last device, which mostly does for the next. What is mapped in the range is the same for all: who cuts a page from here
+        // on does it with everybody quiesced, who installs nothing of it any more.
+        let mut plan: Option<FlushPlan> = None;
         hits.for_each(|hit| {
             let Some(hit) = hit.used() else { return };
             let used = &hit.used;
@@ -213,8 +216,11 @@ impl<'s> Desk<'s> {
                 let Some(one) = devices.get_mut(at) else {
                     continue;
                 };
-                let plan = FlushPlan::new(range, pieces, &target.device, cut);
-                for &scope in plan.scopes() {
+                let fits = |plan: &FlushPlan| plan.fits(range, &target.device, cut);
+                if !plan.as_ref().is_some_and(fits) {
+                    plan = Some(FlushPlan::new(range, pieces, &target.device, cut));
+                }
+                for &scope in plan.iter().flat_map(FlushPlan::scopes) {
                     one.add(FlushCommand {
                         tag: target.tag,
                         scope,

@@ -47,14 +47,16 @@ fn device(pages_per_command: u64, full_flush_cost: u64, splits_pages: bool) -> D
 }
 
 fn plan(pieces: &[(Range, PageSizes)], device: &Device) -> Vec<Scope> {
+    plan_of(pieces, device, false).scopes().to_vec()
+}
+
+fn plan_of(pieces: &[(Range, PageSizes)], device: &Device, cut: bool) -> FlushPlan {
     let walk = |_: Range, each: &mut dyn FnMut(Range, PageSizes)| {
         for (range, sizes) in pieces {
             each(*range, *sizes);
         }
     };
-    FlushPlan::new(Range::ALL, &walk, device, false)
-        .scopes()
-        .to_vec()
+    FlushPlan::new(Range::ALL, &walk, device, cut)
 }
 
 fn one(len: u64, size: PageSize, cost: u64) -> Vec<Scope> {
@@ -167,5 +169,39 @@ proptest! {
             wanted.entry(*page_size).or_default().retain(|page| !covered.contains(page));
         }
         prop_assert!(wanted.values().all(BTreeSet::is_empty), "not covered: {wanted:?}");
+    }
+}
+
+proptest! {
+    // Most are the same whatever they depend on: a full flush.
+    #![proptest_config(ProptestConfig::with_cases(4000))]
+
+    #[test]
+    fn a_plan_that_fits_another_device_is_that_devices_own(
+        pieces in pieces(),
+        limits in [(1u64..24, 1u64..12), (1u64..24, 1u64..12)],
+        (batch, sizes, splits) in ([1usize..10, 1usize..10], [1u8..8, 1u8..8], any::<[bool; 2]>()),
+        // What the second has from the first, mostly all but one.
+        same in prop::sample::select(vec![31u8, 30, 29, 27, 23, 15, 0]),
+        cut in any::<bool>(),
+    ) {
+        let devices = [0, 1].map(|nth| {
+            let from = |bit: u8| if same >> bit & 1 == 1 { 0 } else { nth };
+            let chosen = PageSize::ALL.into_iter().enumerate();
+            let chosen = chosen.filter(|(size, _)| sizes[from(0)] >> size & 1 == 1);
+            let limits = Limits {
+                entry_sizes: chosen.map(|(_, size)| PageSizes::from(size)).collect(),
+                pages_per_command: limits[from(1)].0,
+                full_flush_cost: limits[from(2)].1,
+                commands_per_batch: batch[from(3)],
+            };
+            Device::new("a device", Tlb { limits, splits_pages: splits[from(4)] })
+        });
+        let [own, others] = [0, 1].map(|nth| plan_of(&pieces, &devices[nth], cut));
+        prop_assert!(own.fits(Range::ALL, &devices[0], cut));
+        prop_assert!(!own.fits(Range::page(crate::Addr::new(0), PageSize::FourKiB), &devices[0], cut));
+        if own.fits(Range::ALL, &devices[1], cut) {
+            prop_assert_eq!(own.scopes(), others.scopes());
+        }
     }
 }

@@ -35,7 +35,7 @@ impl Prepared {
             needs: notifier.needs(),
             operations: notifier.operations(),
             inner: Arc::new(Inner {
-                who: Who::new(space.next_registration(), Name::new(notifier.name())),
+                who: Who::new(space.next_registration(), Name::of(notifier.name())),
                 range,
                 word,
                 notifier,

@@ -67,8 +67,8 @@ fn append<E>(to: &mut Vec<E>, more: &mut Vec<E>) {
 }
 
 /// Values and tables that nobody sees any more: to be dropped when the writer's lock is let go, as the last count of a value may be
-/// among them, and with it whatever a driver drops.
-type Free<T> = (Vec<Arc<T>>, Vec<Old>);
+/// among them, and with it whatever a driver drops. One value needs no list of its own.
+type Free<T> = (Option<Arc<T>>, Vec<Arc<T>>, Vec<Old>);
 
 struct Writer<T> {
     nodes: Nodes<T>,
@@ -230,10 +230,13 @@ impl<T: Entry> Registry<T> {
         } = writer;
         retired.retire(&self.active, unlinked, free);
         nodes.reuse(&mut free.nodes);
-        (
-            std::mem::take(&mut free.values),
-            std::mem::take(&mut free.tables),
-        )
+        let one = free.values.pop();
+        let others = if free.values.is_empty() {
+            Vec::new()
+        } else {
+            std::mem::take(&mut free.values)
+        };
+        (one, others, std::mem::take(&mut free.tables))
     }
 
     /// Drops the values that were removed; waits for the walks that may still see them.

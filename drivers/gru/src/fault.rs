@@ -1,5 +1,5 @@
 //! TLB misses: by the thread that serves a chiplet's fault map, by whoever polls the control block, or by the user's own thread after
-//! CALL_OS. What all of them do, [`fill`](crate::fill) says.
+//! CALL_OS. What all of them do, [`fill`] says.
 //!
 //! The thread takes all that is in the map. The misses of one segment are answered together, by one begin and one retry; where an
 //! invalidation came between, or one is in progress, they are taken up one by one, so that none waits for an invalidation of what

@@ -28,7 +28,7 @@ use crate::context::{Context, Inside, User};
 use crate::error::{Ended, GruError};
 use crate::fault::{By, answer, each};
 use crate::handle::Operation;
-use crate::layout::{cbe, extended, fault, page_code, status, tfh};
+use crate::layout::{cbe, control_block, extended, fault, is_block_copy, page_code, status, tfh};
 
 const SMALL: PageSize = PageSize::FourKiB;
 
@@ -73,6 +73,8 @@ struct Miss {
     /// In [`Batch::ahead`].
     preloads: (usize, usize),
     answer: Answer,
+    /// How long that has taken, from when the batch was taken up.
+    took: Duration,
 }
 
 /// Room for misses that are answered together, and for what is preloaded with them.
@@ -124,17 +126,18 @@ pub(crate) fn pending(
 /// and would lose it for ever.
 fn ahead(
     context: &Context,
-    cb: usize,
-    slot: usize,
+    (index, cb, slot): (usize, usize, usize),
     address: Addr,
 ) -> Result<Option<Ahead>, GruError> {
     let most = u64::from(context.options.preload);
-    let word = |word| context.chiplet.registers.read(extended(slot, word));
-    if most == 0 {
+    let registers = &*context.chiplet.registers;
+    // The user's own control block is read at no cost, so of what is no copy nothing else is.
+    if most == 0 || !is_block_copy(registers.read(control_block(index, cb, 0))?) {
         return Ok(None);
     }
+    let word = |word| registers.read(extended(slot, word));
     let copy = word(cbe::COPY)?;
-    if !cbe::is_block_copy(copy) {
+    if !is_block_copy(copy) {
         return Ok(None);
     }
     let left = word(cbe::LEFT)?;
@@ -187,11 +190,12 @@ pub(crate) fn resolve(
             slot,
             address,
             modify,
-            ahead: ahead(context, cb, slot, address)?,
+            ahead: ahead(context, (inside.loaded.index, cb, slot), address)?,
             entry: Range::page(address, SMALL),
             found: None,
             preloads: (0, 0),
             answer: Answer::None,
+            took: Duration::ZERO,
         });
     }
     if batch.misses.is_empty() {
@@ -226,19 +230,20 @@ pub(crate) fn resolve(
         Err(error) => failed = Some(error),
     }
     for miss in &batch.misses {
-        match miss.answer {
+        let took = match miss.answer {
             Answer::None => continue,
-            Answer::Gone | Answer::Failed => {}
+            Answer::Gone | Answer::Failed => None,
+            Answer::Installed => Some(miss.took),
             Answer::NotAllowed => {
                 *cbs &= !(1 << miss.cb);
                 answer(context, &inside, miss.cb, Operation::FaultException)?;
-                by.count(context);
+                Some(begun.elapsed())
             }
-            Answer::Installed => by.count(context),
-        }
+        };
         *cbs &= !(1 << miss.cb);
-        if matches!(miss.answer, Answer::Installed | Answer::NotAllowed) {
-            context.chiplet.fault_latency.record(begun.elapsed());
+        if let Some(took) = took {
+            by.count(context);
+            context.chiplet.fault_latency.record(took);
         }
     }
     match failed {
@@ -391,6 +396,7 @@ impl<'a> Filling<'a> {
                 let ahead = &ahead[miss.preloads.0..miss.preloads.1];
                 let answer = self.install(miss, ahead);
                 miss.answer = *answer.as_ref().unwrap_or(&Answer::Failed);
+                miss.took = self.begun.elapsed();
                 answer?;
                 installed += u64::from(miss.answer == Answer::Installed);
                 Ok(())

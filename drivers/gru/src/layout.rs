@@ -66,11 +66,6 @@ pub(crate) mod cbe {
     /// Elements that are left, and the cache lines of the first address that they lie in.
     pub(crate) const LEFT: usize = 8;
 
-    /// Whether the copy of an instruction is a block copy's.
-    pub(crate) const fn is_block_copy(copy: u64) -> bool {
-        (copy >> 8) & 0xf == 1
-    }
-
     /// Bytes that a block copy has yet to read, from `from` on, and to write.
     pub(crate) const fn left(copy: u64, from: u64, left: u64) -> [u64; 2] {
         const LINE: u64 = 64;
@@ -78,6 +73,11 @@ pub(crate) mod cbe {
         let reads = (lines * LINE).saturating_sub(from % LINE);
         [reads, elements << ((copy >> 12) & 7)]
     }
+}
+
+/// Whether the first word of a control block, or its copy, is a block copy's.
+pub(crate) const fn is_block_copy(dw0: u64) -> bool {
+    (dw0 >> 8) & 0xf == 1
 }
 
 /// The first word of a TLB fault handle.

@@ -1,7 +1,7 @@
 //! The fault path: page requests are taken from the ring, resolved, and answered.
 //!
 //! One thread serves them: in each round all that are there, up to a batch. Those that lie side by side are one *stretch*, which is
-//! resolved at once, see [`stretch`](crate::stretch). What an invalidation has come between is taken up one by one; what is disturbed
+//! resolved at once, see [`stretch`]. What an invalidation has come between is taken up one by one; what is disturbed
 //! then as well is taken up again after the others, so that a space which is being torn up does not keep them waiting. It takes no map
 //! lock, and whoever ends a queue does not wait for it (R33).
 

@@ -133,7 +133,8 @@ fn pages(space: &AddressSpace, part: Range, pages: &mut Vec<Translation>) {
         if found.page_size == HUGE && inside == found.page {
             return pages.push(found);
         }
-        pages.extend((0..inside.pages(SMALL)).map(|nth| {
+        let inside = inside.align_out(SMALL);
+        let small = (0..inside.pages(SMALL)).map(|nth| {
             let addr = Addr::new(inside.start().get() + (nth << SMALL.shift()));
             let into = (addr.get() - found.page.start().get()) >> SMALL.shift();
             Translation {
@@ -142,7 +143,9 @@ fn pages(space: &AddressSpace, part: Range, pages: &mut Vec<Translation>) {
                 frame: Frame(found.frame.0 + into),
                 rights: found.rights,
             }
-        }));
+        });
+        // A registration may end within a page.
+        pages.extend(small.filter(|one| part.contains(one.page)));
     });
 }
 
@@ -235,5 +238,104 @@ pub(crate) fn fill(
         // All that it has is dropped, and faults anew.
         core.counters.mirrors_recycled.hit();
         mirror.recycle()?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shootdown::{Deadlines, Map};
+    use shootdown_hw_model::{Bus, ModelMemory};
+
+    use super::*;
+
+    const BASE: u64 = 1 << 30;
+
+    fn config(fault_batch: usize, fault_around: u64) -> Config {
+        Config {
+            fault_batch,
+            fault_around,
+            ..Config::default()
+        }
+    }
+
+    /// Requests for pages, counted from `BASE`, each of a PASID.
+    fn requests(pages: &[(u64, u64)]) -> Vec<Request> {
+        let request = |&(pasid, page): &(u64, u64)| Request {
+            pasid,
+            group: 0,
+            addr: Addr::new(BASE + page * SMALL.bytes()),
+            needed: Rights::READ,
+            taken: Instant::now(),
+            fill: Fill::Disturbed,
+        };
+        pages.iter().map(request).collect()
+    }
+
+    fn part(first: u64, pages: u64) -> Range {
+        Range::new(BASE + first * SMALL.bytes(), pages * SMALL.bytes()).unwrap()
+    }
+
+    #[test]
+    fn a_window_is_aligned_and_lies_in_one_table_of_pages() {
+        for (around, first, pages) in [
+            (0, 37, 1),
+            (1, 37, 1),
+            (2, 36, 2),
+            (3, 36, 4),
+            (16, 32, 16),
+            (512, 0, 512),
+            (513, 0, 512),
+            (u64::MAX, 0, 512),
+        ] {
+            let addr = Addr::new(part(37, 1).start().get() + 5);
+            assert_eq!(window(&config(64, around), addr), part(first, pages));
+        }
+    }
+
+    #[test]
+    fn a_stretch_is_of_windows_side_by_side_of_one_space_and_one_table_up_to_a_batch() {
+        let near = [(1, 3), (1, 3), (1, 4), (1, 5), (1, 7)];
+        for (requested, of, count, reach) in [
+            (&near[..], (64, 1), 4, part(3, 3)),
+            (&near[..], (64, 2), 5, part(2, 6)),
+            (&near[..], (3, 1), 3, part(3, 2)),
+            (&near[..], (1, 1), 1, part(3, 1)),
+            (&near[..], (0, 4), 1, part(0, 4)),
+            (&[(1, 3), (2, 4)], (64, 1), 1, part(3, 1)),
+            (&[(1, 511), (1, 512)], (64, 1), 1, part(511, 1)),
+            (&[(1, 511), (1, 512)], (64, 512), 1, part(0, 512)),
+        ] {
+            let found = first(&config(of.0, of.1), &requests(requested));
+            assert_eq!(found, (count, reach), "{requested:?} {of:?}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_installed_beyond_the_registration_and_a_huge_page_only_whole() {
+        let bus = Bus::new(4 << 10).unwrap();
+        let memory = ModelMemory::new(&bus, 16 << 20).unwrap();
+        let space = AddressSpace::managed(memory, Deadlines::default());
+        let huge = Map::anonymous(HUGE.bytes()).page_size(HUGE);
+        let huge = space.map(huge).unwrap();
+        let mut requests = requests(&[(1, 0)]);
+        requests[0].addr = Addr::new(huge.start().get() + 9 * SMALL.bytes());
+        let own = Range::page(requests[0].addr, SMALL);
+        let registered = Range::new(huge.start(), 100 * SMALL.bytes()).unwrap();
+        let found = |registered: Range| {
+            let mut found = Vec::new();
+            let part = whole(&space, &requests, own, registered);
+            pages(&space, part, &mut found);
+            (part, found)
+        };
+        let (part, all) = found(Range::ALL);
+        assert_eq!((part, all.len(), all[0].page), (huge, 1, huge));
+        let ends_within = Range::new(huge.start(), 100 * SMALL.bytes() + 8).unwrap();
+        assert_eq!(found(ends_within).1.len(), 100);
+        let (part, small) = found(registered);
+        assert_eq!((part, small.len()), (registered, 100));
+        for (nth, page) in (0..).zip(&small) {
+            assert!(registered.contains(page.page) && page.page_size == SMALL);
+            assert_eq!(page.frame, Frame(all[0].frame.0 + nth));
+        }
     }
 }

@@ -22,12 +22,19 @@ thread_local! {
     static SERVES: Cell<bool> = const { Cell::new(false) };
 }
 
+/// Somebody holds the allocator's lock.
+static HELD: AtomicBool = AtomicBool::new(false);
+
 struct Trap;
 
 #[global_allocator]
 static TRAP: Trap = Trap;
 
 fn check(text: &[u8]) {
+    while HELD.load(SeqCst) {
+        // SAFETY: no arguments.
+        unsafe { libc::sched_yield() };
+    }
     if SERVES.get() {
         // SAFETY: the text is as long as said.
         unsafe { libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len()) };
@@ -243,6 +250,42 @@ fn a_caller_that_holds_the_allocator_s_lock_is_served() {
             "and the driver is told"
         );
     }
+}
+
+#[test]
+fn uffd_starts_beside_somebody_who_holds_the_allocator_s_lock() {
+    if !in_child("uffd_starts_beside_somebody_who_holds_the_allocator_s_lock") {
+        return;
+    }
+    const PAGES: u64 = 16384;
+    // SAFETY: a new mapping, where the kernel likes.
+    let at = unsafe {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let len = (PAGES * PAGE) as usize;
+        libc::mmap(std::ptr::null_mut(), len, 3, flags, -1, 0)
+    };
+    let whole = Range::new(at as u64, PAGES * PAGE).unwrap();
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for nth in 0..PAGES {
+                if over.load(SeqCst) {
+                    return;
+                }
+                HELD.store(true, SeqCst);
+                let result = munmap(page(whole, nth));
+                HELD.store(false, SeqCst);
+                assert_eq!(result, Ok(0));
+                std::thread::sleep(std::time::Duration::from_micros(10));
+            }
+        });
+        let space = AddressSpace::without_memory(short());
+        for _ in 0..4 {
+            let watched = space.watch(Arc::new(Uffd::new()), whole).unwrap();
+            watched.stop().map_err(|(_, refused)| refused).unwrap();
+        }
+        over.store(true, SeqCst);
+    });
 }
 
 /// A source of somebody else's, who holds the allocator's lock where he tells.

@@ -94,6 +94,8 @@ struct Queue {
     done: u64,
     /// Threads that wait until something is done.
     waiting: usize,
+    /// Threads that have started.
+    ready: usize,
     stopping: bool,
 }
 
@@ -153,14 +155,6 @@ impl Source for Uffd {
             return Err(SourceError::NoRoom { limit: 1 });
         }
         let descriptor = Descriptor::new()?;
-        for sink in sinks {
-            descriptor
-                .register(sink.range())
-                .map_err(|error| SourceError::System {
-                    call: "UFFDIO_REGISTER",
-                    error,
-                })?;
-        }
         // SAFETY: numbers only.
         let wake = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
         if wake < 0 {
@@ -184,6 +178,7 @@ impl Source for Uffd {
                 taken: 0,
                 done: 0,
                 waiting: 0,
+                ready: 0,
                 stopping: false,
             }),
             changed: Condvar::new(),
@@ -200,6 +195,15 @@ impl Source for Uffd {
                     let call = "the start of a thread";
                     return Err(SourceError::System { call, error });
                 }
+            }
+        }
+        shared.are_ready();
+        // From here on somebody who holds the allocator's lock may wait for the one that reads.
+        for sink in sinks {
+            if let Err(error) = shared.descriptor.register(sink.range()) {
+                shared.end(threads);
+                let call = "UFFDIO_REGISTER";
+                return Err(SourceError::System { call, error });
             }
         }
         *running = Some(Running { shared, threads });
@@ -284,6 +288,17 @@ impl Shared {
         queue.waiting -= 1;
     }
 
+    /// Waits until the threads have started: that allocates.
+    fn are_ready(&self) {
+        let mut queue = lock(&self.queue);
+        while queue.ready < THREADS {
+            queue = self
+                .changed
+                .wait(queue)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
     /// Whoever reads looks at the queue.
     fn wake(&self) {
         let one = 1u64;
@@ -311,6 +326,8 @@ impl Shared {
         }
         READS.set(std::ptr::from_ref(self) as usize);
         let mut own = Vec::with_capacity(SLOTS);
+        lock(&self.queue).ready += 1;
+        self.changed.notify_all();
         // The first reads.
         if nth > 0 && !self.relay.stand_by() {
             return;

@@ -7,8 +7,9 @@ use crate::addr::Range;
 use crate::context;
 use crate::list::Link;
 use crate::notifier::Notifier;
-use crate::primitive::Arc;
+use crate::primitive::{Arc, Contained};
 use crate::registration::state::StateWord;
+use crate::registry::Free;
 use crate::source::{Needs, Operations};
 use crate::space::Space;
 use crate::watch::{Name, Who};
@@ -38,7 +39,7 @@ impl Prepared {
                 who: Who::new(space.next_registration(), Name::of(notifier.name())),
                 range,
                 word,
-                notifier,
+                notifier: Contained::new(notifier),
                 targets: Targets::new(targets),
                 space: space.clone(),
                 next: Link::new(),
@@ -61,7 +62,7 @@ impl Prepared {
     /// # Errors
     /// [`InsertError::Exiting`]; [`InsertError::Uncovered`]; [`Refused`] with a `NotifierLock` held (outside a callback).
     pub fn insert(self) -> Result<Registration, InsertError> {
-        Self::admit(std::slice::from_ref(&self))?;
+        drop(Self::admit(std::slice::from_ref(&self))?);
         context::leave();
         Ok(self.inserted())
     }
@@ -74,9 +75,9 @@ impl Prepared {
     }
 
     /// All of one space. The caller runs [`context::leave`] afterwards: exit may have come between, and left releases to this thread.
-    pub(crate) fn admit(these: &[Self]) -> Result<(), InsertError> {
+    pub(crate) fn admit(these: &[Self]) -> Result<Free<Inner>, InsertError> {
         let Some(Self { inner: first, .. }) = these.first() else {
-            return Ok(());
+            return Ok(Free::default());
         };
         let space = &first.space;
         let later = context::inside_callback();
@@ -100,9 +101,8 @@ impl Prepared {
         }
         if later {
             inners().for_each(|inner| context::insert_later(inner.clone()));
-        } else {
-            Inner::publish(space, inners());
+            return Ok(Free::default());
         }
-        Ok(())
+        Ok(Inner::publish(space, inners()))
     }
 }

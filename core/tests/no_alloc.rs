@@ -293,14 +293,14 @@ fn more_devices_than_are_found_by_their_keys_do_not_allocate() {
         tag: 7,
     };
     let all: Vec<_> = devices.iter().map(target).collect();
-    let (first, _one) = register(&space, &all);
-    // The same ones, which the second is to meet where the first has put them.
-    let (second, _another) = register(&space, &all);
+    // The same ones, which the later are to meet where the first has put them: there is no room for them twice.
+    let registered: Vec<_> = (0..4).map(|_| register(&space, &all)).collect();
     shoot(&space).unwrap();
     try_shoot(&space).unwrap();
     shoot(&space).unwrap();
-    balanced(&first, 3);
-    balanced(&second, 3);
+    for (handler, _) in &registered {
+        balanced(handler, 3);
+    }
     for device in &devices {
         let (stats, sizes) = (device.stats(), PageSize::ALL.len() as u64);
         let flushed = (stats.dispatches, stats.flush_ops, stats.full_flushes);

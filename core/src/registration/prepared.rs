@@ -31,12 +31,15 @@ impl Prepared {
         targets: &[Target],
         word: StateWord,
     ) -> Self {
+        // What may panic comes first: from the reservation on the drop of the registration takes it back.
+        let (needs, operations) = (notifier.needs(), notifier.operations());
+        let name = Name::of(notifier.name());
         space.reserve(targets);
         Self {
-            needs: notifier.needs(),
-            operations: notifier.operations(),
+            needs,
+            operations,
             inner: Arc::new(Inner {
-                who: Who::new(space.next_registration(), Name::of(notifier.name())),
+                who: Who::new(space.next_registration(), name),
                 range,
                 word,
                 notifier: Contained::new(notifier),

@@ -450,3 +450,31 @@ impl Space {
         Ok(inner)
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+    use crate::AddressSpace;
+
+    /// Cannot say what it needs.
+    struct Speechless;
+
+    impl Notifier for Speechless {
+        fn needs(&self) -> crate::Needs {
+            panic!("planned");
+        }
+    }
+
+    #[test]
+    fn a_handler_that_panics_before_its_registration_is_made_has_no_room_set_aside() {
+        let space = AddressSpace::without_memory(Deadlines::default());
+        let prepare = || {
+            let page = Range::new(0u64, 4096).expect("a page");
+            space.prepare(page, StdArc::new(Speechless), &[])
+        };
+        assert!(catch_unwind(AssertUnwindSafe(prepare)).is_err());
+        assert_eq!(space.space.made.load(Ordering::Relaxed), 0);
+    }
+}

@@ -412,9 +412,11 @@ fn run_put_off() {
         if wait_refusal("").is_err() {
             return;
         }
-        // Legal with the map lock held.
-        while let Some(inner) = CONTEXT.with(|context| context.inserts.pop()) {
-            Inner::publish(&inner.space, std::iter::once(&inner));
+        // Legal with the map lock held. What was put off together becomes visible together.
+        let next = || CONTEXT.with(|context| context.inserts.pop());
+        let inserts: Vec<_> = std::iter::from_fn(next).collect();
+        for these in inserts.chunk_by(|one, next| Arc::ptr_eq(&one.space, &next.space)) {
+            drop(Inner::publish(&these[0].space, these.iter()));
         }
         // Whoever is at it further up on this stack goes on with the rest.
         if !is_outermost() || CONTEXT.with(|context| context.leaving.replace(true)) {

@@ -255,7 +255,8 @@ impl Issued<'_> {
 ///   [`retry`](crate::Fault::retry) is checked, unless the hardware drops such an entry itself.
 /// * It neither allocates nor frees nor takes a lock that is held while somebody does, and waits for nothing but its own
 ///   hardware. Taking the map lock is refused with a typed error; waiting forms become deferrals.
-/// * A panic is contained: the other handlers run, the devices of this registration are quarantined.
+/// * A panic is contained: the other handlers run, the devices of this registration are quarantined. One of the handler's own drop, for
+///   which nobody waits, goes no further where the last reference was the framework's.
 pub trait Notifier: Send + Sync + 'static {
     /// No new work in `op.range()` from here on, until `end`.
     ///

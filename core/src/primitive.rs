@@ -7,6 +7,9 @@
 //! the shootdown path may not. Poisoning is ignored: whoever panics under a lock here is contained by the engine, and what the lock
 //! protects is changed in steps that each leave it whole.
 
+use std::mem::ManuallyDrop;
+use std::ops::Deref;
+
 pub(crate) use shootdown_primitive::time::{Duration, Instant};
 
 #[cfg(not(loom))]
@@ -177,6 +180,30 @@ pub(crate) fn contain<R>(call: impl FnOnce() -> R) -> Option<R> {
         std::mem::forget(another);
     }
     None
+}
+
+/// What is a driver's, where whoever drops the last count is not its owner and has more to do: a panic of that drop goes no further.
+pub(crate) struct Contained<T>(ManuallyDrop<T>);
+
+impl<T> Contained<T> {
+    pub(crate) fn new(value: T) -> Self {
+        Self(ManuallyDrop::new(value))
+    }
+}
+
+impl<T> Deref for Contained<T> {
+    type Target = T;
+    #[inline]
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
+impl<T> Drop for Contained<T> {
+    fn drop(&mut self) {
+        // SAFETY: dropped once, here, and not used any more.
+        contain(|| unsafe { ManuallyDrop::drop(&mut self.0) });
+    }
 }
 
 /// Whether no two threads ever have the same [`home`].

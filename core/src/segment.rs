@@ -27,8 +27,8 @@ use crate::engine::Mode;
 use crate::list::{Link, PutOff};
 use crate::managed::{self, Lock, MapError};
 use crate::notifier::Op;
-use crate::primitive::Arc;
 use crate::primitive::atomic::{AtomicBool, Ordering};
+use crate::primitive::{Arc, Contained};
 use crate::registration::{Registration, Unregistered};
 use crate::share::Share;
 use crate::space::{AddressSpace, MapWriteGuard, Space};
@@ -69,7 +69,7 @@ pub trait DeviceContext: Send + Sync + 'static {
 
 pub(crate) struct SegmentInner {
     pub(crate) range: Range,
-    pub(crate) context: StdArc<dyn DeviceContext>,
+    pub(crate) context: Contained<StdArc<dyn DeviceContext>>,
     /// The context's, asked once: a driver's method may panic.
     pub(crate) device: Device,
     /// What the watchdog calls it, and errors.
@@ -106,7 +106,7 @@ impl SegmentInner {
             range,
             device: context.device().clone(),
             name: Name::new(context.name()),
-            context,
+            context: Contained::new(context),
             share,
             over: AtomicBool::new(false),
             next_put_off: Link::new(),

@@ -10,8 +10,8 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::addr::{PageSize, PageSizes, Range};
-use crate::primitive::Arc;
 use crate::primitive::atomic::{AtomicU64, Ordering};
+use crate::primitive::{Arc, Contained};
 use crate::watch::Name;
 
 /// What a flush command covers.
@@ -102,6 +102,7 @@ pub struct Limits {
 /// All methods are called from the shootdown path, by several threads at once: they may not allocate, take no lock
 /// that is held while memory is allocated or the map lock is taken, and wait for nothing but their own registers. Only
 /// [`DeviceTlb::reset`] may wait, up to its deadline. One that panics has its device quarantined.
+/// A panic where it is dropped goes no further.
 pub trait DeviceTlb: Send + Sync + 'static {
     /// What it can do; read once.
     fn limits(&self) -> Limits;
@@ -179,7 +180,7 @@ fn is_sick(health: u64) -> bool {
 struct Inner {
     name: String,
     watched_as: Name,
-    tlb: Box<dyn DeviceTlb>,
+    tlb: Contained<Box<dyn DeviceTlb>>,
     limits: Limits,
     splits_pages: bool,
     /// The upper half counts the recoveries. The lower one is 0 while it is healthy; each quarantine makes another number, so that a
@@ -230,7 +231,7 @@ impl Device {
                 name,
                 limits,
                 splits_pages: tlb.splits_pages(),
-                tlb: Box::new(tlb),
+                tlb: Contained::new(Box::new(tlb)),
                 health: AtomicU64::new(0),
                 flush_ops: AtomicU64::new(0),
                 full_flushes: AtomicU64::new(0),
@@ -373,7 +374,7 @@ impl Device {
 
     /// Calls the driver; `None` if it panicked, in which case the device is in quarantine.
     fn call<R>(&self, method: impl FnOnce(&dyn DeviceTlb) -> R) -> Option<R> {
-        let result = crate::primitive::contain(|| method(&*self.inner.tlb));
+        let result = crate::primitive::contain(|| method(&**self.inner.tlb));
         if result.is_none() {
             self.quarantine();
         }

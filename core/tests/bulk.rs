@@ -2,15 +2,15 @@
 
 mod support;
 
-use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Barrier, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use shootdown::{
     AddressSpace, Cause, Drain, InsertError, Notifier, Op, Outcome, Prepared, Range, Registration,
-    UnregisterError, Unregistered, WouldBlock,
+    SpacePin, UnregisterError, Unregistered, WouldBlock,
 };
 use support::{Counting, space};
 
@@ -136,6 +136,64 @@ fn inside_a_callback_all_are_deferred_and_released_when_it_is_over() {
     assert!(ends.iter().all(|one| *one == Ok(Unregistered::Deferred)));
     assert_eq!(handler.released.load(SeqCst), MANY as usize);
     handler.all.lock().unwrap().clear();
+}
+
+/// Inserts all of them in its first callback.
+struct Hiring {
+    space: SpacePin,
+    all: Mutex<Vec<Prepared>>,
+    hired: Mutex<Vec<Registration>>,
+}
+
+impl Notifier for Hiring {
+    fn quiesce<'o>(&self, op: &Op<'o>) -> Result<Drain<'o>, WouldBlock> {
+        let all = std::mem::take(&mut *self.all.lock().unwrap());
+        let space = self.space.upgrade().unwrap();
+        *self.hired.lock().unwrap() = space.insert_all(all).unwrap();
+        Ok(op.idle())
+    }
+}
+
+#[test]
+fn what_is_inserted_inside_a_callback_is_found_as_a_whole_too() {
+    let space = space();
+    for _ in 0..60 {
+        let handler = Arc::new(Counting::default());
+        let hiring = Arc::new(Hiring {
+            space: space.pin(),
+            all: Mutex::new(prepared(&space, &handler)),
+            hired: Mutex::default(),
+        });
+        // Beside all of them.
+        let registration = space.register(page(3 * MANY), hiring.clone(), &[]).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let start = Arc::new(Barrier::new(2));
+        let walker = {
+            let (space, handler, stop) = (space.clone(), handler.clone(), stop.clone());
+            let start = start.clone();
+            let all = Range::new(0u64, (3 * MANY) << 12).unwrap();
+            thread::spawn(move || {
+                let mut found = Vec::new();
+                start.wait();
+                while !stop.load(SeqCst) {
+                    let before = handler.starts.load(SeqCst);
+                    shoot(&space, all);
+                    found.push(handler.starts.load(SeqCst) - before);
+                }
+                found
+            })
+        };
+        start.wait();
+        shoot(&space, page(3 * MANY));
+        stop.store(true, SeqCst);
+        let mut found = walker.join().unwrap();
+        found.dedup();
+        assert!(found.iter().all(|one| [0, MANY].contains(one)), "{found:?}");
+        registration.unregister().unwrap();
+        let hired = std::mem::take(&mut *hiring.hired.lock().unwrap());
+        let ends = Registration::unregister_all(&hired);
+        assert!(ends.iter().all(|one| *one == Ok(Unregistered::Released)));
+    }
 }
 
 /// Its release says that it has begun, and waits until the others are released.

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use shootdown::{
     AddressSpace, Cause, Completion, Deadlines, Device, DeviceTlb, Drain, FlushCommand, Health,
-    InsertError, InvalidateError, Issue, Limits, Needs, Notifier, Op, Outcome, PageSizes, Range,
-    Share, SpacePin, Target, Ticket, WouldBlock,
+    InsertError, InvalidateError, Issue, Limits, Needs, Notifier, Observer, Op, Outcome, PageSizes,
+    Range, Share, SpacePin, Target, Ticket, Unregistered, WouldBlock,
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -223,6 +223,37 @@ fn a_handler_that_no_share_can_have_is_not_dropped_under_the_lock_of_the_shares(
                 .share(1, || (page(1), Arc::new(Plain), Vec::new()))
                 .is_ok()
         );
+    });
+}
+
+/// Panics when it is told that the first change is over.
+#[derive(Default)]
+struct Confused(AtomicUsize);
+
+impl Observer for Confused {
+    fn may_change(&self, _: Range) {}
+    fn changed(&self, _: Range) {
+        if self.0.fetch_add(1, SeqCst) == 0 {
+            panic!("planned: an observer that cannot go on");
+        }
+    }
+}
+
+#[test]
+fn an_observer_that_panics_at_the_end_leaves_nobody_in_use() {
+    in_time(|| {
+        let space = space();
+        let observer = Arc::new(Confused::default());
+        space.observe(observer.clone()).unwrap();
+        let device = obedient(None);
+        let registration = space.register(page(1), Arc::new(Plain), &[target(&device)]);
+        let open = space.begin_invalidation(page(1), Cause::External).unwrap();
+        let ended = catch_unwind(AssertUnwindSafe(|| open.end(Outcome::Changed)));
+        assert!(ended.is_err(), "the panic is the caller's to see");
+        assert_eq!(observer.0.load(SeqCst), 1, "it was told once");
+        let unregistered = registration.unwrap().unregister();
+        assert_eq!(unregistered, Ok(Unregistered::Released));
+        space.exit().unwrap();
     });
 }
 

@@ -18,8 +18,8 @@ use std::thread;
 
 use shootdown::{
     AddressSpace, Cause, Device, DeviceContext, Drain, ExitError, Gather, Health, InvalidateError,
-    Issued, Map, MapError, Notifier, NotifierLock, Op, Outcome, Prepared, Range, Registration,
-    Rights, Scope, Target, UnloadFailed, Unregistered, WouldBlock,
+    Issued, Map, MapError, Notifier, NotifierLock, Op, Outcome, PageSize, Prepared, Range,
+    Registration, Rights, Scope, Target, UnloadFailed, Unregistered, WouldBlock,
 };
 use support::{Behaviour, fake, on, short, space};
 
@@ -281,6 +281,30 @@ fn forty_hits_over_several_devices_do_not_allocate() {
     }
     for (device, _) in &devices {
         assert_eq!(device.stats().dispatches, 2, "one doorbell each time");
+    }
+}
+
+#[test]
+fn more_devices_than_are_found_by_their_keys_do_not_allocate() {
+    let space = external();
+    let devices: Vec<_> = (0..1100).map(|_| fake("one of many").0).collect();
+    let target = |device: &Device| Target {
+        device: device.clone(),
+        tag: 7,
+    };
+    let all: Vec<_> = devices.iter().map(target).collect();
+    // The same ones, which the later are to meet where the first has put them: there is no room for them twice.
+    let registered: Vec<_> = (0..4).map(|_| register(&space, &all)).collect();
+    shoot(&space).unwrap();
+    try_shoot(&space).unwrap();
+    shoot(&space).unwrap();
+    for (handler, _) in &registered {
+        balanced(handler, 3);
+    }
+    for device in &devices {
+        let (stats, sizes) = (device.stats(), PageSize::ALL.len() as u64);
+        let flushed = (stats.dispatches, stats.flush_ops, stats.full_flushes);
+        assert_eq!(flushed, (3, 3 * sizes, 0), "once each time");
     }
 }
 

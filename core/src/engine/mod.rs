@@ -365,8 +365,9 @@ impl<'s> Invalidation<'s> {
     /// The last phase; what is left where somebody was hit.
     #[inline]
     pub(crate) fn end(&mut self, outcome: Outcome) -> Option<Ended<'s>> {
-        let mut desk = self.desk.take()?;
-        desk.pages_changed();
+        // Before it is taken from here, where the drop ends what an observer's panic has left.
+        self.desk.as_mut()?.pages_changed();
+        let desk = self.desk.take()?;
         if desk.busy {
             return desk.end(outcome);
         }

@@ -181,7 +181,7 @@ impl AddressSpace {
     }
 
     /// Walks the page table of all of `range`, as [`AddressSpace::translate`] does for one address: `found` is called with each page
-    /// that is mapped and overlaps it, in order. For faults that are resolved together.
+    /// that is mapped and overlaps it, in order, with no lock of the space held. For faults that are resolved together.
     pub fn walk(&self, range: Range, found: &mut dyn FnMut(Translation)) {
         if let Some(memory) = &self.space.memory {
             memory.walk(range, found);

@@ -28,8 +28,8 @@ use crate::addr::Range;
 use crate::context::{self, Refused};
 use crate::list::{Link, Linked, PutOff};
 use crate::notifier::Notifier;
-use crate::primitive::Arc;
-use crate::registry::{Entry, Found};
+use crate::primitive::{Arc, Contained};
+use crate::registry::{Entry, Found, Free};
 use crate::source::Shortfall;
 use crate::space::Space;
 use crate::tlb::Device;
@@ -116,7 +116,7 @@ pub(crate) struct Inner {
     pub(crate) word: StateWord,
     /// Its number, and what the watchdog and errors call the handler.
     pub(crate) who: Who,
-    pub(crate) notifier: StdArc<dyn Notifier>,
+    pub(crate) notifier: Contained<StdArc<dyn Notifier>>,
     targets: Targets,
     pub(crate) space: Arc<Space>,
     /// The next on the space's completed list.
@@ -196,8 +196,11 @@ impl Inner {
     /// The second half of an insertion: makes them visible, all of one space and at once. They were counted by [`Space::admit`] and are in
     /// use by the insertion, so that an exit which came meanwhile waits for this, and whoever gave one up leaves the completion to this.
     /// Allocates.
-    pub(crate) fn publish<'i>(space: &Space, these: impl Iterator<Item = &'i Arc<Self>> + Clone) {
-        space.index(these.clone());
+    pub(crate) fn publish<'i>(
+        space: &Space,
+        these: impl Iterator<Item = &'i Arc<Self>> + Clone,
+    ) -> Free<Self> {
+        let free = space.index(these.clone());
         for this in these.clone() {
             if space.registry.active().may_have_missed(this.range) {
                 this.word.note_missed();
@@ -215,6 +218,7 @@ impl Inner {
                 Space::complete(this.clone());
             }
         }
+        free
     }
 }
 
@@ -377,48 +381,108 @@ mod tests {
     use std::sync::{Arc, Mutex, mpsc};
     use std::time::Duration;
 
-    use crate::{AddressSpace, Deadlines, Notifier, Range, Registration};
+    use crate::{
+        AddressSpace, Deadlines, Notifier, Range, Registration, Share, Synchronized, Unregistered,
+    };
 
     struct Plain;
     impl Notifier for Plain {}
 
-    /// Owns another registration.
-    struct Owner(#[allow(dead_code, reason = "it is dropped")] Mutex<Option<Registration>>);
-    impl Notifier for Owner {}
+    /// Owns something that ends with it.
+    struct Owner<T>(#[allow(dead_code, reason = "it is dropped")] Mutex<Option<T>>);
+    impl<T: Send + 'static> Notifier for Owner<T> {}
 
-    #[test]
-    fn the_last_reference_to_a_notifier_is_not_dropped_under_the_lock_of_the_index() {
+    fn owner<T: Send + 'static>(owned: T) -> Arc<Owner<T>> {
+        Arc::new(Owner(Mutex::new(Some(owned))))
+    }
+
+    fn space() -> AddressSpace {
+        AddressSpace::without_memory(Deadlines::default())
+    }
+
+    fn page(nth: u64) -> Range {
+        Range::new(nth << 12, 4096).unwrap()
+    }
+
+    /// Fails where `f` hangs.
+    fn in_time(f: impl FnOnce() + Send + 'static) {
         let (done, over) = mpsc::channel();
         std::thread::spawn(move || {
-            let space = AddressSpace::without_memory(Deadlines::default());
-            let page = |nth: u64| Range::new(nth << 12, 4096).unwrap();
-            let inner = space.register(page(1), Arc::new(Plain), &[]).unwrap();
-            let owner = Arc::new(Owner(Mutex::new(Some(inner))));
-            let outer = space.register(page(2), owner, &[]).unwrap();
-            let (go, gone) = mpsc::channel::<()>();
-            let (walks, walking) = mpsc::channel::<()>();
-            let walker = {
-                let space = space.clone();
-                std::thread::spawn(move || {
-                    let registry = &space.space.registry;
-                    let claim = registry.active().claim(Range::ALL).unwrap();
-                    registry.walk(claim, Range::ALL, |_| {
-                        let _ = walks.send(());
-                        let _ = gone.recv();
-                        ControlFlow::Break(())
-                    });
-                    registry.active().end(claim);
-                })
-            };
-            walking.recv().unwrap();
-            outer.unregister().unwrap();
-            drop(outer);
-            go.send(()).unwrap();
-            walker.join().unwrap();
-            let _next = space.register(page(3), Arc::new(Plain), &[]).unwrap();
+            f();
             done.send(()).unwrap();
         });
         let waited = over.recv_timeout(Duration::from_secs(5));
         waited.expect("a deadlock");
+    }
+
+    /// Gives up a registration with this handler while somebody walks: then the last count of both is the index's, which the next change
+    /// of the index drops.
+    fn leaves_to_the_index(space: &AddressSpace, handler: Arc<dyn Notifier>) {
+        let registration = space.register(page(2), handler, &[]).unwrap();
+        let (go, gone) = mpsc::channel::<()>();
+        let (walks, walking) = mpsc::channel::<()>();
+        let walker = {
+            let space = space.clone();
+            std::thread::spawn(move || {
+                let registry = &space.space.registry;
+                let claim = registry.active().claim(Range::ALL).unwrap();
+                registry.walk(claim, Range::ALL, |_| {
+                    let _ = walks.send(());
+                    let _ = gone.recv();
+                    ControlFlow::Break(())
+                });
+                registry.active().end(claim);
+            })
+        };
+        walking.recv().unwrap();
+        registration.unregister().unwrap();
+        drop(registration);
+        go.send(()).unwrap();
+        walker.join().unwrap();
+    }
+
+    #[test]
+    fn the_last_reference_to_a_notifier_is_not_dropped_under_the_lock_of_the_index() {
+        in_time(|| {
+            let space = space();
+            let owned: Registration = space.register(page(1), Arc::new(Plain), &[]).unwrap();
+            leaves_to_the_index(&space, owner(owned));
+            let _next = space.register(page(3), Arc::new(Plain), &[]).unwrap();
+        });
+    }
+
+    #[test]
+    fn nor_under_the_lock_of_the_shares() {
+        in_time(|| {
+            let space = space();
+            let plain = || (page(1), Arc::new(Plain) as Arc<dyn Notifier>, Vec::new());
+            let owned: Share = space.share(1, plain).unwrap();
+            leaves_to_the_index(&space, owner(owned));
+            let _next = space.share(2, plain).unwrap();
+        });
+    }
+
+    /// Panics when it is dropped.
+    struct Bomb;
+    impl Drop for Bomb {
+        fn drop(&mut self) {
+            panic!("planned: a driver that panics when it is dropped");
+        }
+    }
+
+    #[test]
+    fn a_driver_that_panics_when_it_is_dropped_keeps_nobody_from_being_released() {
+        in_time(|| {
+            let space = space();
+            let another = space.register(page(1), Arc::new(Plain), &[]).unwrap();
+            leaves_to_the_index(&space, owner(Bomb));
+            assert_eq!(another.unregister(), Ok(Unregistered::Released));
+            leaves_to_the_index(&space, owner(Bomb));
+            let next = space.register(page(3), Arc::new(Plain), &[]).unwrap();
+            assert_eq!(next.synchronize(), Ok(Synchronized::Quiet));
+            leaves_to_the_index(&space, owner(Bomb));
+            space.exit().unwrap();
+            assert_eq!(space.stats().releases, 5);
+        });
     }
 }

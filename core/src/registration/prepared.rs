@@ -7,8 +7,9 @@ use crate::addr::Range;
 use crate::context;
 use crate::list::Link;
 use crate::notifier::Notifier;
-use crate::primitive::Arc;
+use crate::primitive::{Arc, Contained};
 use crate::registration::state::StateWord;
+use crate::registry::Free;
 use crate::source::{Needs, Operations};
 use crate::space::Space;
 use crate::watch::{Name, Who};
@@ -30,15 +31,18 @@ impl Prepared {
         targets: &[Target],
         word: StateWord,
     ) -> Self {
+        // What may panic comes first: from the reservation on the drop of the registration takes it back.
+        let (needs, operations) = (notifier.needs(), notifier.operations());
+        let name = Name::of(notifier.name());
         space.reserve(targets);
         Self {
-            needs: notifier.needs(),
-            operations: notifier.operations(),
+            needs,
+            operations,
             inner: Arc::new(Inner {
-                who: Who::new(space.next_registration(), Name::of(notifier.name())),
+                who: Who::new(space.next_registration(), name),
                 range,
                 word,
-                notifier,
+                notifier: Contained::new(notifier),
                 targets: Targets::new(targets),
                 space: space.clone(),
                 next: Link::new(),
@@ -61,7 +65,7 @@ impl Prepared {
     /// # Errors
     /// [`InsertError::Exiting`]; [`InsertError::Uncovered`]; [`Refused`](crate::Refused) with a `NotifierLock` held (outside a callback).
     pub fn insert(self) -> Result<Registration, InsertError> {
-        Self::admit(std::slice::from_ref(&self))?;
+        drop(Self::admit(std::slice::from_ref(&self))?);
         context::leave();
         Ok(self.inserted())
     }
@@ -74,9 +78,9 @@ impl Prepared {
     }
 
     /// All of one space. The caller runs [`context::leave`] afterwards: exit may have come between, and left releases to this thread.
-    pub(crate) fn admit(these: &[Self]) -> Result<(), InsertError> {
+    pub(crate) fn admit(these: &[Self]) -> Result<Free<Inner>, InsertError> {
         let Some(Self { inner: first, .. }) = these.first() else {
-            return Ok(());
+            return Ok(Free::default());
         };
         let space = &first.space;
         let later = context::inside_callback();
@@ -100,9 +104,8 @@ impl Prepared {
         }
         if later {
             inners().for_each(|inner| context::insert_later(inner.clone()));
-        } else {
-            Inner::publish(space, inners());
+            return Ok(Free::default());
         }
-        Ok(())
+        Ok(Inner::publish(space, inners()))
     }
 }

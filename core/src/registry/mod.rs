@@ -69,7 +69,7 @@ fn append<E>(to: &mut Vec<E>, more: &mut Vec<E>) {
 
 /// Values and tables that nobody sees any more: to be dropped when the writer's lock is let go, as the last count of a value may be
 /// among them, and with it whatever a driver drops. One value needs no list of its own.
-type Free<T> = (Option<Arc<T>>, Vec<Arc<T>>, Vec<Old>);
+pub(crate) type Free<T> = (Option<Arc<T>>, Vec<Arc<T>>, Vec<Old>);
 
 struct Writer<T> {
     nodes: Nodes<T>,
@@ -158,8 +158,8 @@ impl<T: Entry> Registry<T> {
         });
     }
 
-    /// Adds entries, all in one version.
-    pub(crate) fn insert(&self, values: impl IntoIterator<Item = Arc<T>>) {
+    /// Adds entries, all in one version. What it gives back is to be dropped where no lock is held.
+    pub(crate) fn insert(&self, values: impl IntoIterator<Item = Arc<T>>) -> Free<T> {
         let mut writer = self.writer.lock();
         let old = self.root(&writer);
         let mut root = old;
@@ -167,9 +167,7 @@ impl<T: Entry> Registry<T> {
             self.summary.mark(&mut writer.marks, value.range());
             root = writer.nodes.insert(root, value);
         }
-        let free = self.publish(&mut writer, root);
-        drop(writer);
-        drop(free);
+        self.publish(&mut writer, root)
     }
 
     /// Takes entries away, all in one version; how many were there.

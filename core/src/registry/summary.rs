@@ -216,7 +216,7 @@ pub(super) struct Summary {
 
 /// A table that was replaced, from `Box::into_raw`. Not a `Box`, which would claim it for itself while walks still read it.
 #[derive(Debug)]
-pub(super) struct Old(*mut Table);
+pub(crate) struct Old(*mut Table);
 
 impl Drop for Old {
     fn drop(&mut self) {

@@ -74,7 +74,9 @@ mod real {
                 one(Range::new(at << 12, 1u64 << 16).unwrap(), nth, ())
             })
             .collect();
-        all.iter().for_each(|one| registry.insert([one.clone()]));
+        for one in &all {
+            registry.insert([one.clone()]);
+        }
         assert!(registry.check() <= 5, "16 below a node, 8 at least");
         while let Some(gone) = all.pop() {
             assert_eq!(registry.remove([&*gone]), 1);

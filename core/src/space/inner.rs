@@ -21,7 +21,7 @@ use crate::primitive::{Arc, Mutex, contain};
 use crate::recorder::{Kind, Recorder};
 use crate::registration::state::StateWord;
 use crate::registration::{Inner, Prepared, Target};
-use crate::registry::Registry;
+use crate::registry::{Free, Registry};
 use crate::segment::SegmentInner;
 use crate::source::Sources;
 use crate::stats::{Counter, Counters};
@@ -227,13 +227,17 @@ impl Space {
     }
 
     /// Puts what was admitted into the index, all of it at once.
-    pub(crate) fn index<'i>(&self, inners: impl Iterator<Item = &'i Arc<Inner>> + Clone) {
-        self.registry.insert(inners.clone().cloned());
+    pub(crate) fn index<'i>(
+        &self,
+        inners: impl Iterator<Item = &'i Arc<Inner>> + Clone,
+    ) -> Free<Inner> {
+        let free = self.registry.insert(inners.clone().cloned());
         for inner in inners {
             let (id, range) = (inner.id(), inner.range);
             self.recorder
                 .record(Kind::Insert, id, range.start().get(), range.last().get());
         }
+        free
     }
 
     /// A registration is detached and out of use: it waits for its release, by this thread when it is outermost, or by another
@@ -434,15 +438,43 @@ impl Space {
         shared.retain(|(one, _)| *one != key);
         let (range, notifier, targets) = make();
         let prepared = Prepared::new(this, range, notifier, &targets, StateWord::shared());
-        if let Err(error) = Prepared::admit(std::slice::from_ref(&prepared)) {
-            // Unlocked: with it goes the handler, whose drop may be anything.
-            drop(shared);
-            return Err(error);
-        }
+        let admitted = Prepared::admit(std::slice::from_ref(&prepared));
         let inner = prepared.inner().clone();
-        shared.push((key, inner.clone()));
+        if admitted.is_ok() {
+            shared.push((key, inner.clone()));
+        }
+        // Unlocked: with what follows go handlers, whose drop may be anything.
         drop(shared);
+        drop(admitted?);
         context::leave();
         Ok(inner)
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+    use crate::AddressSpace;
+
+    /// Cannot say what it needs.
+    struct Speechless;
+
+    impl Notifier for Speechless {
+        fn needs(&self) -> crate::Needs {
+            panic!("planned");
+        }
+    }
+
+    #[test]
+    fn a_handler_that_panics_before_its_registration_is_made_has_no_room_set_aside() {
+        let space = AddressSpace::without_memory(Deadlines::default());
+        let prepare = || {
+            let page = Range::new(0u64, 4096).expect("a page");
+            space.prepare(page, StdArc::new(Speechless), &[])
+        };
+        assert!(catch_unwind(AssertUnwindSafe(prepare)).is_err());
+        assert_eq!(space.space.made.load(Ordering::Relaxed), 0);
     }
 }

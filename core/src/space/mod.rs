@@ -230,7 +230,7 @@ impl AddressSpace {
             let range = one.inner().range;
             return Err(crate::InsertError::AnotherSpace { range });
         }
-        Prepared::admit(&prepared)?;
+        drop(Prepared::admit(&prepared)?);
         context::leave();
         Ok(prepared.into_iter().map(Prepared::inserted).collect())
     }

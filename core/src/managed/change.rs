@@ -110,11 +110,15 @@ fn claim<T>(
     }
 }
 
-fn unclaim<T>(space: &Space, spans: &[Range], edit: impl FnOnce(&mut Mappings) -> T) -> T {
+fn unclaim<T>(
+    space: &Space,
+    spans: [Option<Range>; 2],
+    edit: impl FnOnce(&mut Mappings) -> T,
+) -> T {
     let mut mappings = space.table.mappings.lock();
     let edited = edit(&mut mappings);
-    for span in spans {
-        if let Some(at) = mappings.spans.iter().position(|one| one == span) {
+    for span in spans.into_iter().flatten() {
+        if let Some(at) = mappings.spans.iter().position(|one| *one == span) {
             mappings.spans.swap_remove(at);
         }
     }
@@ -189,7 +193,7 @@ pub(super) fn map(space: &Space, what: Map, lock: Lock) -> Result<Range, MapErro
     let result = memory.map(range, what.page, what.rights);
     own.changed();
     drop(own);
-    unclaim(space, &[range], |mappings| {
+    unclaim(space, [Some(range), None], |mappings| {
         if result.is_ok() {
             if what.at.is_none() && what.page == PageSize::FourKiB {
                 mappings.hint = range.last().get().saturating_add(1);
@@ -202,6 +206,7 @@ pub(super) fn map(space: &Space, what: Map, lock: Lock) -> Result<Range, MapErro
                 state: State::Mapped,
                 segment: None,
             };
+            mappings.large |= vma.page != PageSize::FourKiB;
             mappings.by_start.insert(range.start(), vma);
         }
     });
@@ -315,9 +320,13 @@ fn run(
             // A segment goes as a whole, whatever part of it is unmapped.
             let whole = found.segments.iter().map(|segment| segment.range);
             let hull = whole.fold(range, Range::hull);
-            let spans: Vec<Range> = [Some(hull), target].into_iter().flatten().collect();
-            if let Some(busy) = spans.iter().find(|one| mappings.is_claimed(**one)) {
-                return Ok(Claim::Busy(*busy));
+            let spans = [Some(hull), target];
+            if let Some(busy) = spans
+                .into_iter()
+                .flatten()
+                .find(|one| mappings.is_claimed(*one))
+            {
+                return Ok(Claim::Busy(busy));
             }
             if let Some(to) = target {
                 let by = mappings.overlapping(to).map(|(whole, _)| whole).next();
@@ -325,7 +334,7 @@ fn run(
                     return Err(MapError::Occupied { range: to, by });
                 }
             }
-            mappings.spans.extend(&spans);
+            mappings.spans.extend(spans.into_iter().flatten());
             mappings.set_apart(range);
             Ok(Claim::Claimed((found, spans)))
         },
@@ -362,7 +371,7 @@ fn run(
         own.changed();
         Ok(())
     });
-    let gone = unclaim(space, &spans, |mappings| {
+    let gone = unclaim(space, spans, |mappings| {
         finish(mappings, range, change, &result, &segments)
     });
     drop(open);

@@ -1,6 +1,7 @@
 //! The table of mappings, and the spans that operations have claimed in it.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 
 use super::MapError;
 use super::change::Change;
@@ -82,6 +83,8 @@ pub(super) struct Mappings {
     pub(super) by_start: BTreeMap<Addr, Vma>,
     pub(super) spans: Vec<Range>,
     pub(super) sick: Vec<Sick>,
+    /// Large pages were mapped, once at least.
+    pub(super) large: bool,
     /// No free address lies below.
     pub(super) hint: u64,
     /// Exit has begun: no span is claimed any more.
@@ -96,14 +99,19 @@ pub(crate) struct Table {
 
 impl Mappings {
     pub(super) fn overlapping(&self, range: Range) -> impl Iterator<Item = (Range, &Vma)> {
-        let before = self.by_start.range(..=range.start()).next_back();
-        let first = before.map_or(range.start(), |(start, _)| *start);
-        self.by_start
-            .range(first..=range.last())
-            .filter_map(move |(start, vma)| {
-                let whole = Range::inclusive(*start, vma.last).ok()?;
-                whole.overlaps(range).then_some((whole, vma))
-            })
+        let first = self.by_start.range(..=range.start()).next_back();
+        // Mostly there is but that one.
+        let is_all = first.is_some_and(|(_, vma)| vma.last >= range.last());
+        let behind = (
+            Bound::Excluded(range.start()),
+            Bound::Included(range.last()),
+        );
+        let others = (!is_all).then(|| self.by_start.range(behind));
+        let all = first.into_iter().chain(others.into_iter().flatten());
+        all.filter_map(move |(start, vma)| {
+            let whole = Range::inclusive(*start, vma.last).ok()?;
+            whole.overlaps(range).then_some((whole, vma))
+        })
     }
 
     pub(super) fn is_claimed(&self, range: Range) -> bool {
@@ -159,6 +167,9 @@ impl Mappings {
 
     /// The large pages of which `range` holds a part and not all: one at each end.
     fn cut(&self, range: Range) -> [Option<Range>; 2] {
+        if !self.large {
+            return [None; 2];
+        }
         [Some(range.start()), range.end()].map(|at| {
             let at = at?;
             let (_, vma) = self.by_start.range(..=at).next_back()?;
@@ -198,14 +209,16 @@ impl Mappings {
             .for_each(edit);
     }
 
-    /// Takes mappings out. They may hold the last count of a segment, whose context's drop may want this table: to be dropped unlocked.
+    /// Takes mappings out: those of segments, the last count of which they may hold, and whose context's drop may want this table: to be
+    /// dropped unlocked. Of the others nothing is left.
     #[must_use = "to be dropped when the table is not locked"]
     pub(super) fn remove(&mut self, range: Range) -> Vec<Vma> {
         self.hint = self.hint.min(range.start().get());
         let gone = self
             .by_start
             .extract_if(range.start()..=range.last(), |_, _| true);
-        gone.map(|(_, vma)| vma).collect()
+        let of_segments = gone.filter(|(_, vma)| vma.segment.is_some());
+        of_segments.map(|(_, vma)| vma).collect()
     }
 
     /// A free range: the first from the hint on, or the first of all, as a hole below the hint may have been too small for

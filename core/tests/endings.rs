@@ -9,7 +9,7 @@ use std::time::Duration;
 use shootdown::{
     AddressSpace, Cause, Completion, Deadlines, Device, DeviceTlb, Drain, FlushCommand, Health,
     InsertError, InvalidateError, Issue, Limits, Needs, Notifier, Observer, Op, Outcome, PageSizes,
-    Range, Share, SpacePin, Target, Ticket, Unregistered, WouldBlock,
+    Range, Registration, Share, SpacePin, Target, Ticket, Unregistered, WouldBlock,
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -130,6 +130,40 @@ fn a_release_that_panics_leaves_its_range_to_the_device_until_that_has_recovered
     assert!(space.begin_invalidation(page(2), Cause::External).is_ok());
     device.recover(PATIENCE).unwrap();
     assert!(space.begin_invalidation(page(1), Cause::External).is_ok());
+}
+
+/// Cannot stop its device, and says so.
+struct Honest(Device);
+
+impl Notifier for Honest {
+    fn release(&self) {
+        self.0.quarantine();
+    }
+}
+
+#[test]
+fn a_release_that_gives_its_device_up_leaves_it_every_range_that_ended_with_it() {
+    let (space, device) = (space(), obedient(None));
+    let all = (1..4).map(|nth| {
+        let handler = Arc::new(Honest(device.clone()));
+        let prepared = space.prepare(page(nth), handler, &[target(&device)]);
+        prepared.unwrap()
+    });
+    let all = space.insert_all(all.collect()).unwrap();
+    for end in Registration::unregister_all(&all) {
+        assert_eq!(end, Ok(Unregistered::Released));
+    }
+    let open = |nth| space.begin_invalidation(page(nth), Cause::External);
+    for nth in 1..4 {
+        let met = open(nth);
+        assert!(
+            matches!(met, Err(InvalidateError::Quarantined { .. })),
+            "page {nth}: {met:?}"
+        );
+    }
+    assert!(open(4).is_ok());
+    device.recover(PATIENCE).unwrap();
+    assert!((1..4).all(|nth| open(nth).is_ok()));
 }
 
 /// A payload that panics where it is dropped.

@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use shootdown::{
-    AddressSpace, Cause, Completion, Deadlines, Device, DeviceTlb, Drain, FlushCommand, Health,
-    InsertError, InvalidateError, Issue, Limits, Needs, Notifier, Observer, Op, Outcome, PageSizes,
-    Range, Registration, Share, SpacePin, Target, Ticket, Unregistered, WouldBlock,
+    AddressSpace, Cause, Completion, Deadlines, Device, DeviceTlb, Drain, ExitError, FlushCommand,
+    Health, InsertError, InvalidateError, Issue, Limits, Needs, Notifier, Observer, Op, Outcome,
+    PageSizes, Range, Registration, Share, SpacePin, Target, Ticket, Unregistered, WouldBlock,
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -164,6 +164,19 @@ fn a_release_that_gives_its_device_up_leaves_it_every_range_that_ended_with_it()
     assert!(open(4).is_ok());
     device.recover(PATIENCE).unwrap();
     assert!((1..4).all(|nth| open(nth).is_ok()));
+}
+
+#[test]
+fn an_exit_in_which_a_release_gives_its_device_up_says_so() {
+    let device = obedient(None);
+    let honest: Arc<dyn Notifier> = Arc::new(Honest(device.clone()));
+    for handler in [honest, Arc::new(Unstopped)] {
+        let space = space();
+        let _registration = space.register(page(1), handler, &[target(&device)]);
+        let exited = space.exit();
+        assert_eq!(exited, Err(ExitError::Reached { space: space.id() }));
+        device.recover(PATIENCE).unwrap();
+    }
 }
 
 /// A payload that panics where it is dropped.

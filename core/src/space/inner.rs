@@ -384,6 +384,8 @@ impl Space {
         drop(shared);
         this.registry.reclaim();
         if first {
+            // A release may have given its device up.
+            this.ghosts.find(Range::ALL, |_| reached = true);
             if let Some(memory) = &this.memory {
                 reached |= !this.table.clear(&**memory, reached);
                 if reached && !planted!("r20-exit") {

@@ -106,6 +106,52 @@ fn the_last_reference_to_a_device_is_not_dropped_under_the_lock_of_the_ghosts() 
     });
 }
 
+/// Panics when it is dropped.
+struct Explosive(Obedient);
+
+impl DeviceTlb for Explosive {
+    fn limits(&self) -> Limits {
+        self.0.limits()
+    }
+    fn issue(&self, command: FlushCommand) -> Issue {
+        self.0.issue(command)
+    }
+    fn dispatch(&self) -> Ticket {
+        self.0.dispatch()
+    }
+    fn poll(&self, ticket: Ticket) -> Completion {
+        self.0.poll(ticket)
+    }
+}
+
+impl Drop for Explosive {
+    fn drop(&mut self) {
+        panic!("planned: a device that panics when it is dropped");
+    }
+}
+
+#[test]
+fn a_device_that_panics_when_it_is_dropped_keeps_nobody_from_being_released() {
+    in_time(|| {
+        let space = space();
+        let explosive = Device::new("explosive", Explosive(Obedient(None)));
+        let another = obedient(None);
+        for (nth, device) in [(1, explosive), (2, another.clone())] {
+            let registration = space.register(page(nth), Arc::new(Plain), &[target(&device)]);
+            device.quarantine();
+            let unregistered = registration.unwrap().unregister();
+            assert_eq!(unregistered, Ok(Unregistered::Released));
+            // From here on only the ghost has the first; the second forgets it.
+            if nth == 1 {
+                device.recover(PATIENCE).unwrap();
+            }
+        }
+        another.recover(PATIENCE).unwrap();
+        space.exit().unwrap();
+        assert_eq!(space.stats().releases, 2);
+    });
+}
+
 /// Panics in `release`.
 struct Unstopped;
 

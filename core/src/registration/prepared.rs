@@ -63,7 +63,7 @@ impl Prepared {
     /// them: until then the handler is not called, and `begin` on another thread waits.
     ///
     /// # Errors
-    /// [`InsertError::Exiting`]; [`InsertError::Uncovered`]; [`Refused`] with a `NotifierLock` held (outside a callback).
+    /// [`InsertError::Exiting`]; [`InsertError::Uncovered`]; [`Refused`](crate::Refused) with a `NotifierLock` held (outside a callback).
     pub fn insert(self) -> Result<Registration, InsertError> {
         drop(Self::admit(std::slice::from_ref(&self))?);
         context::leave();

@@ -415,9 +415,10 @@ fn run_put_off() {
         // Legal with the map lock held. What was put off together becomes visible together.
         let next = || CONTEXT.with(|context| context.inserts.pop());
         let inserts: Vec<_> = std::iter::from_fn(next).collect();
-        for these in inserts.chunk_by(|one, next| Arc::ptr_eq(&one.space, &next.space)) {
-            drop(Inner::publish(&these[0].space, these.iter()));
-        }
+        let together = inserts.chunk_by(|one, next| Arc::ptr_eq(&one.space, &next.space));
+        let publish = |these: &[Arc<Inner>]| Inner::publish(&these[0].space, these.iter());
+        // Dropped when all are visible: what goes with it may wait for one of them.
+        drop(together.map(publish).collect::<Vec<_>>());
         // Whoever is at it further up on this stack goes on with the rest.
         if !is_outermost() || CONTEXT.with(|context| context.leaving.replace(true)) {
             return;

@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use shootdown::{
-    AddressSpace, Cause, Completion, Deadlines, Device, DeviceTlb, Drain, FlushCommand, Health,
-    InsertError, InvalidateError, Issue, Limits, Needs, Notifier, Observer, Op, Outcome, PageSizes,
-    Range, Share, SpacePin, Target, Ticket, Unregistered, WouldBlock,
+    AddressSpace, Cause, Completion, Deadlines, Device, DeviceTlb, Drain, ExitError, FlushCommand,
+    Health, InsertError, InvalidateError, Issue, Limits, Needs, Notifier, Observer, Op, Outcome,
+    PageSizes, Range, Registration, Share, SpacePin, Target, Ticket, Unregistered, WouldBlock,
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -106,6 +106,52 @@ fn the_last_reference_to_a_device_is_not_dropped_under_the_lock_of_the_ghosts() 
     });
 }
 
+/// Panics when it is dropped.
+struct Explosive(Obedient);
+
+impl DeviceTlb for Explosive {
+    fn limits(&self) -> Limits {
+        self.0.limits()
+    }
+    fn issue(&self, command: FlushCommand) -> Issue {
+        self.0.issue(command)
+    }
+    fn dispatch(&self) -> Ticket {
+        self.0.dispatch()
+    }
+    fn poll(&self, ticket: Ticket) -> Completion {
+        self.0.poll(ticket)
+    }
+}
+
+impl Drop for Explosive {
+    fn drop(&mut self) {
+        panic!("planned: a device that panics when it is dropped");
+    }
+}
+
+#[test]
+fn a_device_that_panics_when_it_is_dropped_keeps_nobody_from_being_released() {
+    in_time(|| {
+        let space = space();
+        let explosive = Device::new("explosive", Explosive(Obedient(None)));
+        let another = obedient(None);
+        for (nth, device) in [(1, explosive), (2, another.clone())] {
+            let registration = space.register(page(nth), Arc::new(Plain), &[target(&device)]);
+            device.quarantine();
+            let unregistered = registration.unwrap().unregister();
+            assert_eq!(unregistered, Ok(Unregistered::Released));
+            // From here on only the ghost has the first; the second forgets it.
+            if nth == 1 {
+                device.recover(PATIENCE).unwrap();
+            }
+        }
+        another.recover(PATIENCE).unwrap();
+        space.exit().unwrap();
+        assert_eq!(space.stats().releases, 2);
+    });
+}
+
 /// Panics in `release`.
 struct Unstopped;
 
@@ -130,6 +176,53 @@ fn a_release_that_panics_leaves_its_range_to_the_device_until_that_has_recovered
     assert!(space.begin_invalidation(page(2), Cause::External).is_ok());
     device.recover(PATIENCE).unwrap();
     assert!(space.begin_invalidation(page(1), Cause::External).is_ok());
+}
+
+/// Cannot stop its device, and says so.
+struct Honest(Device);
+
+impl Notifier for Honest {
+    fn release(&self) {
+        self.0.quarantine();
+    }
+}
+
+#[test]
+fn a_release_that_gives_its_device_up_leaves_it_every_range_that_ended_with_it() {
+    let (space, device) = (space(), obedient(None));
+    let all = (1..4).map(|nth| {
+        let handler = Arc::new(Honest(device.clone()));
+        let prepared = space.prepare(page(nth), handler, &[target(&device)]);
+        prepared.unwrap()
+    });
+    let all = space.insert_all(all.collect()).unwrap();
+    for end in Registration::unregister_all(&all) {
+        assert_eq!(end, Ok(Unregistered::Released));
+    }
+    let open = |nth| space.begin_invalidation(page(nth), Cause::External);
+    for nth in 1..4 {
+        let met = open(nth);
+        assert!(
+            matches!(met, Err(InvalidateError::Quarantined { .. })),
+            "page {nth}: {met:?}"
+        );
+    }
+    assert!(open(4).is_ok());
+    device.recover(PATIENCE).unwrap();
+    assert!((1..4).all(|nth| open(nth).is_ok()));
+}
+
+#[test]
+fn an_exit_in_which_a_release_gives_its_device_up_says_so() {
+    let device = obedient(None);
+    let honest: Arc<dyn Notifier> = Arc::new(Honest(device.clone()));
+    for handler in [honest, Arc::new(Unstopped)] {
+        let space = space();
+        let _registration = space.register(page(1), handler, &[target(&device)]);
+        let exited = space.exit();
+        assert_eq!(exited, Err(ExitError::Reached { space: space.id() }));
+        device.recover(PATIENCE).unwrap();
+    }
 }
 
 /// A payload that panics where it is dropped.

@@ -462,6 +462,30 @@ mod tests {
         });
     }
 
+    /// Gives up what it owns when it is dropped, and waits for that.
+    struct Tidy(Registration);
+    impl Notifier for Tidy {}
+    impl Drop for Tidy {
+        fn drop(&mut self) {
+            let _ = self.0.unregister();
+        }
+    }
+
+    #[test]
+    fn what_is_dropped_by_the_way_may_wait_for_what_is_released_just_then() {
+        in_time(|| {
+            let space = space();
+            let [first, second] = [1, 3].map(|nth| {
+                let registration = space.register(page(nth), Arc::new(Plain), &[]);
+                registration.unwrap()
+            });
+            leaves_to_the_index(&space, Arc::new(Tidy(first)));
+            leaves_to_the_index(&space, Arc::new(Tidy(second)));
+            space.exit().unwrap();
+            assert_eq!(space.stats().releases, 4);
+        });
+    }
+
     /// Panics when it is dropped.
     struct Bomb;
     impl Drop for Bomb {

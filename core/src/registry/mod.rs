@@ -170,8 +170,8 @@ impl<T: Entry> Registry<T> {
         self.publish(&mut writer, root)
     }
 
-    /// Takes entries away, all in one version; how many were there.
-    pub(crate) fn remove<'a>(&self, entries: impl IntoIterator<Item = &'a T>) -> usize
+    /// Takes entries away, all in one version; how many were there. What it gives back is to be dropped where no lock is held.
+    pub(crate) fn remove<'a>(&self, entries: impl IntoIterator<Item = &'a T>) -> (usize, Free<T>)
     where
         T: 'a,
     {
@@ -185,10 +185,7 @@ impl<T: Entry> Registry<T> {
             }
         }
         let removed = writer.values.len() - first;
-        let free = self.publish(&mut writer, root);
-        drop(writer);
-        drop(free);
-        removed
+        (removed, self.publish(&mut writer, root))
     }
 
     /// The current root, as only writers replace it.

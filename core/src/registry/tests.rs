@@ -79,7 +79,7 @@ mod real {
         }
         assert!(registry.check() <= 5, "16 below a node, 8 at least");
         while let Some(gone) = all.pop() {
-            assert_eq!(registry.remove([&*gone]), 1);
+            assert_eq!(registry.remove([&*gone]).0, 1);
         }
         assert_eq!(registry.check(), 1);
         assert!(hits(&registry, Range::ALL).is_empty());
@@ -141,7 +141,7 @@ mod real {
                 };
                 let mine = one(page(at), 1000 + round, canary());
                 registry.insert([mine.clone()]);
-                assert_eq!(registry.remove([&*mine]), 1);
+                assert_eq!(registry.remove([&*mine]).0, 1);
             }
             stop.store(true, Ordering::Relaxed);
         });
@@ -179,7 +179,7 @@ mod model {
             };
             let second = one(page(2), 2, ());
             registry.insert([second.clone()]);
-            assert_eq!(registry.remove([&*second]), 1);
+            assert_eq!(registry.remove([&*second]).0, 1);
             let seen = walker.join().unwrap();
             assert!(seen == [1, 3] || seen == [1, 2, 3], "{seen:?}");
         });
@@ -198,7 +198,7 @@ mod model {
             };
             let second = one(page(1), 2, ());
             registry.insert([second.clone()]);
-            assert_eq!(registry.remove([&*second]), 1);
+            assert_eq!(registry.remove([&*second]).0, 1);
             let seen = walker.join().unwrap();
             assert!(seen == [1] || seen == [1, 2], "{seen:?}");
         });
@@ -278,7 +278,7 @@ mod model {
                 number: 1,
                 carried: Canary(Arc::new(AtomicBool::new(true))),
             };
-            assert_eq!(registry.remove([&same]), 1);
+            assert_eq!(registry.remove([&same]).0, 1);
             walker.join().unwrap();
         });
     }

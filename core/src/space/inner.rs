@@ -258,8 +258,11 @@ impl Space {
     /// Releases what is complete. Only where [`context::is_outermost`].
     pub(crate) fn run_completed(this: &Arc<Self>) {
         while this.has_completed() {
-            if let Some(inner) = this.remove_completed().or_else(|| this.removed.pop()) {
+            let removed = || Some((this.removed.pop()?, Free::default()));
+            if let Some((inner, free)) = this.remove_completed().or_else(removed) {
                 this.release(inner);
+                // Not before: what goes with it may wait for just this release.
+                drop(free);
                 // What it has put off itself.
                 context::leave();
             }
@@ -268,7 +271,7 @@ impl Space {
 
     /// Takes all that is complete out of the index, at once: one of them, which the caller releases. The others go to the list of those
     /// that whoever is outermost releases, each by itself, so that whoever waits for one of them can do it meanwhile.
-    fn remove_completed(&self) -> Option<Arc<Inner>> {
+    fn remove_completed(&self) -> Option<(Arc<Inner>, Free<Inner>)> {
         let mut gone = Gone {
             space: self,
             all: Vec::new(),
@@ -284,8 +287,8 @@ impl Space {
         for inner in all().filter(|_| !planted!("r20-ghost")) {
             self.ghosts.add(inner.range, inner.targets());
         }
-        self.registry.remove(all().map(|inner| &**inner));
-        Some(first)
+        let (_, free) = self.registry.remove(all().map(|inner| &**inner));
+        Some((first, free))
     }
 
     fn release(&self, inner: Arc<Inner>) {
@@ -293,9 +296,13 @@ impl Space {
             let _watched = self.watch.enter_release(inner.who);
             let _callback = InCallback::release();
             let notifier = &inner.notifier;
-            if contain(|| notifier.release()).is_none() {
+            let stopped = contain(|| notifier.release()).is_some();
+            if !stopped {
                 self.note_panic(&inner, 0);
-                // Nobody has stopped the device.
+            }
+            // Nobody has stopped a device that is in quarantine by now: this release has given it up, or one before it that left the index
+            // together with this.
+            if !stopped || !planted!("r20-ghost") {
                 self.ghosts.add(inner.range, inner.targets());
             }
         }
@@ -380,6 +387,8 @@ impl Space {
         drop(shared);
         this.registry.reclaim();
         if first {
+            // A release may have given its device up.
+            this.ghosts.find(Range::ALL, |_| reached = true);
             if let Some(memory) = &this.memory {
                 reached |= !this.table.clear(&**memory, reached);
                 if reached && !planted!("r20-exit") {

@@ -16,7 +16,7 @@ impl<T> Link<T> {
         Self(AtomicPtr::new(std::ptr::null_mut()))
     }
 
-    pub(crate) fn take(&self) -> Option<Arc<T>> {
+    fn take(&self) -> Option<Arc<T>> {
         let next = self.0.load(Ordering::Relaxed);
         self.0.store(std::ptr::null_mut(), Ordering::Relaxed);
         // SAFETY: not null, so from `Arc::into_raw` in `set`; taken away just now, by the only one who looks at it.
@@ -79,16 +79,6 @@ impl<T: Linked> List<T> {
         *head = first.next().take();
         self.some.store(head.is_some(), Ordering::Release);
         Some(first)
-    }
-
-    /// All of it, which is the caller's to take apart by [`Linked::next`].
-    pub(crate) fn take(&self) -> Option<Arc<T>> {
-        if !self.has_some() {
-            return None;
-        }
-        let mut head = self.head.lock();
-        self.some.store(false, Ordering::Release);
-        head.take()
     }
 
     pub(crate) fn has_some(&self) -> bool {

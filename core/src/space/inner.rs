@@ -10,7 +10,7 @@ use crate::context::{self, InCallback};
 use crate::engine::{self, Desks, DeviceOp, Hit, InvalidateError};
 use crate::events::Events;
 use crate::ghosts::Ghosts;
-use crate::list::{Link, Linked, List, PutOff};
+use crate::list::{Link, List, PutOff};
 use crate::managed::Table;
 use crate::memory::Memory;
 use crate::notifier::{Cause, Notifier};
@@ -62,10 +62,8 @@ pub(crate) struct Space {
     made: AtomicUsize,
     /// The devices that those name, by their keys, and how often: an invalidation may have to flush each of them.
     devices: Mutex<HashMap<usize, usize>>,
-    /// Complete, and in the index yet.
+    /// Complete, and not released yet.
     completed: List<Inner>,
-    /// In the index no more, and not released yet.
-    removed: List<Inner>,
     /// What devices that are in quarantine may still reach through registrations that are over.
     pub(crate) ghosts: Ghosts,
     exit_wanted: AtomicBool,
@@ -79,28 +77,6 @@ impl fmt::Debug for Space {
         f.debug_struct("Space")
             .field("id", &self.id)
             .finish_non_exhaustive()
-    }
-}
-
-/// Out of the index, and to be released by whoever is outermost, whatever a driver's drop does meanwhile.
-struct Gone<'s> {
-    space: &'s Space,
-    /// The newest first.
-    all: Vec<Arc<Inner>>,
-}
-
-impl Drop for Gone<'_> {
-    fn drop(&mut self) {
-        if self.all.is_empty() {
-            return;
-        }
-        for inner in self.all.drain(..).rev() {
-            self.space.removed.push(inner);
-        }
-        // They were on no list for a moment: whoever waits for one has found none.
-        if !planted!("r4-removed") {
-            self.space.events.ended();
-        }
     }
 }
 
@@ -145,7 +121,6 @@ impl Space {
             made: AtomicUsize::new(0),
             devices: Mutex::new(HashMap::new()),
             completed: List::new(),
-            removed: List::new(),
             ghosts: Ghosts::new(),
             exit_wanted: AtomicBool::new(false),
             put_off: AtomicBool::new(false),
@@ -252,58 +227,36 @@ impl Space {
     }
 
     pub(crate) fn has_completed(&self) -> bool {
-        self.completed.has_some() || self.removed.has_some()
+        self.completed.has_some()
     }
 
-    /// Releases what is complete. Only where [`context::is_outermost`].
+    /// Releases what is complete. Only where [`context::is_outermost`]. What is released leaves the index together, so many at once.
     pub(crate) fn run_completed(this: &Arc<Self>) {
-        while this.has_completed() {
-            let removed = || Some((this.removed.pop()?, Free::default()));
-            if let Some((inner, free)) = this.remove_completed().or_else(removed) {
-                this.release(inner);
-                // Not before: what goes with it may wait for just this release.
-                drop(free);
-                // What it has put off itself.
-                context::leave();
+        const AT_ONCE: usize = 256;
+        while let Some(first) = this.completed.pop() {
+            // One needs no list.
+            let mut others = Vec::new();
+            this.release(&first);
+            while others.len() < AT_ONCE
+                && let Some(inner) = this.completed.pop()
+            {
+                this.release(&inner);
+                others.push(inner);
             }
+            let free = this.remove(&first, &others);
+            drop((first, others));
+            // What goes with it may have waited for just these.
+            drop(free);
         }
     }
 
-    /// Takes all that is complete out of the index, at once: one of them, which the caller releases. The others go to the list of those
-    /// that whoever is outermost releases, each by itself, so that whoever waits for one of them can do it meanwhile.
-    fn remove_completed(&self) -> Option<(Arc<Inner>, Free<Inner>)> {
-        let mut gone = Gone {
-            space: self,
-            all: Vec::new(),
-        };
-        let first = self.completed.take()?;
-        let mut next = first.next().take();
-        while let Some(inner) = next {
-            next = inner.next().take();
-            gone.all.push(inner);
-        }
-        let all = || std::iter::once(&first).chain(&gone.all);
-        // Before it leaves the index: a device that does not answer any more may hold entries of its range for ever.
-        for inner in all().filter(|_| !planted!("r20-ghost")) {
-            self.ghosts.add(inner.range, inner.targets());
-        }
-        let (_, free) = self.registry.remove(all().map(|inner| &**inner));
-        Some((first, free))
-    }
-
-    fn release(&self, inner: Arc<Inner>) {
+    fn release(&self, inner: &Arc<Inner>) {
         {
             let _watched = self.watch.enter_release(inner.who);
             let _callback = InCallback::release();
             let notifier = &inner.notifier;
-            let stopped = contain(|| notifier.release()).is_some();
-            if !stopped {
-                self.note_panic(&inner, 0);
-            }
-            // Nobody has stopped a device that is in quarantine by now: this release has given it up, or one before it that left the index
-            // together with this.
-            if !stopped || !planted!("r20-ghost") {
-                self.ghosts.add(inner.range, inner.targets());
+            if contain(|| notifier.release()).is_none() {
+                self.note_panic(inner, 0);
             }
         }
         self.recorder.record(Kind::Release, inner.id(), 0, 0);
@@ -312,13 +265,25 @@ impl Space {
         // A shared one is not known under its key any more, or its handler would live on.
         if inner.word.load().is_shared() {
             let mut shared = self.shared.lock();
-            shared.retain(|(_, one)| !Arc::ptr_eq(one, &inner));
-        }
-        {
-            let mut lifecycle = self.lifecycle.lock();
-            lifecycle.registered -= 1;
+            shared.retain(|(_, one)| !Arc::ptr_eq(one, inner));
         }
         self.events.ended();
+        // What it has put off itself.
+        context::leave();
+    }
+
+    /// Takes what is released out of the index. Not before: an invalidation that meets it there asks whether its devices are in quarantine,
+    /// where a release may have put them.
+    fn remove(&self, first: &Arc<Inner>, others: &[Arc<Inner>]) -> Free<Inner> {
+        let all = || std::iter::once(first).chain(others);
+        // Before it leaves the index: a device that does not answer any more may hold entries of its range for ever.
+        for inner in all().filter(|_| !planted!("r20-ghost")) {
+            self.ghosts.add(inner.range, inner.targets());
+        }
+        let (_, free) = self.registry.remove(all().map(|inner| &**inner));
+        self.lifecycle.lock().registered -= all().count();
+        self.events.ended();
+        free
     }
 
     /// A callback of `inner` panicked: its devices are in quarantine from here on.

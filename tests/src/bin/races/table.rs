@@ -41,12 +41,6 @@ pub(crate) const TABLE: &[Entry] = &[
         "model::litmus::an_end_and_a_waiter_do_not_miss_each_other",
     ),
     model(
-        "R4",
-        "r4-removed",
-        "whoever waits is woken for what another thread has yet to release (space::inner, remove_completed)",
-        "model::waits::what_is_given_up_together_is_released_by_whoever_waits",
-    ),
-    model(
         "R5",
         "r5",
         "the last to leave completes, not who detached (registration::state)",

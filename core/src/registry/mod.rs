@@ -14,6 +14,7 @@
 
 #[cfg(all(any(test, fuzzing), not(loom)))]
 pub(crate) mod fuzz;
+mod granule;
 pub(crate) mod node;
 mod summary;
 #[cfg(test)]

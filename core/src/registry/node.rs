@@ -14,10 +14,9 @@ use std::marker::PhantomData;
 use std::ops::ControlFlow;
 use std::ptr::NonNull;
 
+use super::granule::{PAGE_SHIFT, Pages, Scale, above, pages};
 use crate::addr::Range;
 use crate::primitive::Arc;
-
-const PAGE_SHIFT: u32 = 12;
 
 /// What is below a node at most.
 #[cfg(not(loom))]
@@ -85,65 +84,6 @@ pub(super) struct Node<T> {
     /// In a leaf from `Arc::into_raw`, with its count; else a [`Link`].
     below: [*const (); FANOUT],
     values: PhantomData<Arc<T>>,
-}
-
-/// First and last page.
-type Pages = (u64, u64);
-
-fn pages(range: Range) -> Pages {
-    let page = |addr: u64| addr >> PAGE_SHIFT;
-    (page(range.start().get()), page(range.last().get()))
-}
-
-/// Which pages a node's granules are.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Scale {
-    /// The first page of granule 0.
-    base: u64,
-    /// Pages of a granule, as a power of two.
-    shift: u32,
-}
-
-impl Scale {
-    const PAGES: Self = Self { base: 0, shift: 0 };
-
-    /// The finest that has room for these pages, and for as much as possible on both sides.
-    fn of((first, last): Pages) -> Self {
-        let mut shift = 0;
-        while (last - first) >> shift >= i32::MAX as u64 / 2 {
-            shift += 1;
-        }
-        let room = ((i32::MAX as u64) << shift) - (last - first);
-        Self {
-            base: first.saturating_sub(room / 2),
-            shift,
-        }
-    }
-
-    /// The granule of a page; what lies outside of all counts as in the outermost.
-    #[inline]
-    fn granule(self, page: u64) -> i32 {
-        let granule = page.saturating_sub(self.base) >> self.shift;
-        i32::try_from(granule).unwrap_or(i32::MAX)
-    }
-
-    /// The same, but -1 for a page before all.
-    #[inline]
-    fn granule_of_last(self, page: u64) -> i32 {
-        if page < self.base {
-            return -1;
-        }
-        self.granule(page)
-    }
-
-    fn holds(self, (first, last): Pages) -> bool {
-        first >= self.base && (last - self.base) >> self.shift < i32::MAX as u64
-    }
-
-    fn pages(self, first: i32, last: i32) -> Pages {
-        let start = |granule: i32| self.base + ((granule as u64) << self.shift);
-        (start(first), start(last + 1) - 1)
-    }
 }
 
 impl<T: Entry> Node<T> {
@@ -383,31 +323,6 @@ impl<T: Entry> Node<T> {
                 unsafe { Self::free(NonNull::new_unchecked(below.cast::<Self>().cast_mut())) };
             }
         }
-    }
-}
-
-/// A bit for each of the words that is more than `than`.
-#[cfg(any(not(target_arch = "x86_64"), loom))]
-fn above(words: &[i32; FANOUT], than: i32) -> u32 {
-    let bit = |at: usize| u32::from(words[at] > than) << at;
-    (0..FANOUT).fold(0, |all, at| all | bit(at))
-}
-
-/// The same, four at a time, which compilers do not find.
-#[cfg(all(target_arch = "x86_64", not(loom)))]
-#[inline]
-fn above(words: &[i32; FANOUT], than: i32) -> u32 {
-    use std::arch::x86_64::*;
-    const _: () = assert!(FANOUT == 16);
-    // SAFETY: every processor of the architecture has these instructions; and what is loaded, for which no alignment is asked, are four
-    // of sixteen each time.
-    unsafe {
-        let than = _mm_set1_epi32(than);
-        let four = |at: usize| _mm_loadu_si128(words.as_ptr().add(at).cast());
-        let above = |at: usize| _mm_cmpgt_epi32(four(at), than);
-        let lower = _mm_packs_epi32(above(0), above(4));
-        let upper = _mm_packs_epi32(above(8), above(12));
-        _mm_movemask_epi8(_mm_packs_epi16(lower, upper)) as u32
     }
 }
 

@@ -22,30 +22,30 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    fn arguments(self) -> &'static [&'static str] {
+    /// One package each: another's test may go by the same name.
+    fn builds(self) -> &'static [&'static [&'static str]] {
         match self {
-            Self::Models => &["-p", "shootdown", "--release", "--lib"],
+            Self::Models => &[&["-p", "shootdown", "--release", "--lib"]],
             Self::Core => &[
-                "-p",
-                "shootdown",
-                "--test",
-                "guards",
-                "--test",
-                "source_uffd",
-                "--test",
-                "source_unotify",
-                "--test",
-                "no_alloc",
-                "--test",
-                "source_no_alloc",
-                "--test",
-                "shootdown",
-                "-p",
-                "shootdown-vfio",
-                "--test",
-                "windows",
+                &[
+                    "-p",
+                    "shootdown",
+                    "--test",
+                    "guards",
+                    "--test",
+                    "source_uffd",
+                    "--test",
+                    "source_unotify",
+                    "--test",
+                    "no_alloc",
+                    "--test",
+                    "source_no_alloc",
+                    "--test",
+                    "shootdown",
+                ],
+                &["-p", "shootdown-vfio", "--test", "windows"],
             ],
-            Self::Drivers => &["-p", "shootdown-gru", "--test", "model"],
+            Self::Drivers => &[&["-p", "shootdown-gru", "--test", "model"]],
         }
     }
 
@@ -146,34 +146,36 @@ impl Builds {
     }
 
     fn make(&self, kind: Kind) -> Result<HashMap<String, Program>, Error> {
-        let mut command = self.cargo();
-        command
-            .args([
-                "test",
-                "--no-run",
-                "--message-format",
-                "json-render-diagnostics",
-            ])
-            .args(kind.arguments());
-        if let Some((flags, directory)) = kind.apart() {
-            command
-                .env("RUSTFLAGS", flags)
-                .env_remove("CARGO_ENCODED_RUSTFLAGS")
-                .env("CARGO_TARGET_DIR", self.target.join(directory));
-        }
-        let messages = Self::output(&mut command)?;
         let mut programs = HashMap::new();
-        // Most lines are of another shape.
-        let made = messages
-            .lines()
-            .filter_map(|line| serde_json::from_str::<Artifact>(line).ok());
-        for made in made {
-            let package = made.manifest_path.parent().unwrap_or(&self.workspace);
-            let program = Program {
-                path: made.executable,
-                package: package.to_owned(),
-            };
-            programs.insert(made.target.name, program);
+        for arguments in kind.builds() {
+            let mut command = self.cargo();
+            command
+                .args([
+                    "test",
+                    "--no-run",
+                    "--message-format",
+                    "json-render-diagnostics",
+                ])
+                .args(*arguments);
+            if let Some((flags, directory)) = kind.apart() {
+                command
+                    .env("RUSTFLAGS", flags)
+                    .env_remove("CARGO_ENCODED_RUSTFLAGS")
+                    .env("CARGO_TARGET_DIR", self.target.join(directory));
+            }
+            let messages = Self::output(&mut command)?;
+            // Most lines are of another shape.
+            let made = messages
+                .lines()
+                .filter_map(|line| serde_json::from_str::<Artifact>(line).ok());
+            for made in made {
+                let package = made.manifest_path.parent().unwrap_or(&self.workspace);
+                let program = Program {
+                    path: made.executable,
+                    package: package.to_owned(),
+                };
+                programs.insert(made.target.name, program);
+            }
         }
         Ok(programs)
     }

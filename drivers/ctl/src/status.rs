@@ -1,6 +1,6 @@
 //! `shootdown gru status`: what the GRUs of a run that is at work are doing just now.
 //!
-//! A run listens at a Unix socket in `$XDG_RUNTIME_DIR` (where that is not set, in the folder for temporary files), named by its process,
+//! A run listens at a Unix socket in `$XDG_RUNTIME_DIR` (where that names no place, in the folder for temporary files), named by its process,
 //! and gives whoever connects one JSON object. It does so between two looks at its threads, so that nothing is added to it but a
 //! descriptor. Who is gone refuses connections, and its socket is removed by whoever notices.
 
@@ -59,7 +59,11 @@ impl StatusError {
 const PATIENCE: Duration = Duration::from_secs(2);
 
 fn folder() -> PathBuf {
-    std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from)
+    // Empty or relative it does not count, as its specification says: a run and whoever looks at it may be started in different places.
+    let named = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+    named
+        .filter(|folder| folder.is_absolute())
+        .unwrap_or_else(std::env::temp_dir)
 }
 
 fn socket(pid: u32) -> PathBuf {

@@ -342,6 +342,25 @@ fn status(folder: &std::path::Path, arguments: &str) -> (Option<i32>, String, St
 }
 
 #[test]
+fn a_folder_for_sockets_that_is_no_place_does_not_count() {
+    let temporary = std::env::temp_dir().join(format!("shootdown-nobody-{}", std::process::id()));
+    std::fs::create_dir(&temporary).expect("a folder");
+    for nowhere in ["", "here"] {
+        let mut command = shootdown("gru status");
+        command.env("XDG_RUNTIME_DIR", nowhere);
+        let (code, _, stderr) = ended(
+            command
+                .env("TMPDIR", &temporary)
+                .output()
+                .expect("it starts"),
+        );
+        assert_eq!(code, Some(3));
+        assert!(stderr.contains(&*temporary.to_string_lossy()), "{stderr}");
+    }
+    std::fs::remove_dir(&temporary).expect("nobody has been there");
+}
+
+#[test]
 fn the_status_of_the_grus_is_that_of_the_run_that_is_at_work() {
     let folder = std::env::temp_dir().join(format!("shootdown-status-{}", std::process::id()));
     std::fs::create_dir(&folder).expect("a folder");

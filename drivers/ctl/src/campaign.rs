@@ -15,6 +15,7 @@ use thiserror::Error;
 
 use crate::options::PlantsOptions;
 use crate::plant::Plant;
+use crate::status;
 
 /// Of the runs with a planted bug, per cent that have to find it.
 const ENOUGH: u64 = 95;
@@ -241,6 +242,7 @@ fn one(
             // It may have ended meanwhile.
             let _ = child.kill();
             child.wait().map_err(CampaignError::Start)?;
+            status::forget(child.id());
             return Ok((!stop).then_some(Ended::Hung));
         }
         thread::sleep(LOOK);

@@ -28,7 +28,7 @@ use crate::recovery::Recovery;
 use crate::report::{Latencies, Report};
 use crate::shared::Shared;
 use crate::soak::{Count, Sampler};
-use crate::status::{Server, Snapshot};
+use crate::status::{self, Server, Snapshot};
 use crate::trace;
 use crate::worker::{BLOCKS, CHUNK, Worker};
 
@@ -77,6 +77,7 @@ fn watchdog() -> Sender<()> {
             eprintln!(
                 "error: the run did not end within {GIVE_UP:?} after its time was over: a thread hangs"
             );
+            status::forget(std::process::id());
             std::process::exit(1);
         }
     });

@@ -70,6 +70,12 @@ fn socket(pid: u32) -> PathBuf {
     folder().join(format!("shootdown-{pid}.sock"))
 }
 
+/// Removes what a run that is ended from outside, or ends itself where nothing is dropped, would leave.
+pub(crate) fn forget(pid: u32) {
+    // Whoever looks for runs removes it else.
+    let _ = std::fs::remove_file(socket(pid));
+}
+
 /// A run's end of it.
 #[derive(Debug)]
 pub(crate) struct Server {

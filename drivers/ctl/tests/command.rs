@@ -321,6 +321,30 @@ fn ctrl_c_ends_plants_which_report_what_was_done() {
 }
 
 #[test]
+fn runs_that_plants_kills_leave_no_socket() {
+    let folder = std::env::temp_dir().join(format!("shootdown-plants-{}", std::process::id()));
+    std::fs::create_dir(&folder).expect("a folder");
+    let is_empty = || std::fs::read_dir(&folder).expect("it is there").count() == 0;
+    // Each time the run may end by itself before it is killed.
+    for _ in 0..8 {
+        let mut plants = shootdown("plants --seeds 9999 --json");
+        plants.env("XDG_RUNTIME_DIR", &folder);
+        let plants = plants.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        let plants = plants.expect("it starts");
+        let begun = std::time::Instant::now();
+        while is_empty() && begun.elapsed() < Duration::from_secs(60) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // SAFETY: a signal to a child that has not been waited for, so that the number is its own.
+        let sent = unsafe { libc::kill(plants.id() as libc::pid_t, libc::SIGINT) };
+        assert_eq!(sent, 0);
+        plants.wait_with_output().expect("it ends");
+        assert!(is_empty(), "a socket is left");
+    }
+    std::fs::remove_dir(&folder).expect("it is empty");
+}
+
+#[test]
 fn a_trace_has_the_phases() {
     let path = std::env::temp_dir().join(format!("shootdown-{}.json", std::process::id()));
     let (code, _, stderr) = run(&format!("--seconds 1 --trace {}", path.display()));

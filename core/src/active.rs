@@ -218,6 +218,7 @@ impl Active {
     }
 
     /// Remembers what `claim` has found.
+    #[inline]
     pub(crate) fn note(&self, claim: Claim, note: Note) {
         self.slots[claim.slot].notes.write(note);
     }

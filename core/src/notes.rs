@@ -41,6 +41,7 @@ impl<const N: usize> Notes<N> {
     }
 
     /// By one thread at a time, each ordered after the one before.
+    #[inline]
     pub(crate) fn write(&self, note: Note) {
         if N == 0 {
             return;

@@ -8,12 +8,36 @@
 use crate::addr::{PageSize, PageSizes, Range};
 use crate::tlb::{BATCH, Device, Limits, Scope};
 
-/// What walks the pieces of a range: calls with each one, and the sizes that its pages have.
-pub(crate) type Pieces<'a> = &'a dyn Fn(Range, &mut dyn FnMut(Range, PageSizes));
+/// Calls with each piece of a range, and the sizes that its pages have.
+type Walk<'a> = &'a dyn Fn(Range, &mut dyn FnMut(Range, PageSizes));
 
-/// A range of which nothing is known but that pages of any size may be in it.
-pub(crate) fn unknown(range: Range, each: &mut dyn FnMut(Range, PageSizes)) {
-    each(range, PageSizes::all());
+/// What is mapped in a range.
+#[derive(Clone, Copy)]
+pub(crate) enum Pieces<'a> {
+    /// Nothing is known but that pages of any size may be in it.
+    Unknown,
+    /// What this walks.
+    Of(Walk<'a>),
+}
+
+impl Pieces<'_> {
+    fn each(self, range: Range, each: &mut dyn FnMut(Range, PageSizes)) {
+        match self {
+            Self::Unknown => each(range, PageSizes::all()),
+            Self::Of(walk) => walk(range, each),
+        }
+    }
+
+    /// The sizes of all pages in `range`.
+    #[inline]
+    pub(crate) fn sizes(self, range: Range) -> PageSizes {
+        let Self::Of(walk) = self else {
+            return PageSizes::all();
+        };
+        let mut all = PageSizes::empty();
+        walk(range, &mut |_, sizes| all |= sizes);
+        all
+    }
 }
 
 /// A command that is being made: the first page, and the last one so far that is to be covered, by number.
@@ -59,7 +83,7 @@ impl FlushPlan {
             len: 0,
             full: false,
         };
-        pieces(range, &mut |piece, sizes| {
+        pieces.each(range, &mut |piece, sizes| {
             if let Some(part) = piece.intersect(range) {
                 plan.add(part, sizes);
             }

@@ -204,6 +204,11 @@ impl<T> Chain<T> {
         self.len
     }
 
+    #[inline]
+    pub(crate) fn first_mut(&mut self) -> Option<&mut T> {
+        self.first.as_mut()?.get_mut().entries.first_mut()
+    }
+
     /// The `nth`. Quick where they are looked for in their order.
     pub(crate) fn get_mut(&mut self, nth: usize) -> Option<&mut T> {
         let (mut at, mut before) = match self.near {

@@ -150,12 +150,26 @@ pub(crate) struct PostId(usize);
 
 /// A callback runs for as long as this lives.
 #[derive(Debug)]
-pub(crate) struct Running<'w>(&'w Post);
+pub(crate) struct Running<'w> {
+    post: &'w Post,
+    number: u64,
+}
+
+impl Running<'_> {
+    /// Notes which callback of the same callee it is: one that it has not been yet.
+    #[inline]
+    pub(crate) fn is(&self, stage: Stage) {
+        // Release, with the Acquire of the look: who sees the run sees who it is.
+        let run = self.number << 8 | stage as u64;
+        self.post.run.store(run, Ordering::Release);
+    }
+}
 
 impl Drop for Running<'_> {
+    #[inline]
     fn drop(&mut self) {
         // Relaxed: nothing is concluded from it.
-        self.0.run.store(0, Ordering::Relaxed);
+        self.post.run.store(0, Ordering::Relaxed);
     }
 }
 
@@ -207,10 +221,9 @@ impl Watch {
         // keeps the words behind the first.
         fence(Ordering::Release);
         post.who.store(who.0, Ordering::Relaxed);
-        // Release, with the Acquire of the look: who sees the run sees who it is.
-        post.run
-            .store(number << 8 | stage as u64, Ordering::Release);
-        Some(Running(post))
+        let running = Running { post, number };
+        running.is(stage);
+        Some(running)
     }
 
     /// Notes that a release begins, if there is a post for it.

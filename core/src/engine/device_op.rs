@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::pool::{Chain, Pool};
 use crate::primitive::{Backoff, Instant, now};
+use crate::registration::Target;
 use crate::tlb::{BATCH, Completion, Device, FlushCommand, Health, Issue, Scope, Ticket};
 
 /// One device in one invalidation.
@@ -136,8 +137,24 @@ const KNOWN: usize = if cfg!(loom) { 8 } else { 2048 };
 pub(super) struct Known([u16; KNOWN]);
 
 impl Known {
+    /// Where the first of the devices of `targets` is, with all of them added that are not there; `None` without room.
+    #[inline(never)]
+    pub(super) fn place_all(
+        &mut self,
+        devices: &mut Chain<DeviceOp>,
+        pool: &Pool<DeviceOp>,
+        targets: &[Target],
+    ) -> Option<usize> {
+        let mut first = None;
+        for target in targets {
+            let place = self.place(devices, pool, &target.device)?;
+            first.get_or_insert(place);
+        }
+        first
+    }
+
     /// Where `device` is; with room, it is added if it is not there. `None` if it is not, and there is none.
-    pub(super) fn place(
+    fn place(
         &mut self,
         devices: &mut Chain<DeviceOp>,
         pool: &Pool<DeviceOp>,

@@ -1,10 +1,10 @@
-//! What did not do as it was told: wider flush, reset, quarantine; and the calls that may be the reason, watched and contained.
+//! What did not do as it was told: wider flush, reset, quarantine.
 
+use super::call::call_as;
 use super::desk::{Desk, Work};
 use super::device_op::{Ack, Deadline, DeviceOp, sync};
-use crate::context::InCallback;
 use crate::notifier::{Op, OpCore};
-use crate::primitive::{Arc, contain};
+use crate::primitive::Arc;
 use crate::recorder::Kind;
 use crate::registration::Inner;
 use crate::segment::SegmentInner;
@@ -83,7 +83,7 @@ impl Desk<'_> {
             let device = &segment.device;
             let who = Who::new(inner.id(), segment.name);
             let attempt = || {
-                watched(space, inner, core, (Stage::Unload, who), || {
+                call_as(space, inner, core, (Stage::Unload, who), |_| {
                     segment.context.unload(&op)
                 })
             };
@@ -127,40 +127,6 @@ pub(super) const GONE: &str =
 pub(super) fn dead(inner: &Inner) -> Option<&Device> {
     let mut devices = inner.targets().iter().map(|target| &target.device);
     devices.find(|device| device.health() == Health::Quarantined)
-}
-
-/// Calls a handler; `None` if it panicked, in which case its devices are in quarantine.
-pub(super) fn call<R>(
-    space: &Space,
-    inner: &Inner,
-    core: &OpCore,
-    stage: Stage,
-    handler: impl FnOnce() -> R,
-) -> Option<R> {
-    watched(space, inner, core, (stage, inner.who), handler)
-}
-
-/// The same, where the watchdog knows what is called by another name.
-fn watched<R>(
-    space: &Space,
-    inner: &Inner,
-    core: &OpCore,
-    (stage, who): (Stage, Who),
-    handler: impl FnOnce() -> R,
-) -> Option<R> {
-    let result = {
-        let _watched = space.watch.enter(core.post, stage, who);
-        let _callback = InCallback::handler(inner.key());
-        if planted!("r22") {
-            Some(handler())
-        } else {
-            contain(handler)
-        }
-    };
-    if result.is_none() {
-        space.note_panic(inner, core.id);
-    }
-    result
 }
 
 /// Work that does not drain ends with a reset of every device of its registration; false if it has none, or one is dead.

@@ -4,7 +4,7 @@ use super::{InvalidateError, Invalidation, Mode, What};
 use crate::addr::Range;
 use crate::context;
 use crate::notifier::{Cause, Outcome};
-use crate::plan;
+use crate::plan::Pieces;
 
 /// An invalidation that somebody outside drives: the pages change between [`begin`](crate::AddressSpace::begin_invalidation)
 /// and [`ExternalInvalidation::end`]. Bound to its thread; on it everything counts as inside a callback meanwhile.
@@ -79,7 +79,7 @@ impl crate::AddressSpace {
         }
         let what = What {
             range,
-            pieces: &plan::unknown,
+            pieces: Pieces::Unknown,
             cause,
             segments: &[],
         };

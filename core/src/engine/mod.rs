@@ -17,6 +17,7 @@
     reason = "nothing may be allocated here, and an error is rare"
 )]
 
+mod call;
 mod desk;
 mod device_op;
 mod error;
@@ -31,7 +32,7 @@ pub(crate) use self::device_op::DeviceOp;
 pub use self::error::{InvalidateError, SinkError};
 pub use self::external::ExternalInvalidation;
 use crate::active::SLOTS;
-use crate::addr::{PageSizes, Range};
+use crate::addr::Range;
 use crate::context::OpenInvalidation;
 use crate::memory::MemoryError;
 use crate::notifier::{Cause, OpCore, Outcome};
@@ -224,13 +225,6 @@ pub(crate) struct What<'a> {
     pub(crate) segments: &'a [Arc<SegmentInner>],
 }
 
-/// The sizes of all pages in `range`.
-fn sizes_of(range: Range, pieces: Pieces<'_>) -> PageSizes {
-    let mut all = PageSizes::empty();
-    pieces(range, &mut |_, sizes| all |= sizes);
-    all
-}
-
 /// Runs all phases, with `change` as the fifth.
 pub(crate) fn run<'s>(
     space: &'s Arc<Space>,
@@ -276,7 +270,7 @@ impl<'s> Invalidation<'s> {
         mode: Mode,
     ) -> Result<Self, Failed<'s>> {
         let mut this = Self::new(Some(crate::lock::Leave));
-        match this.phases(space, what, mode, true) {
+        match this.phases(space, &what, mode, true) {
             Ok(()) => Ok(this),
             Err((error, mut ended)) => {
                 let error = error.with(ended.first.take());
@@ -292,7 +286,7 @@ impl<'s> Invalidation<'s> {
         what: What<'_>,
     ) -> Result<Self, SinkError> {
         let mut this = Self::new(None);
-        let begun = this.phases(space, what, Mode::Blocking, planted!("r18-failed"));
+        let begun = this.phases(space, &what, Mode::Blocking, planted!("r18-failed"));
         begun.map(|()| this).map_err(|(error, _)| error)
     }
 
@@ -309,44 +303,82 @@ impl<'s> Invalidation<'s> {
     fn phases(
         &mut self,
         space: &'s Arc<Space>,
-        what: What<'_>,
+        what: &What<'_>,
         mode: Mode,
         keeps: bool,
     ) -> Result<(), (SinkError, Ended<'s>)> {
+        let Some(desk) = Desk::claim(space, what.range) else {
+            return self.in_a_crowd(space, what, mode, keeps);
+        };
+        let desk = self.desk.insert(desk);
         // Most hit nothing: then there is no more to it than the claim.
-        let mut desk = Desk::claim(space, what.range);
-        let nothing =
-            |desk: &mut Desk<'_>| what.segments.is_empty() && desk.hits_nothing(what.range);
-        if let Some(desk) = desk.take_if(nothing) {
-            self.desk.insert(desk).pages_change(what.range);
+        if what.segments.is_empty() && desk.hits_nothing(what.range) {
+            desk.pages_change(what.range);
             return Ok(());
         }
-        self.all_phases(space, desk, what, mode, keeps)
+        desk.begin(what, mode, keeps);
+        if !desk.collect() {
+            return self.in_a_crowd(space, what, mode, keeps);
+        }
+        self.go_on(space, what)
     }
 
-    #[inline(never)]
-    fn all_phases(
+    /// There was no slot, or no room for all that was hit: waits for those who have it to end.
+    #[cold]
+    fn in_a_crowd(
         &mut self,
         space: &'s Arc<Space>,
-        desk: Option<Desk<'s>>,
-        what: What<'_>,
+        what: &What<'_>,
         mode: Mode,
         keeps: bool,
     ) -> Result<(), (SinkError, Ended<'s>)> {
-        let desk = match start(space, desk, what, mode, keeps) {
-            Ok(desk) => self.desk.insert(desk),
-            Err(error) => return Err((error, Ended::without_trouble(space))),
+        let range = what.range;
+        let limit = space.deadlines.room;
+        let mut deadline = Deadline::new(limit);
+        let mut backoff = Backoff::new();
+        loop {
+            // Nobody has been called: give everything back, so that those who hold the room can end.
+            self.end(Outcome::Unchanged);
+            let failed = if mode == Mode::Try {
+                Some(SinkError::WouldBlock { range })
+            } else if deadline.is_over(&backoff) {
+                let (waited, limit) = (limit, SLOTS);
+                Some(SinkError::NoRoom {
+                    range,
+                    waited,
+                    limit,
+                })
+            } else {
+                None
+            };
+            if let Some(error) = failed {
+                return Err((error, Ended::without_trouble(space)));
+            }
+            backoff.wait();
+            self.desk = Desk::claim(space, range);
+            if let Some(desk) = &mut self.desk {
+                desk.begin(what, mode, keeps);
+                if desk.collect() {
+                    return self.go_on(space, what);
+                }
+            }
+        }
+    }
+
+    /// With everybody in use whom it hits.
+    fn go_on(
+        &mut self,
+        space: &'s Arc<Space>,
+        what: &What<'_>,
+    ) -> Result<(), (SinkError, Ended<'s>)> {
+        let Some(desk) = &mut self.desk else {
+            return Ok(());
         };
         if !desk.hits.is_empty() || !what.segments.is_empty() {
-            desk.core.sizes = sizes_of(what.range, what.pieces);
-            desk.quiesce();
-            if !desk.trouble.would_block {
-                desk.drain();
-                desk.flush(what.pieces);
-                desk.cut_off();
-                if !what.segments.is_empty() {
-                    desk.unload(what.segments);
-                }
+            desk.core.sizes = what.pieces.sizes(what.range);
+            desk.handlers(what.pieces);
+            if !desk.trouble.would_block && !what.segments.is_empty() {
+                desk.unload(what.segments);
             }
         }
         if !desk.trouble.any {
@@ -376,53 +408,6 @@ impl<'s> Invalidation<'s> {
         space.stats.add(Counter::Invalidations, 1);
         space.events.ended_and_fenced();
         None
-    }
-}
-
-/// With every overlapping registration in use; `desk` is the first attempt, which claims are not always.
-fn start<'s>(
-    space: &'s Arc<Space>,
-    mut desk: Option<Desk<'s>>,
-    what: What<'_>,
-    mode: Mode,
-    keeps: bool,
-) -> Result<Desk<'s>, SinkError> {
-    let range = what.range;
-    let limit = space.deadlines.room;
-    let mut deadline = Deadline::new(limit);
-    let mut backoff = Backoff::new();
-    loop {
-        if let Some(mut desk) = desk {
-            let claim = desk.claim;
-            desk.busy = true;
-            desk.trouble.keeps = keeps;
-            desk.core = OpCore {
-                id: claim.id(),
-                range,
-                cause: what.cause,
-                sizes: PageSizes::empty(),
-                may_block: mode == Mode::Blocking,
-                drain: space.deadlines.drain,
-                post: space.watch.post(claim.slot()),
-            };
-            if desk.collect() {
-                return Ok(desk);
-            }
-            // Nobody has been called: give everything back, so that those who hold the room can end.
-            desk.end(Outcome::Unchanged);
-        }
-        if mode == Mode::Try {
-            return Err(SinkError::WouldBlock { range });
-        }
-        if deadline.is_over(&backoff) {
-            return Err(SinkError::NoRoom {
-                range,
-                waited: limit,
-                limit: SLOTS,
-            });
-        }
-        backoff.wait();
-        desk = Desk::claim(space, range);
     }
 }
 

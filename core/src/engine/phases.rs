@@ -1,99 +1,143 @@
 //! The phases of an invalidation, each over all that it has hit at once.
 
+use std::cell::Cell;
 use std::ops::ControlFlow;
 
+use super::call::call;
 use super::desk::{Desk, Work};
 use super::device_op::{Ack, Deadline, DeviceOp, Known, sync};
-use super::escalate::{GONE, call, dead, reset_all};
-use super::{Ended, Hit, SinkError, Used, part};
+use super::escalate::{GONE, dead, reset_all};
+use super::{Ended, Hit, Mode, SinkError, Trouble, Used, What, part};
+use crate::active::Claim;
+use crate::addr::PageSizes;
 use crate::context;
 use crate::notes::Note;
-use crate::notifier::{Gather, Op, Outcome, WouldBlock};
+use crate::notifier::{CutOffFailed, Gather, Op, OpCore, Outcome, WouldBlock};
 use crate::plan::{FlushPlan, Pieces};
 use crate::primitive::Backoff;
 use crate::recorder::Kind;
 use crate::registration::{Inner, Use};
+use crate::registry::Found;
+use crate::space::Space;
 use crate::stats::Counter;
 use crate::tlb::{FlushCommand, Health};
 use crate::watch::Stage;
 
 impl<'s> Desk<'s> {
+    /// States what it is, for those who are called.
+    pub(super) fn begin(&mut self, what: &What<'_>, mode: Mode, keeps: bool) {
+        let (space, claim) = (self.space, self.claim);
+        let work: &mut Work = self;
+        work.busy = true;
+        work.trouble.keeps = keeps;
+        work.core = OpCore {
+            id: claim.id(),
+            range: what.range,
+            cause: what.cause,
+            sizes: PageSizes::empty(),
+            may_block: mode == Mode::Blocking,
+            drain: space.deadlines.drain,
+            post: space.watch.post(claim.slot()),
+        };
+    }
+
     /// Takes every overlapping registration in use; false when the pools have no room.
     pub(super) fn collect(&mut self) -> bool {
-        let mut room = true;
-        let (space, claim) = (self.space, self.claim);
-        let registry = &space.registry;
-        let (work, mut known) = self.work();
-        let Work {
-            core,
-            hits,
-            devices,
-            trouble,
-            ..
-        } = work;
-        let range = core.range;
-        let mut count = 0;
-        registry.walk(claim, range, |found| {
-            let inner: &Inner = &found;
-            let Some(place) = hits.room(&space.hits) else {
-                room = planted!("r19-hit");
-                return ControlFlow::Break(());
-            };
-            let Some((used, number)) = Use::enter(&found) else {
-                // It is over, but not yet among the ghosts.
-                if let Some(device) = dead(inner) {
-                    trouble.device(device, GONE);
-                }
-                return ControlFlow::Continue(());
-            };
-            let note = Note {
-                registration: inner.id(),
-                number,
-                range,
-            };
-            registry.active().note(claim, note);
-            let hit = place.fill(Hit::Used(Used {
-                used,
-                device: 0,
-                quiesced: false,
-                polled: false,
-                failed: false,
-            }));
-            count += 1;
-            for (nth, target) in inner.targets().iter().enumerate() {
-                let place =
-                    |known: &mut Known| known.place(devices, &space.device_ops, &target.device);
-                let Some(at) = known.as_deref_mut().and_then(place) else {
-                    room = false;
-                    break;
-                };
-                if nth == 0
-                    && let Some(hit) = hit.used()
-                {
-                    hit.device = at as u32;
-                }
-            }
-            if room {
-                ControlFlow::Continue(())
-            } else {
-                ControlFlow::Break(())
-            }
-        });
+        let (space, claim, range) = (self.space, self.claim, self.core.range);
+        let (work, known) = self.work();
+        let mut found = Collected {
+            space,
+            claim,
+            work,
+            known,
+            count: 0,
+            room: true,
+        };
+        space.registry.walk(claim, range, |one| found.add(&one));
+        let Collected { count, room, .. } = found;
         if space.ghosts.are_there() {
-            let ghosts = &space.ghosts;
+            let (ghosts, trouble) = (&space.ghosts, &mut self.trouble);
             ghosts.find(range, |device| trouble.device(device, GONE));
         }
         if count > 0 && room {
             let (start, last) = (range.start().get(), range.last().get());
-            let quick = devices.is_empty();
+            let (quick, id) = (self.devices.is_empty(), self.core.id);
             let recorder = &space.recorder;
-            recorder.record_quick(quick, Kind::Start, core.id, start, last);
+            recorder.record_quick(quick, Kind::Start, id, start, last);
             space.stats.add(Counter::Hits, count);
         }
         room
     }
 
-    pub(super) fn quiesce(&mut self) {
+    /// Phases 2 to 4, but for the contexts of segments.
+    pub(super) fn handlers(&mut self, pieces: Pieces<'_>) {
+        let next = if self.hits.len() == 1 && self.devices.is_empty() {
+            self.alone()
+        } else {
+            self.quiesce();
+            Stage::Drained
+        };
+        if self.trouble.would_block {
+            return;
+        }
+        if next == Stage::Drained {
+            self.drain();
+            self.flush(pieces);
+        }
+        if next != Stage::End {
+            self.cut_off();
+        }
+    }
+
+    /// One handler that nobody is hit beside, without devices: a phase is over when its call has returned, so that the next call follows
+    /// at once. Gives the phase that comes next where that was not so.
+    fn alone(&mut self) -> Stage {
+        let space = self.space;
+        let Work {
+            core,
+            hits,
+            trouble,
+            ..
+        } = &mut **self;
+        let Some(hit) = hits.first_mut().and_then(Hit::used) else {
+            return Stage::End;
+        };
+        hit.quiesced = true;
+        let used = &hit.used;
+        let op = Op::new(core, part(used, core));
+        let called = Cell::new(Stage::Quiesce);
+        let mut cut_off = Ok(());
+        let result = call(space, used, core, Stage::Quiesce, |calling| {
+            let next = |stage| {
+                calling.next(stage);
+                called.set(stage);
+            };
+            if used.notifier.quiesce(&op)?.is_polled() {
+                return Ok(true);
+            }
+            next(Stage::Flush);
+            let _ = used.notifier.flush(&op, Gather::new(&op));
+            next(Stage::CutOff);
+            cut_off = used.notifier.cut_off(&op);
+            Ok(false)
+        });
+        match called.get() {
+            Stage::Quiesce => {
+                hit.quiesced(space, core, result, trouble);
+                Stage::Drained
+            }
+            Stage::Flush => {
+                hit.failed |= trouble.panicked(used);
+                Stage::CutOff
+            }
+            _ => {
+                hit.was_cut_off(result.map(|_| cut_off), trouble);
+                Stage::End
+            }
+        }
+    }
+
+    fn quiesce(&mut self) {
         let space = self.space;
         let Work {
             core,
@@ -109,25 +153,14 @@ impl<'s> Desk<'s> {
             }
             hit.quiesced = true;
             let op = Op::new(core, part(used, core));
-            match call(space, used, core, Stage::Quiesce, || {
+            let result = call(space, used, core, Stage::Quiesce, |_| {
                 used.notifier.quiesce(&op).map(|drain| drain.is_polled())
-            }) {
-                Some(Ok(polled)) => hit.polled = polled,
-                Some(Err(WouldBlock)) if core.may_block => {
-                    hit.failed = true;
-                    trouble.not_drained(used);
-                }
-                Some(Err(WouldBlock)) => {
-                    space.recorder.record(Kind::Refused, core.id, used.id(), 0);
-                    space.stats.add(Counter::Refused, 1);
-                    trouble.would_block();
-                }
-                None => hit.failed = trouble.panicked(used),
-            }
+            });
+            hit.quiesced(space, core, result, trouble);
         });
     }
 
-    pub(super) fn drain(&mut self) {
+    fn drain(&mut self) {
         let space = self.space;
         let Work {
             core,
@@ -149,7 +182,7 @@ impl<'s> Desk<'s> {
                 let used = &hit.used;
                 waited_for = true;
                 let op = Op::new(core, part(used, core));
-                match call(space, used, core, Stage::Drained, || {
+                match call(space, used, core, Stage::Drained, |_| {
                     used.notifier.drained(&op)
                 }) {
                     Some(true) => hit.polled = false,
@@ -181,7 +214,7 @@ impl<'s> Desk<'s> {
         }
     }
 
-    pub(super) fn flush(&mut self, pieces: Pieces<'_>) {
+    fn flush(&mut self, pieces: Pieces<'_>) {
         let space = self.space;
         let Work {
             core,
@@ -198,7 +231,7 @@ impl<'s> Desk<'s> {
             let Some(hit) = hit.used() else { return };
             let used = &hit.used;
             let op = Op::new(core, part(used, core));
-            let asked = call(space, used, core, Stage::Flush, || {
+            let asked = call(space, used, core, Stage::Flush, |_| {
                 used.notifier.flush(&op, Gather::new(&op)).range()
             });
             let Some(asked) = asked else {
@@ -247,7 +280,7 @@ impl<'s> Desk<'s> {
         space.recorder.record(Kind::Flushed, self.core.id, 0, 0);
     }
 
-    pub(super) fn cut_off(&mut self) {
+    fn cut_off(&mut self) {
         let space = self.space;
         let Work {
             core,
@@ -259,16 +292,10 @@ impl<'s> Desk<'s> {
             let Some(hit) = hit.used() else { return };
             let used = &hit.used;
             let op = Op::new(core, part(used, core));
-            match call(space, used, core, Stage::CutOff, || {
+            let result = call(space, used, core, Stage::CutOff, |_| {
                 used.notifier.cut_off(&op)
-            }) {
-                Some(Ok(())) => {}
-                Some(Err(_)) => {
-                    hit.failed = true;
-                    trouble.not_drained(used);
-                }
-                None => hit.failed = trouble.panicked(used),
-            }
+            });
+            hit.was_cut_off(result, trouble);
         });
     }
 
@@ -295,28 +322,21 @@ impl<'s> Desk<'s> {
     /// `end` for whoever was started, and everything is given back. What is left, where there was trouble.
     pub(super) fn end(mut self, outcome: Outcome) -> Option<Ended<'s>> {
         let space = self.space;
-        let (work, known) = self.work();
+        let quick = self.devices.is_empty();
+        if !quick {
+            self.end_devices(outcome);
+        }
+        let kept = self.is_kept(outcome);
         let Work {
             core,
             hits,
-            devices,
             trouble,
             missed_deadline,
             busy,
-            change: _,
-        } = work;
+            ..
+        } = &mut *self;
         *busy = false;
         let hit_any = !hits.is_empty();
-        let quick = devices.is_empty();
-        let quarantined = outcome == Outcome::Quarantined;
-        let kept = quarantined && trouble.keeps;
-        if let Some(known) = known {
-            known.forget(devices);
-        }
-        if !kept {
-            // Before the uses are given back: while they last, a registration holds each device, and no count here is the last.
-            devices.clear(&space.device_ops);
-        }
         hits.for_each(|hit| {
             let Hit::Used(mut one) = std::mem::replace(hit, Hit::Over) else {
                 return;
@@ -325,7 +345,7 @@ impl<'s> Desk<'s> {
             if one.quiesced && !(planted!("r13") && trouble.would_block) {
                 let op = Op::new(core, part(&used, core));
                 let end = || used.notifier.end(&op, outcome);
-                if call(space, &used, core, Stage::End, end).is_none() {
+                if call(space, &used, core, Stage::End, |_| end()).is_none() {
                     one.failed |= trouble.panicked(&used);
                 }
             }
@@ -334,41 +354,167 @@ impl<'s> Desk<'s> {
             }
             used.leave();
         });
-        let mut ended = None;
-        let mut spoilt = None;
-        if trouble.any || *missed_deadline || quarantined {
-            let noteworthy = quarantined || *missed_deadline || trouble.panicked;
-            let ended = ended.insert(Ended::without_trouble(space));
-            if kept {
-                ended.first = trouble.device.take();
-                ended.devices = std::mem::take(devices);
-                ended.hits = std::mem::take(hits);
-            }
-            ended.panicked = trouble.panicked.then_some((trouble.handler, core.range));
-            *missed_deadline = false;
-            spoilt = Some(std::mem::take(trouble));
-            if noteworthy {
-                space.recorder.want_dump();
-                context::put_off(space);
-            }
-        }
-        hits.clear(&space.hits);
         let id = core.id;
+        let noteworthy = trouble.any || *missed_deadline || outcome == Outcome::Quarantined;
+        let left = noteworthy.then(|| self.left_over(outcome, kept));
+        self.hits.clear(&space.hits);
         self.leave();
         space.stats.add(Counter::Invalidations, 1);
-        if quarantined {
-            space.stats.add(Counter::Quarantined, 1);
-        }
         if hit_any {
             let number = match outcome {
                 Outcome::Changed => 0,
                 Outcome::Unchanged => 1,
                 Outcome::Quarantined => 2,
             };
-            space.recorder.record_quick(quick, Kind::End, id, number, 0);
+            let recorder = &space.recorder;
+            recorder.record_quick(quick, Kind::End, id, number, 0);
         }
         space.events.ended_and_fenced();
-        drop(spoilt);
-        ended
+        // Dropped when it is over: a device may be among it.
+        left.map(|(ended, _trouble)| ended)
+    }
+
+    /// Whether who may still reach the pages is told to the caller.
+    fn is_kept(&self, outcome: Outcome) -> bool {
+        outcome == Outcome::Quarantined && self.trouble.keeps
+    }
+
+    /// Gives the devices back, before the uses: while those last, a registration holds each device, and no count here is the last.
+    #[inline(never)]
+    fn end_devices(&mut self, outcome: Outcome) {
+        let pool = &self.space.device_ops;
+        let kept = self.is_kept(outcome);
+        let (work, known) = self.work();
+        if let Some(known) = known {
+            known.forget(&mut work.devices);
+        }
+        if !kept {
+            work.devices.clear(pool);
+        }
+    }
+
+    /// What the caller is told of one that was not as it should be, and the trouble that there was.
+    #[cold]
+    fn left_over(&mut self, outcome: Outcome, kept: bool) -> (Ended<'s>, Trouble) {
+        let space = self.space;
+        let Work {
+            core,
+            hits,
+            devices,
+            trouble,
+            missed_deadline,
+            ..
+        } = &mut **self;
+        let quarantined = outcome == Outcome::Quarantined;
+        let mut ended = Ended::without_trouble(space);
+        if kept {
+            ended.first = trouble.device.take();
+            ended.devices = std::mem::take(devices);
+            ended.hits = std::mem::take(hits);
+        }
+        ended.panicked = trouble.panicked.then_some((trouble.handler, core.range));
+        if quarantined {
+            space.stats.add(Counter::Quarantined, 1);
+        }
+        if quarantined || *missed_deadline || trouble.panicked {
+            space.recorder.want_dump();
+            context::put_off(space);
+        }
+        *missed_deadline = false;
+        (ended, std::mem::take(trouble))
+    }
+}
+
+/// What a walk has collected so far.
+struct Collected<'a> {
+    space: &'a Space,
+    claim: Claim,
+    work: &'a mut Work,
+    known: Option<&'a mut Known>,
+    count: u64,
+    /// There is still some.
+    room: bool,
+}
+
+impl Collected<'_> {
+    /// Takes one in use.
+    #[inline]
+    fn add(&mut self, found: &Found<'_, Inner>) -> ControlFlow<()> {
+        let space = self.space;
+        let Some(place) = self.work.hits.room(&space.hits) else {
+            self.room = planted!("r19-hit");
+            return ControlFlow::Break(());
+        };
+        let Some((used, number)) = Use::enter(found) else {
+            // It is over, but not yet among the ghosts.
+            if let Some(device) = dead(found) {
+                self.work.trouble.device(device, GONE);
+            }
+            return ControlFlow::Continue(());
+        };
+        let note = Note {
+            registration: found.id(),
+            number,
+            range: self.work.core.range,
+        };
+        space.registry.active().note(self.claim, note);
+        let device = match found.targets() {
+            [] => Some(0),
+            targets => {
+                let (known, devices) = (self.known.as_deref_mut(), &mut self.work.devices);
+                known.and_then(|known| known.place_all(devices, &space.device_ops, targets))
+            }
+        };
+        place.fill(Hit::Used(Used {
+            used,
+            device: device.unwrap_or(0) as u32,
+            quiesced: false,
+            polled: false,
+            failed: false,
+        }));
+        self.count += 1;
+        if device.is_none() {
+            self.room = false;
+            return ControlFlow::Break(());
+        }
+        ControlFlow::Continue(())
+    }
+}
+
+impl Used {
+    /// Whether it is polled, or why not; `None` where it has panicked.
+    fn quiesced(
+        &mut self,
+        space: &Space,
+        core: &OpCore,
+        result: Option<Result<bool, WouldBlock>>,
+        trouble: &mut Trouble,
+    ) {
+        let used = &self.used;
+        match result {
+            Some(Ok(polled)) => self.polled = polled,
+            Some(Err(WouldBlock)) if core.may_block => {
+                self.failed = true;
+                trouble.not_drained(used);
+            }
+            Some(Err(WouldBlock)) => {
+                space.recorder.record(Kind::Refused, core.id, used.id(), 0);
+                space.stats.add(Counter::Refused, 1);
+                trouble.would_block();
+            }
+            None => self.failed = trouble.panicked(used),
+        }
+    }
+
+    /// How its mappings have gone; `None` where it has panicked.
+    fn was_cut_off(&mut self, result: Option<Result<(), CutOffFailed>>, trouble: &mut Trouble) {
+        match result {
+            Some(Ok(())) => {}
+            Some(Err(_)) => {
+                self.failed = true;
+                trouble.not_drained(&self.used);
+            }
+            None => self.failed = trouble.panicked(&self.used),
+        }
     }
 }

@@ -8,6 +8,7 @@ use crate::engine::{self, Failed, InvalidateError, Mode, What};
 use crate::lock::Leave;
 use crate::memory::{Memory, MemoryError, Rights};
 use crate::notifier::Cause;
+use crate::plan::Pieces;
 use crate::primitive::Arc;
 use crate::segment::SegmentInner;
 use crate::space::Space;
@@ -352,7 +353,7 @@ fn run(
     };
     let what = What {
         range,
-        pieces: &|range, each| space.table.pieces(range, each),
+        pieces: Pieces::Of(&|range, each| space.table.pieces(range, each)),
         cause: change.cause(),
         segments: &segments,
     };

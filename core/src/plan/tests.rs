@@ -56,7 +56,7 @@ fn plan_of(pieces: &[(Range, PageSizes)], device: &Device, cut: bool) -> FlushPl
             each(*range, *sizes);
         }
     };
-    FlushPlan::new(Range::ALL, &walk, device, cut)
+    FlushPlan::new(Range::ALL, Pieces::Of(&walk), device, cut)
 }
 
 fn one(len: u64, size: PageSize, cost: u64) -> Vec<Scope> {

@@ -259,6 +259,7 @@ unsafe impl Send for Use {}
 
 impl Use {
     /// Inside a walk: a use of what it has met, unless that is detached; and the number of the invalidation that takes it.
+    #[inline]
     pub(crate) fn enter(found: &Found<'_, Inner>) -> Option<(Self, u64)> {
         let number = found.word.enter()?;
         Some((Self(found.as_ptr()), number))
@@ -271,6 +272,7 @@ impl Use {
     }
 
     /// Gives it back; completes a detached registration if this was the last.
+    #[inline]
     pub(crate) fn leave(self) {
         // SAFETY: the use keeps it alive until the word says otherwise.
         if unsafe { self.0.as_ref() }.word.leave() {

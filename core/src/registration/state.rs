@@ -193,6 +193,7 @@ impl StateWord {
     }
 
     /// Takes a use for an invalidation that starts, if callbacks may still begin: its number.
+    #[inline]
     pub(crate) fn enter(&self) -> Option<u64> {
         let next = |word: Snapshot| Snapshot(word.0.wrapping_add(STARTED) + USE);
         let before = self.update(|word| {
@@ -212,6 +213,7 @@ impl StateWord {
     }
 
     /// Gives a use back; true if the caller was the last one of a detached registration: it completes.
+    #[inline]
     pub(crate) fn leave(&self) -> bool {
         let before = Snapshot(self.0.fetch_sub(USE, Ordering::AcqRel));
         debug_assert!(before.uses() > 0, "a use is given back once");

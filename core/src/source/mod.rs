@@ -61,7 +61,7 @@ use crate::addr::{PageSize, Range};
 use crate::context::{self, Refused};
 use crate::engine::{Invalidation, SinkError, What};
 use crate::notifier::{Cause, Outcome};
-use crate::plan;
+use crate::plan::Pieces;
 use crate::space::{AddressSpace, SpacePin};
 
 type Declares = fn(Operation) -> Sees;
@@ -212,7 +212,7 @@ impl Sink {
         context::callback_refusal_of_handlers("Sink::begin")?;
         let what = What {
             range,
-            pieces: &plan::unknown,
+            pieces: Pieces::Unknown,
             cause,
             segments: &[],
         };

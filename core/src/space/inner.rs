@@ -14,7 +14,7 @@ use crate::list::{Link, List, PutOff};
 use crate::managed::Table;
 use crate::memory::Memory;
 use crate::notifier::{Cause, Notifier};
-use crate::plan;
+use crate::plan::Pieces;
 use crate::pool::Pool;
 use crate::primitive::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use crate::primitive::{Arc, Mutex, contain};
@@ -384,7 +384,7 @@ impl Space {
     ) -> bool {
         let what = engine::What {
             range,
-            pieces: &plan::unknown,
+            pieces: Pieces::Unknown,
             cause: Cause::Exit,
             segments,
         };

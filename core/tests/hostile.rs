@@ -2,12 +2,12 @@
 
 mod support;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use shootdown::{
-    AddressSpace, Completion, CutOffFailed, Deadlines, Device, DeviceTlb, Drain, ExitError,
+    AddressSpace, Cause, Completion, CutOffFailed, Deadlines, Device, DeviceTlb, Drain, ExitError,
     FlushCommand, Gather, Health, InvalidateError, Issue, Issued, Limits, Map, MapError, Notifier,
     Op, Outcome, PageSizes, Range, ResetError, Scope, Ticket, WouldBlock,
 };
@@ -328,6 +328,114 @@ fn a_panic_in_any_callback_is_told_to_the_caller_and_costs_nobody_else_anything(
         two.unregister().unwrap();
         assert_eq!(space.registrations(), 0, "{at:?}");
         assert_eq!(space.stats().releases, 2, "{at:?}");
+    }
+}
+
+/// One without devices that nobody is hit beside: a stage in which it fails, and the calls that it got.
+struct Alone {
+    at: &'static str,
+    polled: bool,
+    panics: bool,
+    calls: Mutex<Vec<&'static str>>,
+}
+
+impl Alone {
+    /// True if it is to fail.
+    fn called(&self, call: &'static str) -> bool {
+        self.calls.lock().unwrap().push(call);
+        assert!(!(self.panics && self.at == call), "planned");
+        self.at == call
+    }
+}
+
+impl Notifier for Alone {
+    fn quiesce<'o>(&self, op: &Op<'o>) -> Result<Drain<'o>, WouldBlock> {
+        if self.called("quiesce") {
+            return Err(WouldBlock);
+        }
+        Ok(if self.polled { op.drain() } else { op.idle() })
+    }
+    fn drained(&self, _: &Op<'_>) -> bool {
+        !self.called("drained")
+    }
+    fn flush<'o>(&self, _: &Op<'o>, gather: Gather<'o>) -> Issued<'o> {
+        self.called("flush");
+        gather.all()
+    }
+    fn cut_off(&self, op: &Op<'_>) -> Result<(), CutOffFailed> {
+        if self.called("cut_off") {
+            return Err(CutOffFailed { range: op.range() });
+        }
+        Ok(())
+    }
+    fn end(&self, _: &Op<'_>, outcome: Outcome) {
+        self.called(match outcome {
+            Outcome::Changed => "end",
+            Outcome::Unchanged => "end, unchanged",
+            _ => "end, quarantined",
+        });
+    }
+}
+
+/// Alone or beside another, whatever goes wrong in one phase, the others are run and the caller is told.
+#[test]
+fn who_is_hit_alone_is_called_as_beside_others() {
+    let all = ["", "quiesce", "drained", "flush", "cut_off", "end"];
+    let cases = all.iter().flat_map(|at| {
+        [(false, false), (false, true), (true, false), (true, true)]
+            .map(|(panics, polled)| (*at, panics, polled))
+    });
+    for (at, panics, polled) in cases {
+        let run = |beside: bool, may_block: bool| {
+            let deadlines = Deadlines {
+                drain: Duration::from_millis(1),
+                ..Deadlines::default()
+            };
+            let space = AddressSpace::without_memory(deadlines);
+            let range = Range::new(1u64 << 30, 1 << 12).unwrap();
+            let alone = Arc::new(Alone {
+                at,
+                polled,
+                panics,
+                calls: Mutex::default(),
+            });
+            let _one = space.register(range, alone.clone(), &[]).unwrap();
+            let counting = Arc::new(Counting::default());
+            let _other = beside.then(|| space.register(range, counting, &[]).unwrap());
+            let begun = if may_block {
+                space.begin_invalidation(range, Cause::External)
+            } else {
+                space.try_begin_invalidation(range, Cause::External)
+            };
+            let told = begun.and_then(|open| open.end(Outcome::Changed));
+            let mut calls = alone.calls.lock().unwrap().clone();
+            calls.dedup(); // It is polled as often as there is time.
+            (calls, told.map_err(|error| error.to_string()))
+        };
+        for may_block in [true, false] {
+            let (calls, told) = run(false, may_block);
+            assert_eq!(run(true, may_block), (calls.clone(), told.clone()));
+            let fails = match at {
+                "quiesce" | "cut_off" => true,
+                "drained" => polled,
+                "" => false,
+                _ => panics,
+            };
+            assert_eq!(told.is_err(), fails, "{at} {panics} {polled}: {told:?}");
+            let refused = at == "quiesce" && !panics && !may_block;
+            let polled = polled && at != "quiesce";
+            let mut phases = vec!["quiesce"];
+            if !refused {
+                phases.extend(polled.then_some("drained"));
+                phases.extend(["flush", "cut_off"]);
+            }
+            phases.push(match told {
+                Err(_) if refused => "end, unchanged",
+                Err(_) if at != "end" => "end, quarantined",
+                _ => "end",
+            });
+            assert_eq!(calls, phases, "{at} {panics} {polled} {may_block}");
+        }
     }
 }
 

@@ -79,6 +79,11 @@ pub(crate) struct Claim {
 }
 
 impl Claim {
+    /// Of nothing.
+    pub(crate) const fn none() -> Self {
+        Self { slot: 0, turn: 0 }
+    }
+
     /// Nobody else has it until the end.
     pub(crate) fn slot(self) -> usize {
         self.slot
@@ -92,7 +97,7 @@ impl Claim {
 
 #[derive(Debug)]
 pub(crate) struct Active {
-    slots: Box<[Slot]>,
+    slots: Box<[Slot; SLOTS]>,
     /// Slots above were never claimed. Raised before the first claim's fence, so that whoever has to see the claim sees this.
     used: AtomicUsize,
 }
@@ -100,9 +105,15 @@ pub(crate) struct Active {
 impl Active {
     pub(crate) fn new() -> Self {
         Self {
-            slots: (0..SLOTS).map(|_| Slot::new()).collect(),
+            slots: Box::new(std::array::from_fn(|_| Slot::new())),
             used: AtomicUsize::new(0),
         }
+    }
+
+    #[inline]
+    fn slot(&self, claim: Claim) -> &Slot {
+        // It is always below: so nothing is checked.
+        &self.slots[claim.slot % SLOTS]
     }
 
     /// Begins an invalidation of `range` with its walk of the index; `None` with all slots taken.
@@ -120,7 +131,7 @@ impl Active {
 
     #[inline]
     fn claim_at(&self, index: usize, range: Range) -> Option<Claim> {
-        let slot = &self.slots[index];
+        let slot = &self.slots[index % SLOTS];
         let turn = slot.turn.load(Ordering::Relaxed);
         if turn & CLAIMED != 0 {
             return None;
@@ -147,7 +158,7 @@ impl Active {
     #[inline]
     pub(crate) fn walked(&self, claim: Claim) {
         // (C) Release, with the Acquire in `is_walking`: what the walk read it has read.
-        self.slots[claim.slot]
+        self.slot(claim)
             .turn
             .store(claim.turn | WALKED, Ordering::Release);
     }
@@ -157,7 +168,7 @@ impl Active {
     pub(crate) fn end(&self, claim: Claim) {
         let next = claim.turn - CLAIMED + TURN;
         // (D) Release: who sees it ended sees what it did. A swap, not a store, for the fence.
-        self.slots[claim.slot].turn.swap(next, Ordering::SeqCst);
+        self.slot(claim).turn.swap(next, Ordering::SeqCst);
         fence_after_rmw();
     }
 
@@ -167,9 +178,10 @@ impl Active {
     }
 
     /// Whether the walk of `claim` goes on.
+    #[inline]
     pub(crate) fn is_walking(&self, claim: Claim) -> bool {
         // Acquire, with (C) and (D).
-        self.slots[claim.slot].turn.load(Ordering::Acquire) == claim.turn
+        self.slot(claim).turn.load(Ordering::Acquire) == claim.turn
     }
 
     /// The walks that go on, and may see what was unlinked before the caller's fence.
@@ -182,7 +194,7 @@ impl Active {
 
     /// Whether `claim` is in progress.
     pub(crate) fn is_active(&self, claim: Claim) -> bool {
-        self.slots[claim.slot].turn.load(Ordering::Acquire) & !WALKED == claim.turn
+        self.slot(claim).turn.load(Ordering::Acquire) & !WALKED == claim.turn
     }
 
     /// The invalidations in progress that overlap `range`. One that has not stated its range yet is waited for, which is a matter of two
@@ -220,7 +232,7 @@ impl Active {
     /// Remembers what `claim` has found.
     #[inline]
     pub(crate) fn note(&self, claim: Claim, note: Note) {
-        self.slots[claim.slot].notes.write(note);
+        self.slot(claim).notes.write(note);
     }
 
     /// What is remembered, each once.

@@ -17,6 +17,7 @@ use crate::space::Space;
 
 /// Between two invalidations the lists are empty and there is no trouble.
 pub(crate) struct Work {
+    pub(super) claim: Claim,
     pub(super) core: OpCore,
     pub(super) hits: Chain<Hit>,
     pub(super) devices: Chain<DeviceOp>,
@@ -39,7 +40,7 @@ unsafe impl Sync for Place {}
 
 /// One for each slot of the claims.
 pub(crate) struct Desks {
-    places: Box<[Place]>,
+    places: Box<[Place; SLOTS]>,
     /// From the first registration on that names a device.
     known: OnceLock<Box<[KnownPlace]>>,
 }
@@ -53,8 +54,9 @@ unsafe impl Sync for KnownPlace {}
 
 impl Desks {
     pub(crate) fn new() -> Self {
-        let place = |_| {
+        let place = |_: usize| {
             Place(UnsafeCell::new(Work {
+                claim: Claim::none(),
                 core: OpCore::none(),
                 hits: Chain::new(),
                 devices: Chain::new(),
@@ -65,7 +67,7 @@ impl Desks {
             }))
         };
         Self {
-            places: (0..SLOTS).map(place).collect(),
+            places: Box::new(std::array::from_fn(place)),
             known: OnceLock::new(),
         }
     }
@@ -81,7 +83,6 @@ impl Desks {
 /// The place of one claim, from there to its end.
 pub(super) struct Desk<'s> {
     pub(super) space: &'s Arc<Space>,
-    pub(super) claim: Claim,
     place: &'s Place,
 }
 
@@ -90,12 +91,10 @@ impl<'s> Desk<'s> {
     #[inline]
     pub(super) fn claim(space: &'s Arc<Space>, range: Range) -> Option<Self> {
         let claim = space.registry.active().claim(range)?;
-        let place = &space.desks.places[claim.slot()];
-        Some(Self {
-            space,
-            claim,
-            place,
-        })
+        let place = &space.desks.places[claim.slot() % SLOTS];
+        let mut this = Self { space, place };
+        this.claim = claim;
+        Some(this)
     }
 
     /// Whether there is nobody to call and nobody to fear; then the walk is over.
@@ -107,9 +106,9 @@ impl<'s> Desk<'s> {
     /// The lists, and where devices are in theirs.
     #[inline]
     pub(super) fn work(&mut self) -> (&mut Work, Option<&mut Known>) {
-        let known = self.space.desks.known.get();
+        let (known, slot) = (self.space.desks.known.get(), self.claim.slot());
         // SAFETY: as for the place itself; another one.
-        let known = known.map(|all| unsafe { &mut *all[self.claim.slot()].0.get() });
+        let known = known.map(|all| unsafe { &mut *all[slot].0.get() });
         (self, known)
     }
 

@@ -1,16 +1,21 @@
 //! Invalidations that somebody outside drives.
 
-use super::{InvalidateError, Invalidation, Mode, What};
+use super::{Ended, InvalidateError, Invalidation, Mode, What};
 use crate::addr::Range;
 use crate::context;
+use crate::lock::Leave;
 use crate::notifier::{Cause, Outcome};
 use crate::plan::Pieces;
+use crate::primitive::Arc;
+use crate::space::Space;
 
 /// An invalidation that somebody outside drives: the pages change between [`begin`](crate::AddressSpace::begin_invalidation)
 /// and [`ExternalInvalidation::end`]. Bound to its thread; on it everything counts as inside a callback meanwhile.
 /// Dropping it counts as [`Outcome::Changed`].
 pub struct ExternalInvalidation<'s> {
+    // In this order: then what was put off runs.
     invalidation: Invalidation<'s>,
+    _leave: Leave,
 }
 
 impl std::fmt::Debug for ExternalInvalidation<'_> {
@@ -29,10 +34,43 @@ impl ExternalInvalidation<'_> {
     /// # Errors
     /// [`InvalidateError::HandlerPanicked`](crate::InvalidateError::HandlerPanicked) if an `end` did; everybody else has been told.
     pub fn end(mut self, outcome: Outcome) -> Result<(), InvalidateError> {
-        let ended = self.invalidation.end(outcome);
-        let panicked = ended.map_or(Ok(()), |ended| ended.panic_at_end());
-        panicked.map_err(|error| error.with(None))
+        match self.invalidation.end(outcome) {
+            None => Ok(()),
+            Some(ended) => told(ended),
+        }
     }
+}
+
+/// Goes on with one that has been claimed.
+#[inline(never)]
+fn of_those_hit<'s>(
+    claimed: Invalidation<'s>,
+    space: &'s Arc<Space>,
+    range: Range,
+    cause: Cause,
+    mode: Mode,
+) -> Result<Invalidation<'s>, InvalidateError> {
+    let what = What {
+        range,
+        pieces: Pieces::Unknown,
+        cause,
+        segments: &[],
+    };
+    claimed.of_those_hit(space, what, mode).map_err(|failed| {
+        let _leave = Leave;
+        failed.error
+    })
+}
+
+#[cold]
+fn too_late(mut this: ExternalInvalidation<'_>, range: Range) -> InvalidateError {
+    this.invalidation.end(Outcome::Unchanged);
+    InvalidateError::Exiting { range }
+}
+
+#[cold]
+fn told(ended: Ended<'_>) -> Result<(), InvalidateError> {
+    ended.panic_at_end().map_err(|error| error.with(None))
 }
 
 impl crate::AddressSpace {
@@ -77,21 +115,20 @@ impl crate::AddressSpace {
         if self.space.exit_has_begun() {
             return Err(InvalidateError::Exiting { range });
         }
-        let what = What {
-            range,
-            pieces: Pieces::Unknown,
-            cause,
-            segments: &[],
-        };
         self.space.sources.others_change();
-        let begun = Invalidation::begin(&self.space, what, mode);
-        let mut invalidation = begun.map_err(|failed| failed.error)?;
-        if self.space.exit_has_begun() {
-            // Exit may have detached everybody before this walked the index, with a device that does not answer. Then the walk has
-            // seen that, and the mark was set before.
-            invalidation.end(Outcome::Unchanged);
-            return Err(InvalidateError::Exiting { range });
+        let mut invalidation = Invalidation::claim(&self.space, range);
+        if !invalidation.hits_nothing(range) {
+            invalidation = of_those_hit(invalidation, &self.space, range, cause, mode)?;
         }
-        Ok(ExternalInvalidation { invalidation })
+        let this = ExternalInvalidation {
+            invalidation,
+            _leave: Leave,
+        };
+        // Exit may have detached everybody before this walked the index, with a device that does not answer. Then the walk has seen that,
+        // and the mark was set before.
+        if self.space.exit_has_begun() {
+            return Err(too_late(this, range));
+        }
+        Ok(this)
     }
 }

@@ -34,6 +34,7 @@ pub use self::external::ExternalInvalidation;
 use crate::active::SLOTS;
 use crate::addr::Range;
 use crate::context::OpenInvalidation;
+use crate::lock::Leave;
 use crate::memory::MemoryError;
 use crate::notifier::{Cause, OpCore, Outcome};
 use crate::plan::Pieces;
@@ -205,13 +206,12 @@ impl Failed<'_> {
     }
 }
 
-/// An invalidation between start and end.
+/// An invalidation between start and end. Two words: it is handed from hand to hand.
 pub(crate) struct Invalidation<'s> {
     /// Until the end.
     desk: Option<Desk<'s>>,
-    // Dropped last but one: callbacks of `end` are inside it. Then what was put off runs.
+    // Dropped last: callbacks of `end` are inside it.
     _open: OpenInvalidation,
-    _leave: Option<crate::lock::Leave>,
 }
 
 /// What is invalidated.
@@ -235,6 +235,8 @@ pub(crate) fn run<'s>(
     // Not held: disjoint invalidations run in parallel (R28).
     static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
     let _whole = planted!("r28").then(|| ONE_AT_A_TIME.lock());
+    // When all is over, what was put off runs.
+    let _leave = Leave;
     let mut invalidation = Invalidation::begin(space, what, mode)?;
     let changed = contain(change);
     // What a memory that panicked has done nobody knows.
@@ -263,20 +265,12 @@ pub(crate) fn run<'s>(
 
 impl<'s> Invalidation<'s> {
     /// Phases 1 to 4. On an error `end` has been called.
-    #[inline]
-    pub(crate) fn begin(
-        space: &'s Arc<Space>,
-        what: What<'_>,
-        mode: Mode,
-    ) -> Result<Self, Failed<'s>> {
-        let mut this = Self::new(Some(crate::lock::Leave));
-        match this.phases(space, &what, mode, true) {
-            Ok(()) => Ok(this),
-            Err((error, mut ended)) => {
-                let error = error.with(ended.first.take());
-                Err(Failed { error, ended })
-            }
+    fn begin(space: &'s Arc<Space>, what: What<'_>, mode: Mode) -> Result<Self, Failed<'s>> {
+        let mut this = Self::claim(space, what.range);
+        if what.segments.is_empty() && this.hits_nothing(what.range) {
+            return Ok(this);
         }
+        this.of_those_hit(space, what, mode)
     }
 
     /// The same for whoever may be waited for by somebody that holds the allocator's lock: not even an error frees anything, and what
@@ -285,42 +279,67 @@ impl<'s> Invalidation<'s> {
         space: &'s Arc<Space>,
         what: What<'_>,
     ) -> Result<Self, SinkError> {
-        let mut this = Self::new(None);
-        let begun = this.phases(space, &what, Mode::Blocking, planted!("r18-failed"));
+        let mut this = Self::claim(space, what.range);
+        if this.hits_nothing(what.range) {
+            return Ok(this);
+        }
+        let keeps = planted!("r18-failed");
+        let begun = this.phases(space, what, Mode::Blocking, keeps);
         begun.map(|()| this).map_err(|(error, _)| error)
     }
 
+    /// A slot, if there is one; and the walk has begun.
     #[inline]
-    fn new(leave: Option<crate::lock::Leave>) -> Self {
+    fn claim(space: &'s Arc<Space>, range: Range) -> Self {
+        let open = OpenInvalidation::enter();
         Self {
-            desk: None,
-            _open: OpenInvalidation::enter(),
-            _leave: leave,
+            desk: Desk::claim(space, range),
+            _open: open,
         }
     }
 
+    /// Whether there is nobody to call, as mostly: then it has begun, and there is no more to it than the claim.
     #[inline]
+    fn hits_nothing(&mut self, range: Range) -> bool {
+        let nothing = |desk: &&mut Desk<'_>| desk.hits_nothing(range);
+        let Some(desk) = self.desk.as_mut().filter(nothing) else {
+            return false;
+        };
+        desk.pages_change(range);
+        true
+    }
+
+    #[inline(never)]
+    fn of_those_hit(
+        mut self,
+        space: &'s Arc<Space>,
+        what: What<'_>,
+        mode: Mode,
+    ) -> Result<Self, Failed<'s>> {
+        match self.phases(space, what, mode, true) {
+            Ok(()) => Ok(self),
+            Err((error, mut ended)) => {
+                let error = error.with(ended.first.take());
+                Err(Failed { error, ended })
+            }
+        }
+    }
+
+    /// Phases 1 to 4 but for the claim.
     fn phases(
         &mut self,
         space: &'s Arc<Space>,
-        what: &What<'_>,
+        what: What<'_>,
         mode: Mode,
         keeps: bool,
     ) -> Result<(), (SinkError, Ended<'s>)> {
-        let Some(desk) = Desk::claim(space, what.range) else {
-            return self.in_a_crowd(space, what, mode, keeps);
-        };
-        let desk = self.desk.insert(desk);
-        // Most hit nothing: then there is no more to it than the claim.
-        if what.segments.is_empty() && desk.hits_nothing(what.range) {
-            desk.pages_change(what.range);
-            return Ok(());
+        if let Some(desk) = &mut self.desk {
+            desk.begin(what, mode, keeps);
+            if desk.collect() {
+                return self.go_on(space, what);
+            }
         }
-        desk.begin(what, mode, keeps);
-        if !desk.collect() {
-            return self.in_a_crowd(space, what, mode, keeps);
-        }
-        self.go_on(space, what)
+        self.in_a_crowd(space, what, mode, keeps)
     }
 
     /// There was no slot, or no room for all that was hit: waits for those who have it to end.
@@ -328,7 +347,7 @@ impl<'s> Invalidation<'s> {
     fn in_a_crowd(
         &mut self,
         space: &'s Arc<Space>,
-        what: &What<'_>,
+        what: What<'_>,
         mode: Mode,
         keeps: bool,
     ) -> Result<(), (SinkError, Ended<'s>)> {
@@ -366,10 +385,11 @@ impl<'s> Invalidation<'s> {
     }
 
     /// With everybody in use whom it hits.
+    #[inline]
     fn go_on(
         &mut self,
         space: &'s Arc<Space>,
-        what: &What<'_>,
+        what: What<'_>,
     ) -> Result<(), (SinkError, Ended<'s>)> {
         let Some(desk) = &mut self.desk else {
             return Ok(());
@@ -394,6 +414,12 @@ impl<'s> Invalidation<'s> {
         Err((error, ended))
     }
 
+    /// Whoever drops it without a word may have changed the pages.
+    #[cold]
+    fn dropped(&mut self) {
+        self.end(Outcome::Changed);
+    }
+
     /// The last phase; what is left where somebody was hit.
     #[inline]
     pub(crate) fn end(&mut self, outcome: Outcome) -> Option<Ended<'s>> {
@@ -412,10 +438,10 @@ impl<'s> Invalidation<'s> {
 }
 
 impl Drop for Invalidation<'_> {
+    #[inline]
     fn drop(&mut self) {
-        // Whoever drops it without a word may have changed the pages.
         if self.desk.is_some() {
-            self.end(Outcome::Changed);
+            self.dropped();
         }
     }
 }

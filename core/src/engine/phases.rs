@@ -8,7 +8,6 @@ use super::desk::{Desk, Work};
 use super::device_op::{Ack, Deadline, DeviceOp, Known, sync};
 use super::escalate::{GONE, dead, reset_all};
 use super::{Ended, Hit, Mode, SinkError, Trouble, Used, What, part};
-use crate::active::Claim;
 use crate::addr::PageSizes;
 use crate::context;
 use crate::notes::Note;
@@ -25,7 +24,8 @@ use crate::watch::Stage;
 
 impl<'s> Desk<'s> {
     /// States what it is, for those who are called.
-    pub(super) fn begin(&mut self, what: &What<'_>, mode: Mode, keeps: bool) {
+    #[inline]
+    pub(super) fn begin(&mut self, what: What<'_>, mode: Mode, keeps: bool) {
         let (space, claim) = (self.space, self.claim);
         let work: &mut Work = self;
         work.busy = true;
@@ -47,7 +47,6 @@ impl<'s> Desk<'s> {
         let (work, known) = self.work();
         let mut found = Collected {
             space,
-            claim,
             work,
             known,
             count: 0,
@@ -428,7 +427,6 @@ impl<'s> Desk<'s> {
 /// What a walk has collected so far.
 struct Collected<'a> {
     space: &'a Space,
-    claim: Claim,
     work: &'a mut Work,
     known: Option<&'a mut Known>,
     count: u64,
@@ -457,7 +455,7 @@ impl Collected<'_> {
             number,
             range: self.work.core.range,
         };
-        space.registry.active().note(self.claim, note);
+        space.registry.active().note(self.work.claim, note);
         let device = match found.targets() {
             [] => Some(0),
             targets => {

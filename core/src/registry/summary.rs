@@ -93,6 +93,7 @@ impl Table {
     }
 
     /// The cell of `key`, or the empty one where it would be.
+    #[inline]
     fn find(&self, key: u64) -> &Cell {
         let cells = self.cells.len();
         // Of 2^64 each cell has its part: so tables need not be powers of two.
@@ -111,6 +112,7 @@ impl Table {
         }
     }
 
+    #[inline]
     fn bits(&self, key: u64) -> u64 {
         // Acquire: who finds bits taken away sees what its entry left behind. An empty cell has none.
         self.find(key).bits.load(Ordering::Acquire)
@@ -121,10 +123,16 @@ impl Table {
     fn may_hit(&self, level: u32, range: Range) -> bool {
         let shift = PAGE_SHIFT + level * LEVEL_SHIFT;
         let (first, last) = (range.start().get() >> shift, range.last().get() >> shift);
-        let (left, right) = (first / 64, last / 64);
-        if left == right {
-            return self.bits(key(level, left)) & mask(first, last) != 0;
+        if first / 64 == last / 64 {
+            return self.bits(key(level, first / 64)) & mask(first, last) != 0;
         }
+        self.some_may_hit(level, first, last)
+    }
+
+    /// The same for granules in several words.
+    #[inline(never)]
+    fn some_may_hit(&self, level: u32, first: u64, last: u64) -> bool {
+        let (left, right) = (first / 64, last / 64);
         right - left >= LOOKED_AT
             || (left..=right).any(|word| {
                 let first = if word == left { first } else { 0 };

@@ -104,6 +104,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+#[cold]
+fn observed(observer: &Arc<dyn Observer>, range: Range) -> Change {
+    observer.may_change(range);
+    let observer = observer.clone();
+    Change { observer, range }
+}
+
 /// What watches one space.
 pub(crate) struct Sources {
     entries: Mutex<[Option<Entry>; SOURCES]>,
@@ -254,9 +261,7 @@ impl Sources {
     /// Pages of `range` may change until the value is dropped. None where nobody observes it.
     #[inline]
     pub(crate) fn change(&self, range: Range) -> Option<Change> {
-        let observer = self.observer.get()?.clone();
-        observer.may_change(range);
-        Some(Change { observer, range })
+        self.observer.get().map(|one| observed(one, range))
     }
 
     /// The space's own operation is about to change these ranges; until the value is dropped.

@@ -84,7 +84,7 @@ impl Registration {
         let inner = &*self.inner;
         inner.space.stats.add(Counter::Faults, 1);
         let word = inner.word.load();
-        let calm = word.is_calm() && inner.range.contains(entry);
+        let calm = word.is_calm_and_asked() && inner.range.contains(entry);
         if calm && context::may_wait() && sick(inner).is_none() {
             return Ok(Fault {
                 registration: self,

@@ -83,16 +83,16 @@ pub(crate) struct OpCore {
 }
 
 impl OpCore {
-    /// Of no operation.
-    pub(crate) fn none() -> Self {
+    /// Of none yet: what is the same for all that follow one another in one place.
+    pub(crate) fn new(drain: Duration, post: PostId) -> Self {
         Self {
             id: 0,
             range: Range::ALL,
             cause: Cause::External,
             sizes: PageSizes::empty(),
             may_block: false,
-            drain: Duration::ZERO,
-            post: crate::watch::Watch::nowhere(),
+            drain,
+            post,
         }
     }
 }

@@ -5,6 +5,8 @@
 //! of which nothing is cached. Whoever begins an interval at the first page that is not covered, and makes it as long as it may be,
 //! needs the fewest.
 
+use arrayvec::ArrayVec;
+
 use crate::addr::{PageSize, PageSizes, Range};
 use crate::tlb::{BATCH, Device, Limits, Scope};
 
@@ -50,15 +52,15 @@ struct Open {
 /// The commands of one range for one device, or for all that are alike.
 #[derive(Debug)]
 pub(crate) struct FlushPlan {
-    range: Range,
+    /// None before the first.
+    range: Option<Range>,
     entry_sizes: PageSizes,
     splits_pages: bool,
     per_command: u64,
     /// More commands than this are dearer than a full flush, or more than a batch holds.
     most: usize,
     open: [Option<Open>; PageSize::ALL.len()],
-    scopes: [Scope; BATCH],
-    len: usize,
+    scopes: ArrayVec<Scope, BATCH>,
     full: bool,
 }
 
@@ -69,37 +71,49 @@ fn most(limits: &Limits) -> usize {
 }
 
 impl FlushPlan {
-    /// The plan for `range` on `device`. Where others change pages too large ones may have been `cut`.
-    pub(crate) fn new(range: Range, pieces: Pieces<'_>, device: &Device, cut: bool) -> Self {
-        let limits = device.limits();
-        let mut plan = Self {
-            range,
-            entry_sizes: limits.entry_sizes,
-            splits_pages: device.splits_pages() || cut,
-            per_command: limits.pages_per_command.max(1),
-            most: most(limits),
+    /// For nothing yet. It is large, and stays where it is.
+    pub(crate) fn new() -> Self {
+        Self {
+            range: None,
+            entry_sizes: PageSizes::empty(),
+            splits_pages: false,
+            per_command: 1,
+            most: 0,
             open: [None; PageSize::ALL.len()],
-            scopes: [Scope::Tag; BATCH],
-            len: 0,
+            scopes: ArrayVec::new_const(),
             full: false,
-        };
+        }
+    }
+
+    /// Becomes the plan for `range` on `device`, unless it is. Where others change pages too large ones may have been `cut`.
+    pub(crate) fn make(&mut self, range: Range, pieces: Pieces<'_>, device: &Device, cut: bool) {
+        if self.fits(range, device, cut) {
+            return;
+        }
+        let limits = device.limits();
+        self.range = Some(range);
+        self.entry_sizes = limits.entry_sizes;
+        self.splits_pages = device.splits_pages() || cut;
+        self.per_command = limits.pages_per_command.max(1);
+        self.most = most(limits);
+        self.scopes.clear();
+        self.full = false;
         pieces.each(range, &mut |piece, sizes| {
             if let Some(part) = piece.intersect(range) {
-                plan.add(part, sizes);
+                self.add(part, sizes);
             }
         });
         for (nth, size) in PageSize::ALL.into_iter().enumerate() {
-            if let Some(open) = plan.open[nth].take() {
-                plan.close(open, size);
+            if let Some(open) = self.open[nth].take() {
+                self.close(open, size);
             }
         }
-        plan
     }
 
     /// Whether it does for this device as well, with the same in the range.
-    pub(crate) fn fits(&self, range: Range, device: &Device, cut: bool) -> bool {
+    fn fits(&self, range: Range, device: &Device, cut: bool) -> bool {
         let limits = device.limits();
-        self.range == range
+        self.range == Some(range)
             && self.entry_sizes == limits.entry_sizes
             && self.splits_pages == (device.splits_pages() || cut)
             && self.per_command == limits.pages_per_command.max(1)
@@ -148,7 +162,7 @@ impl FlushPlan {
     }
 
     fn close(&mut self, open: Open, size: PageSize) {
-        if self.len == self.most {
+        if self.scopes.len() == self.most {
             self.full = true;
         }
         if self.full {
@@ -156,11 +170,10 @@ impl FlushPlan {
         }
         let start = open.first << size.shift();
         let last = (open.last << size.shift()) | (size.bytes() - 1);
-        self.scopes[self.len] = Scope::Pages {
+        self.scopes.push(Scope::Pages {
             range: Range::inclusive(start, last).expect("a command has a page"),
             page_size: size,
-        };
-        self.len += 1;
+        });
     }
 
     /// The scopes to issue, one a command.
@@ -168,7 +181,7 @@ impl FlushPlan {
         if self.full {
             &[Scope::Tag]
         } else {
-            &self.scopes[..self.len]
+            &self.scopes
         }
     }
 }

@@ -142,11 +142,17 @@ pub(crate) struct Room<'c, T> {
 }
 
 impl<'c, T> Room<'c, T> {
+    /// Makes the entry where it stays: some are large.
     #[inline]
-    pub(crate) fn fill(self, entry: T) -> &'c mut T {
+    pub(crate) fn fill_with(self, make: impl FnOnce() -> T) -> &'c mut T {
+        let entries = self.entries;
+        let at = entries.len();
+        let place = &mut entries.spare_capacity_mut()[0];
+        place.write(make());
+        // SAFETY: it was just written, behind the last one.
+        unsafe { entries.set_len(at + 1) };
         *self.len += 1;
-        self.entries.push(entry);
-        self.entries.last_mut().expect("it was just added")
+        &mut entries[at]
     }
 }
 
@@ -282,7 +288,7 @@ mod tests {
     const CHUNK: usize = 8;
 
     fn push(chain: &mut Chain<usize>, pool: &Pool<usize>, entry: usize) {
-        chain.room(pool).expect("room").fill(entry);
+        chain.room(pool).expect("room").fill_with(|| entry);
     }
 
     #[test]

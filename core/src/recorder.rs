@@ -4,8 +4,10 @@
 //! share a counter. Writing one takes no lock and allocates nothing. A reader may meet a record that is being
 //! overwritten; it sees that by the record's number and leaves it out. Records carry the processor's own counter, which costs
 //! a third of a clock, and become times when they are read. An invalidation that reaches no device is over in less time than reading the
-//! counter takes: of its records only every eighth does, and the others take over the time of the one before. `tracing` is fed from the ring, outside the shootdown
-//! path: all of it by [`AddressSpace::drain`](crate::AddressSpace::drain), the newest part by itself after something went wrong. Invalidations that hit nothing are not recorded.
+//! counter takes: of such only every eighth does, and the others take over the time of the one before; and the record of its start
+//! becomes that of its end. `tracing` is fed from the ring, outside the shootdown path: all of it by
+//! [`AddressSpace::drain`](crate::AddressSpace::drain), the newest part by itself after something went wrong. Invalidations that
+//! hit nothing are not recorded.
 
 use std::fmt;
 use std::time::Duration;
@@ -21,7 +23,7 @@ const TIMED: u64 = 8;
 /// Records that a dump shows.
 const DUMPED: usize = 64;
 #[cfg(not(loom))]
-const RECORDS: usize = 1024;
+const RECORDS: usize = 512; // All of a shard stays in the first cache, with room for others.
 #[cfg(loom)]
 const RECORDS: usize = 1;
 
@@ -56,10 +58,13 @@ pub enum Kind {
     Release,
     /// The context of a segment was unloaded: operation, first address of the segment.
     Unload,
+    /// An invalidation that reached no device has come and gone, and the pages have changed: operation, first address, last address.
+    /// It is what has become of its [`Kind::Start`].
+    Passed,
 }
 
 impl Kind {
-    const ALL: [Kind; 13] = [
+    const ALL: [Kind; 14] = [
         Self::Start,
         Self::Quiesced,
         Self::Dispatched,
@@ -73,14 +78,15 @@ impl Kind {
         Self::Unregister,
         Self::Release,
         Self::Unload,
+        Self::Passed,
     ];
 }
 
 /// One record.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Record {
-    /// Since the address space was made. Of the start and end of an invalidation that reached no device it is when something happened on
-    /// its shard shortly before, as reading a clock would cost more than all the rest.
+    /// Since the address space was made. Of an invalidation that reached no device it is when something happened on its shard shortly
+    /// before, as reading a clock would cost more than all the rest.
     pub at: Duration,
     /// The shard: threads differ, mostly.
     pub shard: usize,
@@ -109,8 +115,21 @@ impl fmt::Display for Record {
     }
 }
 
-/// A record's words: number, ticks or 0, kind, subject, a, b.
-type Words = [AtomicU64; 6];
+/// A record's words: number, ticks or 0, kind and subject, a, b.
+type Words = [AtomicU64; 5];
+
+/// A kind is above its subject: neither operations nor registrations have more than 56 bits.
+const KIND_SHIFT: u32 = 56;
+const SUBJECT: u64 = (1 << KIND_SHIFT) - 1;
+
+/// The record of a start.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Started(u64);
+
+impl Started {
+    /// Of none.
+    pub(crate) const NOTHING: Self = Self(u64::MAX);
+}
 
 #[repr(align(128))]
 struct Shard {
@@ -155,13 +174,38 @@ impl Recorder {
 
     /// Writes a record of what is quicker than a look at the time, if it `is_quick`.
     #[inline]
-    pub(crate) fn record_quick(&self, is_quick: bool, kind: Kind, subject: u64, a: u64, b: u64) {
-        self.write(!is_quick, kind, [subject, a, b]);
+    pub(crate) fn record_quick(
+        &self,
+        is_quick: bool,
+        kind: Kind,
+        subject: u64,
+        a: u64,
+        b: u64,
+    ) -> Started {
+        self.write(!is_quick, kind, [subject, a, b])
+    }
+
+    /// Makes the record of a start that of the whole; false if it is not there any more, or is among those of other threads.
+    #[inline]
+    pub(crate) fn passed(&self, started: Started) -> bool {
+        let home = home();
+        let Some(shard) = self.shards.get(home).filter(|_| home < OWN) else {
+            return false;
+        };
+        let [number, _, word, ..] = &shard.records[started.0 as usize % RECORDS];
+        if number.load(Ordering::Relaxed) != started.0.wrapping_add(1) {
+            return false;
+        }
+        // Relaxed: written by this thread alone, and whoever reads it finds the one or the other.
+        let subject = word.load(Ordering::Relaxed) & SUBJECT;
+        let passed = (Kind::Passed as u64) << KIND_SHIFT;
+        word.store(passed | subject, Ordering::Relaxed);
+        true
     }
 
     /// Models have none: they would only add states.
     #[inline]
-    fn write(&self, timed: bool, kind: Kind, [subject, a, b]: [u64; 3]) {
+    fn write(&self, timed: bool, kind: Kind, [subject, a, b]: [u64; 3]) -> Started {
         let home = home();
         let own = home < OWN;
         let nth = if own {
@@ -170,7 +214,7 @@ impl Recorder {
             OWN + home % (SHARDS - OWN)
         };
         let Some(shard) = self.shards.get(nth) else {
-            return;
+            return Started::NOTHING;
         };
         // Relaxed: only makes the place unique.
         let number = if own {
@@ -183,14 +227,16 @@ impl Recorder {
         let timed = timed || number.is_multiple_of(TIMED);
         let at = if timed { ticks() } else { 0 };
         let words = &shard.records[number as usize % RECORDS];
+        let what = (kind as u64) << KIND_SHIFT | subject & SUBJECT;
         // As a sequence lock: the number is taken away, the words written, the number set. The fence, with the one in
         // `records`, keeps the words behind the first store; Release keeps them before the last.
         words[0].store(0, Ordering::Relaxed);
         fence(Ordering::Release);
-        for (word, value) in words[1..].iter().zip([at, kind as u64, subject, a, b]) {
+        for (word, value) in words[1..].iter().zip([at, what, a, b]) {
             word.store(value, Ordering::Relaxed);
         }
         words[0].store(number + 1, Ordering::Release);
+        Started(number)
     }
 
     /// Asks for a dump, by the first thread that is outermost: in the shootdown path nothing may be written.
@@ -258,13 +304,14 @@ impl Recorder {
         for (nth, shard) in self.shards.iter().enumerate() {
             let mut own: Vec<_> = shard.records.iter().filter_map(whole).collect();
             own.sort_unstable_by_key(|(number, _)| *number);
-            let time = |(_, words): &(u64, [u64; 5])| Some(words[0]).filter(|at| *at > 0);
+            let time = |(_, words): &(u64, [u64; 4])| Some(words[0]).filter(|at| *at > 0);
             let mut last = own.iter().find_map(time).unwrap_or(self.epoch_ticks);
             for one in own {
                 last = time(&one).unwrap_or(last);
-                let (number, [_, kind, subject, a, b]) = one;
+                let (number, [_, what, a, b]) = one;
+                let (kind, subject) = ((what >> KIND_SHIFT) as usize, what & SUBJECT);
                 let since = last.saturating_sub(self.epoch_ticks) as f64;
-                records.extend(Kind::ALL.get(kind as usize).map(|kind| {
+                records.extend(Kind::ALL.get(kind).map(|kind| {
                     let record = Record {
                         at: Duration::from_secs_f64(since * tick),
                         shard: nth,
@@ -284,7 +331,7 @@ impl Recorder {
 }
 
 /// The number and the other words of a record that is nobody's who writes just now.
-fn whole(words: &Words) -> Option<(u64, [u64; 5])> {
+fn whole(words: &Words) -> Option<(u64, [u64; 4])> {
     let number = words[0].load(Ordering::Acquire);
     let rest = std::array::from_fn(|word| words[word + 1].load(Ordering::Relaxed));
     fence(Ordering::Acquire);
@@ -323,7 +370,9 @@ mod tests {
     #[test]
     fn what_has_no_time_of_its_own_stays_in_its_order_and_each_is_published_once() {
         let recorder = Recorder::new();
-        (0..100).for_each(|n| recorder.record_quick(n % 10 != 3, Kind::Start, n, 0, 0));
+        for n in 0..100 {
+            recorder.record_quick(n % 10 != 3, Kind::Start, n, 0, 0);
+        }
         let subjects =
             |records: &[Record]| records.iter().map(|one| one.subject).collect::<Vec<_>>();
         let records = recorder.records();
@@ -341,12 +390,31 @@ mod tests {
     }
 
     #[test]
+    fn a_start_becomes_what_has_passed_unless_it_was_overwritten() {
+        let recorder = Recorder::new();
+        let started = recorder.record_quick(true, Kind::Start, 7, 1, 2);
+        recorder.record(Kind::Insert, 8, 0, 0);
+        let own = home() < OWN;
+        assert_eq!(recorder.passed(started), own);
+        let records = recorder.records();
+        let kind = if own { Kind::Passed } else { Kind::Start };
+        let whole = |one: &Record| (one.kind, one.subject, one.a, one.b);
+        let all: Vec<_> = records.iter().map(whole).collect();
+        assert_eq!(all, [(kind, 7, 1, 2), (Kind::Insert, 8, 0, 0)]);
+        (0..RECORDS as u64).for_each(|nth| recorder.record(Kind::Insert, nth, 0, 0));
+        assert!(!recorder.passed(started));
+        assert!(!recorder.passed(Started::NOTHING));
+        let is_insert = |one: &Record| one.kind == Kind::Insert;
+        assert!(recorder.records().iter().all(is_insert));
+    }
+
+    #[test]
     fn of_threads_that_share_a_shard_the_later_number_may_be_the_earlier_record() {
         let recorder = Recorder::new();
         let shared = &recorder.shards[OWN];
         for (nth, after) in [(0, 2000), (1, 1000)] {
             let at = recorder.epoch_ticks + after;
-            let words = [nth + 1, at, Kind::Start as u64, nth, 0, 0];
+            let words = [nth + 1, at, (Kind::Start as u64) << KIND_SHIFT | nth, 0, 0];
             for (word, value) in shared.records[nth as usize].iter().zip(words) {
                 word.store(value, Ordering::Relaxed);
             }

@@ -148,6 +148,13 @@ pub(crate) struct Watch {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PostId(usize);
 
+impl PostId {
+    /// Of the invalidation that has claimed `slot`.
+    pub(crate) fn of(slot: usize) -> Self {
+        Self(slot)
+    }
+}
+
 /// A callback runs for as long as this lives.
 #[derive(Debug)]
 pub(crate) struct Running<'w> {
@@ -193,21 +200,14 @@ impl Watch {
         this
     }
 
-    /// The post of no invalidation.
-    pub(crate) const fn nowhere() -> PostId {
-        PostId(usize::MAX)
-    }
-
-    /// The post of the invalidation that has claimed `slot`, for the calling thread. None under the checker, for which posts would only add
-    /// states.
+    /// The calling thread has the post from here on. Under the checker there are none, as they would only add states.
     #[inline]
-    pub(crate) fn post(&self, slot: usize) -> PostId {
-        if let Some(post) = self.posts.get(slot) {
+    pub(crate) fn is_at(&self, post: PostId) {
+        if let Some(post) = self.posts.get(post.0) {
             // As in `enter`: behind the last run, which was taken away.
             fence(Ordering::Release);
             post.thread.store(kernel_thread(), Ordering::Relaxed);
         }
-        PostId(slot)
     }
 
     /// Notes that a callback of the thread that has the post begins.
@@ -236,7 +236,9 @@ impl Watch {
             post.run
                 .compare_exchange(0, u64::MAX, Ordering::Acquire, Ordering::Relaxed)
                 .ok()?;
-            self.enter(self.post(at), Stage::Release, who)
+            let post = PostId(at);
+            self.is_at(post);
+            self.enter(post, Stage::Release, who)
         })
     }
 

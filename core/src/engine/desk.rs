@@ -12,8 +12,10 @@ use crate::addr::Range;
 use crate::notifier::OpCore;
 use crate::pool::Chain;
 use crate::primitive::Arc;
+use crate::recorder::Started;
 use crate::source::Change;
-use crate::space::Space;
+use crate::space::{Deadlines, Space};
+use crate::watch::PostId;
 
 /// Between two invalidations the lists are empty and there is no trouble.
 pub(crate) struct Work {
@@ -25,6 +27,8 @@ pub(crate) struct Work {
     pub(super) missed_deadline: bool,
     /// Somebody was hit, or might have been.
     pub(super) busy: bool,
+    /// What the flight recorder has of it.
+    pub(super) started: Started,
     /// While the pages change, where somebody looks on.
     pub(super) change: Option<Change>,
 }
@@ -53,16 +57,18 @@ struct KnownPlace(UnsafeCell<Known>);
 unsafe impl Sync for KnownPlace {}
 
 impl Desks {
-    pub(crate) fn new() -> Self {
-        let place = |_: usize| {
+    /// For a space with these deadlines.
+    pub(crate) fn new(deadlines: &Deadlines) -> Self {
+        let place = |slot: usize| {
             Place(UnsafeCell::new(Work {
                 claim: Claim::none(),
-                core: OpCore::none(),
+                core: OpCore::new(deadlines.drain, PostId::of(slot)),
                 hits: Chain::new(),
                 devices: Chain::new(),
                 trouble: Trouble::default(),
                 missed_deadline: false,
                 busy: false,
+                started: Started::NOTHING,
                 change: None,
             }))
         };

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use arrayvec::ArrayVec;
+
 use crate::pool::{Chain, Pool};
 use crate::primitive::{Backoff, Instant, now};
 use crate::registration::Target;
@@ -10,8 +12,7 @@ use crate::tlb::{BATCH, Completion, Device, FlushCommand, Health, Issue, Scope, 
 /// One device in one invalidation.
 pub(crate) struct DeviceOp {
     pub(super) device: Device,
-    commands: [FlushCommand; BATCH],
-    pub(super) len: usize,
+    commands: ArrayVec<FlushCommand, BATCH>,
     /// The first command that is not issued yet, and whether one before it was queued.
     next: usize,
     queued: bool,
@@ -35,14 +36,9 @@ pub(super) enum Ack {
 impl DeviceOp {
     #[inline]
     pub(super) fn new(device: Device) -> Self {
-        let nothing = FlushCommand {
-            tag: 0,
-            scope: Scope::Device,
-        };
         Self {
             device,
-            commands: [nothing; BATCH],
-            len: 0,
+            commands: ArrayVec::new_const(),
             next: 0,
             queued: false,
             ticket: None,
@@ -55,30 +51,31 @@ impl DeviceOp {
     /// More commands than a batch holds become one for the whole device.
     pub(super) fn add(&mut self, command: FlushCommand) {
         let most = self.device.limits().commands_per_batch.clamp(1, BATCH);
-        if self.commands[..self.len].contains(&command) || self.is_whole() {
+        if self.commands.contains(&command) || self.is_whole() {
             return;
         }
-        if self.len == most {
-            if planted!("r19-command") {
-                return;
-            }
+        if self.commands.len() < most {
+            self.commands.push(command);
+        } else if !planted!("r19-command") {
             self.set_whole();
-        } else {
-            self.commands[self.len] = command;
-            self.len += 1;
         }
     }
 
     fn is_whole(&self) -> bool {
-        self.len == 1 && self.commands[0].scope == Scope::Device
+        matches!(self.commands[..], [one] if one.scope == Scope::Device)
     }
 
     pub(super) fn set_whole(&mut self) {
-        self.commands[0] = FlushCommand {
+        self.commands.clear();
+        self.commands.push(FlushCommand {
             tag: 0,
             scope: Scope::Device,
-        };
-        self.len = 1;
+        });
+    }
+
+    /// Nothing of it is to be flushed.
+    pub(super) fn is_idle(&self) -> bool {
+        self.commands.is_empty()
     }
 
     /// Queues the commands and rings the doorbell. Where there is no room [`sync`] goes on with it: others are not kept waiting.
@@ -89,8 +86,8 @@ impl DeviceOp {
     }
 
     fn go_on(&mut self) {
-        while self.next < self.len {
-            match self.device.issue(self.commands[self.next]) {
+        while let Some(command) = self.commands.get(self.next) {
+            match self.device.issue(*command) {
                 Issue::Queued => self.queued = true,
                 Issue::NothingCached => {}
                 // It has panicked.
@@ -180,7 +177,8 @@ impl Known {
                 return Some(MOST + nth);
             }
         }
-        let op = devices.room(pool)?.fill(DeviceOp::new(device.clone()));
+        let op = devices.room(pool)?;
+        let op = op.fill_with(|| DeviceOp::new(device.clone()));
         if is_known {
             op.known = at as u16;
             self.0[at] = place as u16 + 1;

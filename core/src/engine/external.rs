@@ -51,15 +51,16 @@ fn of_those_hit<'s>(
     mode: Mode,
 ) -> Result<Invalidation<'s>, InvalidateError> {
     let what = What {
-        range,
         pieces: Pieces::Unknown,
         cause,
         segments: &[],
     };
-    claimed.of_those_hit(space, what, mode).map_err(|failed| {
-        let _leave = Leave;
-        failed.error
-    })
+    claimed
+        .of_those_hit(space, range, what, mode)
+        .map_err(|failed| {
+            let _leave = Leave;
+            failed.error
+        })
 }
 
 #[cold]

@@ -118,17 +118,20 @@ impl Trouble {
         }
     }
 
+    #[cold]
     fn would_block(&mut self) {
         self.any = true;
         self.would_block = true;
     }
 
+    #[cold]
     fn not_drained(&mut self, inner: &Inner) {
         self.any = true;
         self.not_drained = true;
         self.handler = inner.who.name().as_str();
     }
 
+    #[cold]
     fn panicked_as(&mut self, name: Name) {
         self.any = true;
         self.panicked = true;
@@ -136,6 +139,7 @@ impl Trouble {
     }
 
     /// A handler has panicked; its devices are in quarantine. True if it has none, so that nothing answers for it.
+    #[cold]
     fn panicked(&mut self, inner: &Inner) -> bool {
         self.panicked_as(inner.who.name());
         inner.targets().is_empty()
@@ -214,10 +218,9 @@ pub(crate) struct Invalidation<'s> {
     _open: OpenInvalidation,
 }
 
-/// What is invalidated.
+/// What is invalidated, besides the range.
 #[derive(Clone, Copy)]
 pub(crate) struct What<'a> {
-    pub(crate) range: Range,
     /// What is mapped in the range.
     pub(crate) pieces: Pieces<'a>,
     pub(crate) cause: Cause,
@@ -228,6 +231,7 @@ pub(crate) struct What<'a> {
 /// Runs all phases, with `change` as the fifth.
 pub(crate) fn run<'s>(
     space: &'s Arc<Space>,
+    range: Range,
     what: What<'_>,
     mode: Mode,
     change: impl FnOnce() -> Result<(), MemoryError>,
@@ -237,7 +241,7 @@ pub(crate) fn run<'s>(
     let _whole = planted!("r28").then(|| ONE_AT_A_TIME.lock());
     // When all is over, what was put off runs.
     let _leave = Leave;
-    let mut invalidation = Invalidation::begin(space, what, mode)?;
+    let mut invalidation = Invalidation::begin(space, range, what, mode)?;
     let changed = contain(change);
     // What a memory that panicked has done nobody knows.
     let error = match changed.unwrap_or(Err(MemoryError::Panicked)) {
@@ -265,26 +269,32 @@ pub(crate) fn run<'s>(
 
 impl<'s> Invalidation<'s> {
     /// Phases 1 to 4. On an error `end` has been called.
-    fn begin(space: &'s Arc<Space>, what: What<'_>, mode: Mode) -> Result<Self, Failed<'s>> {
-        let mut this = Self::claim(space, what.range);
-        if what.segments.is_empty() && this.hits_nothing(what.range) {
+    fn begin(
+        space: &'s Arc<Space>,
+        range: Range,
+        what: What<'_>,
+        mode: Mode,
+    ) -> Result<Self, Failed<'s>> {
+        let mut this = Self::claim(space, range);
+        if what.segments.is_empty() && this.hits_nothing(range) {
             return Ok(this);
         }
-        this.of_those_hit(space, what, mode)
+        this.of_those_hit(space, range, what, mode)
     }
 
     /// The same for whoever may be waited for by somebody that holds the allocator's lock: not even an error frees anything, and what
     /// was put off is handed over by its owner.
     pub(crate) fn begin_for_others(
         space: &'s Arc<Space>,
+        range: Range,
         what: What<'_>,
     ) -> Result<Self, SinkError> {
-        let mut this = Self::claim(space, what.range);
-        if this.hits_nothing(what.range) {
+        let mut this = Self::claim(space, range);
+        if this.hits_nothing(range) {
             return Ok(this);
         }
         let keeps = planted!("r18-failed");
-        let begun = this.phases(space, what, Mode::Blocking, keeps);
+        let begun = this.phases(space, range, what, Mode::Blocking, keeps);
         begun.map(|()| this).map_err(|(error, _)| error)
     }
 
@@ -313,10 +323,11 @@ impl<'s> Invalidation<'s> {
     fn of_those_hit(
         mut self,
         space: &'s Arc<Space>,
+        range: Range,
         what: What<'_>,
         mode: Mode,
     ) -> Result<Self, Failed<'s>> {
-        match self.phases(space, what, mode, true) {
+        match self.phases(space, range, what, mode, true) {
             Ok(()) => Ok(self),
             Err((error, mut ended)) => {
                 let error = error.with(ended.first.take());
@@ -329,17 +340,18 @@ impl<'s> Invalidation<'s> {
     fn phases(
         &mut self,
         space: &'s Arc<Space>,
+        range: Range,
         what: What<'_>,
         mode: Mode,
         keeps: bool,
     ) -> Result<(), (SinkError, Ended<'s>)> {
         if let Some(desk) = &mut self.desk {
-            desk.begin(what, mode, keeps);
+            desk.begin(range, what.cause, mode, keeps);
             if desk.collect() {
-                return self.go_on(space, what);
+                return self.go_on(space, range, what);
             }
         }
-        self.in_a_crowd(space, what, mode, keeps)
+        self.in_a_crowd(space, range, what, mode, keeps)
     }
 
     /// There was no slot, or no room for all that was hit: waits for those who have it to end.
@@ -347,11 +359,11 @@ impl<'s> Invalidation<'s> {
     fn in_a_crowd(
         &mut self,
         space: &'s Arc<Space>,
+        range: Range,
         what: What<'_>,
         mode: Mode,
         keeps: bool,
     ) -> Result<(), (SinkError, Ended<'s>)> {
-        let range = what.range;
         let limit = space.deadlines.room;
         let mut deadline = Deadline::new(limit);
         let mut backoff = Backoff::new();
@@ -376,9 +388,9 @@ impl<'s> Invalidation<'s> {
             backoff.wait();
             self.desk = Desk::claim(space, range);
             if let Some(desk) = &mut self.desk {
-                desk.begin(what, mode, keeps);
+                desk.begin(range, what.cause, mode, keeps);
                 if desk.collect() {
-                    return self.go_on(space, what);
+                    return self.go_on(space, range, what);
                 }
             }
         }
@@ -389,20 +401,21 @@ impl<'s> Invalidation<'s> {
     fn go_on(
         &mut self,
         space: &'s Arc<Space>,
+        range: Range,
         what: What<'_>,
     ) -> Result<(), (SinkError, Ended<'s>)> {
         let Some(desk) = &mut self.desk else {
             return Ok(());
         };
         if !desk.hits.is_empty() || !what.segments.is_empty() {
-            desk.core.sizes = what.pieces.sizes(what.range);
+            desk.core.sizes = what.pieces.sizes(range);
             desk.handlers(what.pieces);
             if !desk.trouble.would_block && !what.segments.is_empty() {
                 desk.unload(what.segments);
             }
         }
         if !desk.trouble.any {
-            desk.pages_change(what.range);
+            desk.pages_change(range);
             return Ok(());
         }
         let error = desk.error();

@@ -7,11 +7,11 @@ use super::call::call;
 use super::desk::{Desk, Work};
 use super::device_op::{Ack, Deadline, DeviceOp, Known, sync};
 use super::escalate::{GONE, dead, reset_all};
-use super::{Ended, Hit, Mode, SinkError, Trouble, Used, What, part};
-use crate::addr::PageSizes;
+use super::{Ended, Hit, Mode, SinkError, Trouble, Used, part};
+use crate::addr::Range;
 use crate::context;
 use crate::notes::Note;
-use crate::notifier::{CutOffFailed, Gather, Op, OpCore, Outcome, WouldBlock};
+use crate::notifier::{Cause, CutOffFailed, Gather, Op, OpCore, Outcome, WouldBlock};
 use crate::plan::{FlushPlan, Pieces};
 use crate::primitive::Backoff;
 use crate::recorder::Kind;
@@ -25,23 +25,19 @@ use crate::watch::Stage;
 impl<'s> Desk<'s> {
     /// States what it is, for those who are called.
     #[inline]
-    pub(super) fn begin(&mut self, what: What<'_>, mode: Mode, keeps: bool) {
+    pub(super) fn begin(&mut self, range: Range, cause: Cause, mode: Mode, keeps: bool) {
         let (space, claim) = (self.space, self.claim);
         let work: &mut Work = self;
         work.busy = true;
         work.trouble.keeps = keeps;
-        work.core = OpCore {
-            id: claim.id(),
-            range: what.range,
-            cause: what.cause,
-            sizes: PageSizes::empty(),
-            may_block: mode == Mode::Blocking,
-            drain: space.deadlines.drain,
-            post: space.watch.post(claim.slot()),
-        };
+        let core = &mut work.core;
+        (core.id, core.range, core.cause) = (claim.id(), range, cause);
+        core.may_block = mode == Mode::Blocking;
+        space.watch.is_at(core.post);
     }
 
     /// Takes every overlapping registration in use; false when the pools have no room.
+    #[inline]
     pub(super) fn collect(&mut self) -> bool {
         let (space, claim, range) = (self.space, self.claim, self.core.range);
         let (work, known) = self.work();
@@ -62,13 +58,14 @@ impl<'s> Desk<'s> {
             let (start, last) = (range.start().get(), range.last().get());
             let (quick, id) = (self.devices.is_empty(), self.core.id);
             let recorder = &space.recorder;
-            recorder.record_quick(quick, Kind::Start, id, start, last);
+            self.started = recorder.record_quick(quick, Kind::Start, id, start, last);
             space.stats.add(Counter::Hits, count);
         }
         room
     }
 
     /// Phases 2 to 4, but for the contexts of segments.
+    #[inline]
     pub(super) fn handlers(&mut self, pieces: Pieces<'_>) {
         let next = if self.hits.len() == 1 && self.devices.is_empty() {
             self.alone()
@@ -90,6 +87,7 @@ impl<'s> Desk<'s> {
 
     /// One handler that nobody is hit beside, without devices: a phase is over when its call has returned, so that the next call follows
     /// at once. Gives the phase that comes next where that was not so.
+    #[inline]
     fn alone(&mut self) -> Stage {
         let space = self.space;
         let Work {
@@ -225,7 +223,7 @@ impl<'s> Desk<'s> {
         let cut = space.sources.may_be_cut();
         // That of the last device, which mostly does for the next. What is mapped in the range is the same for all: who cuts a page from here
         // on does it with everybody quiesced, who installs nothing of it any more.
-        let mut plan: Option<FlushPlan> = None;
+        let mut plan = FlushPlan::new();
         hits.for_each(|hit| {
             let Some(hit) = hit.used() else { return };
             let used = &hit.used;
@@ -248,11 +246,8 @@ impl<'s> Desk<'s> {
                 let Some(one) = devices.get_mut(at) else {
                     continue;
                 };
-                let fits = |plan: &FlushPlan| plan.fits(range, &target.device, cut);
-                if !plan.as_ref().is_some_and(fits) {
-                    plan = Some(FlushPlan::new(range, pieces, &target.device, cut));
-                }
-                for &scope in plan.iter().flat_map(FlushPlan::scopes) {
+                plan.make(range, pieces, &target.device, cut);
+                for &scope in plan.scopes() {
                     one.add(FlushCommand {
                         tag: target.tag,
                         scope,
@@ -265,7 +260,7 @@ impl<'s> Desk<'s> {
         }
         let mut deadline = Deadline::new(space.deadlines.flush);
         devices.for_each(|one| {
-            if one.len == 0 {
+            if one.is_idle() {
                 one.state = Ack::Done;
             } else if one.device.health() == Health::Quarantined && !planted!("r20-twice") {
                 one.state = Ack::Missed; // It is not waited for again.
@@ -299,6 +294,7 @@ impl<'s> Desk<'s> {
     }
 
     /// What the trouble is.
+    #[cold]
     pub(super) fn error(&self) -> SinkError {
         let range = self.core.range;
         let trouble = &self.trouble;
@@ -332,6 +328,7 @@ impl<'s> Desk<'s> {
             trouble,
             missed_deadline,
             busy,
+            started,
             ..
         } = &mut *self;
         *busy = false;
@@ -353,19 +350,20 @@ impl<'s> Desk<'s> {
             }
             used.leave();
         });
-        let id = core.id;
+        let (id, started) = (core.id, *started);
         let noteworthy = trouble.any || *missed_deadline || outcome == Outcome::Quarantined;
         let left = noteworthy.then(|| self.left_over(outcome, kept));
         self.hits.clear(&space.hits);
         self.leave();
         space.stats.add(Counter::Invalidations, 1);
-        if hit_any {
+        let recorder = &space.recorder;
+        let passes = quick && outcome == Outcome::Changed && left.is_none();
+        if hit_any && !(passes && recorder.passed(started)) {
             let number = match outcome {
                 Outcome::Changed => 0,
                 Outcome::Unchanged => 1,
                 Outcome::Quarantined => 2,
             };
-            let recorder = &space.recorder;
             recorder.record_quick(quick, Kind::End, id, number, 0);
         }
         space.events.ended_and_fenced();
@@ -443,19 +441,21 @@ impl Collected<'_> {
             self.room = planted!("r19-hit");
             return ControlFlow::Break(());
         };
-        let Some((used, number)) = Use::enter(found) else {
+        let Some((used, word)) = Use::enter(found) else {
             // It is over, but not yet among the ghosts.
             if let Some(device) = dead(found) {
                 self.work.trouble.device(device, GONE);
             }
             return ControlFlow::Continue(());
         };
-        let note = Note {
-            registration: found.id(),
-            number,
-            range: self.work.core.range,
-        };
-        space.registry.active().note(self.work.claim, note);
+        if word.is_asked() {
+            let note = Note {
+                registration: found.id(),
+                number: word.started(),
+                range: self.work.core.range,
+            };
+            space.registry.active().note(self.work.claim, note);
+        }
         let device = match found.targets() {
             [] => Some(0),
             targets => {
@@ -463,13 +463,15 @@ impl Collected<'_> {
                 known.and_then(|known| known.place_all(devices, &space.device_ops, targets))
             }
         };
-        place.fill(Hit::Used(Used {
-            used,
-            device: device.unwrap_or(0) as u32,
-            quiesced: false,
-            polled: false,
-            failed: false,
-        }));
+        place.fill_with(|| {
+            Hit::Used(Used {
+                used,
+                device: device.unwrap_or(0) as u32,
+                quiesced: false,
+                polled: false,
+                failed: false,
+            })
+        });
         self.count += 1;
         if device.is_none() {
             self.room = false;

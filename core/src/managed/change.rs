@@ -352,12 +352,11 @@ fn run(
         Lock::Guard => Mode::Blocking,
     };
     let what = What {
-        range,
         pieces: Pieces::Of(&|range, each| space.table.pieces(range, each)),
         cause: change.cause(),
         segments: &segments,
     };
-    let result = engine::run(space, what, mode, || {
+    let result = engine::run(space, range, what, mode, || {
         let own = space.sources.own([Some(range), target]);
         if has_memory {
             space.table.mappings.lock().cutting(range);

@@ -56,7 +56,9 @@ fn plan_of(pieces: &[(Range, PageSizes)], device: &Device, cut: bool) -> FlushPl
             each(*range, *sizes);
         }
     };
-    FlushPlan::new(Range::ALL, Pieces::Of(&walk), device, cut)
+    let mut plan = FlushPlan::new();
+    plan.make(Range::ALL, Pieces::Of(&walk), device, cut);
+    plan
 }
 
 fn one(len: u64, size: PageSize, cost: u64) -> Vec<Scope> {

@@ -2,8 +2,9 @@
 //!
 //! The state word answers the undisturbed case: nothing is in progress, and as many have started as before. Else the slots of
 //! [`Active`](crate::active::Active) are asked: which ranges are being invalidated, and over which range each of the newest was. So only
-//! what *overlaps* the entry that is to be installed is in its way; what the slots have forgotten counts as overlapping. A
-//! registration keeps nothing for it beyond its word.
+//! what *overlaps* the entry that is to be installed is in its way; what the slots have forgotten counts as overlapping, as does
+//! what was before the first fault, since when the registration's word says that somebody asks. A registration keeps nothing
+//! for it beyond its word.
 
 use super::Inner;
 use super::state::started_since;
@@ -14,6 +15,9 @@ impl Inner {
     /// How many invalidations have started, if none is in progress that overlaps `entry`. The registration is live.
     pub(crate) fn undisturbed(&self, entry: Range) -> Option<u64> {
         let word = self.word.load();
+        if !word.is_asked() {
+            self.word.note_asked();
+        }
         if word.is_calm() {
             return Some(word.started());
         }
@@ -105,6 +109,19 @@ mod tests {
         drop(running);
         assert!(inner.undisturbed(page(2)).is_some());
         assert!(inner.disturbed(page(2), seen), "its end does not undo it");
+    }
+
+    #[test]
+    fn what_was_before_anybody_asked_counts_as_overlapping() {
+        let space = space();
+        let registration = watched(&space);
+        let inner = &registration.inner;
+        let seen = inner.word.load().started();
+        drop(open(&space, page(2)));
+        assert!(inner.disturbed(page(1), seen), "nothing is noted of it");
+        let seen = inner.undisturbed(page(1)).unwrap();
+        drop(open(&space, page(2)));
+        assert!(!inner.disturbed(page(1), seen), "now it is");
     }
 
     #[test]

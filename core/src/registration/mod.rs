@@ -23,7 +23,7 @@ use thiserror::Error;
 pub(crate) use self::giving_up::give_up;
 use self::giving_up::{Begun, begin_giving_up};
 pub use self::prepared::Prepared;
-use self::state::{Detach, State, StateWord};
+use self::state::{Detach, Snapshot, State, StateWord};
 use crate::addr::Range;
 use crate::context::{self, Refused};
 use crate::list::{Link, Linked, PutOff};
@@ -258,11 +258,11 @@ pub(crate) struct Use(NonNull<Inner>);
 unsafe impl Send for Use {}
 
 impl Use {
-    /// Inside a walk: a use of what it has met, unless that is detached; and the number of the invalidation that takes it.
+    /// Inside a walk: a use of what it has met, unless that is detached; and its word since.
     #[inline]
-    pub(crate) fn enter(found: &Found<'_, Inner>) -> Option<(Self, u64)> {
-        let number = found.word.enter()?;
-        Some((Self(found.as_ptr()), number))
+    pub(crate) fn enter(found: &Found<'_, Inner>) -> Option<(Self, Snapshot)> {
+        let word = found.word.enter()?;
+        Some((Self(found.as_ptr()), word))
     }
 
     /// A count for whoever has to keep it longer.
@@ -276,10 +276,15 @@ impl Use {
     pub(crate) fn leave(self) {
         // SAFETY: the use keeps it alive until the word says otherwise.
         if unsafe { self.0.as_ref() }.word.leave() {
-            // SAFETY: this was the last use of a detached registration: only this caller can complete it, and the index has it until then.
-            // Where `leave` says false nothing is touched any more.
-            Space::complete(unsafe { Inner::count(self.0) });
+            self.complete();
         }
+    }
+
+    #[cold]
+    fn complete(self) {
+        // SAFETY: this was the last use of a detached registration: only this caller can complete it, and the index has it until then.
+        // Where `leave` says false nothing is touched any more.
+        Space::complete(unsafe { Inner::count(self.0) });
     }
 }
 

@@ -34,6 +34,8 @@ pub(crate) enum State {
 }
 
 const STATE: u64 = 0b111;
+/// A fault has begun: from then on somebody asks which ranges its invalidations were of.
+const ASKED: u64 = 1 << 3;
 /// Somebody asked for it by name, as against exit: a second time is a mistake of the caller.
 const UNREGISTERED: u64 = 1 << 4;
 /// It was made to be shared.
@@ -91,6 +93,18 @@ impl Snapshot {
     #[inline]
     pub(crate) fn is_calm(self) -> bool {
         self.0 & (STATE | USES | MISSED) == State::Live as u64
+    }
+
+    /// The same, and it is known that faults ask.
+    #[inline]
+    pub(crate) fn is_calm_and_asked(self) -> bool {
+        self.0 & (STATE | USES | MISSED | ASKED) == State::Live as u64 | ASKED
+    }
+
+    /// Somebody wants to know of what range its invalidations were.
+    #[inline]
+    pub(crate) fn is_asked(self) -> bool {
+        self.0 & ASKED != 0
     }
 
     /// Invalidations that are older than it may be in progress.
@@ -192,14 +206,19 @@ impl StateWord {
             self.update(|word| (word.state() == State::Inserting).then(|| word.with(State::Live)));
     }
 
-    /// Takes a use for an invalidation that starts, if callbacks may still begin: its number.
+    /// Takes a use for an invalidation that starts, if callbacks may still begin: the word with it.
     #[inline]
-    pub(crate) fn enter(&self) -> Option<u64> {
+    pub(crate) fn enter(&self) -> Option<Snapshot> {
         let next = |word: Snapshot| Snapshot(word.0.wrapping_add(STARTED) + USE);
         let before = self.update(|word| {
             matches!(word.state(), State::Inserting | State::Live).then(|| next(word))
         });
-        before.ok().map(|before| next(before).started())
+        before.ok().map(next)
+    }
+
+    /// A fault begins. An invalidation that started before may not see it, and leaves no note: then it counts as overlapping.
+    pub(crate) fn note_asked(&self) {
+        self.0.fetch_or(ASKED, Ordering::AcqRel);
     }
 
     /// Before it goes live: older invalidations are in progress.
@@ -308,7 +327,8 @@ mod tests {
     #[test]
     fn the_last_to_leave_a_detached_one_completes() {
         let word = live();
-        assert_eq!([word.enter(), word.enter()], [Some(1), Some(2)]);
+        let enter = || word.enter().map(Snapshot::started);
+        assert_eq!([enter(), enter()], [Some(1), Some(2)]);
         assert_eq!(word.detach(true), Detach::InUse);
         assert!(!word.leave());
         assert!(word.leave());
@@ -335,7 +355,7 @@ mod tests {
         word.0.fetch_or(most << STARTED_SHIFT, Ordering::Relaxed);
         let seen = word.load();
         assert!(seen.is_calm() && seen.started() == most);
-        assert_eq!(word.enter(), Some(0));
+        assert_eq!(word.enter().map(Snapshot::started), Some(0));
         assert_eq!(word.load().uses(), 1);
         assert_eq!(started_since(word.load().started(), seen.started()), 1);
     }

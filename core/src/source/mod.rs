@@ -211,14 +211,13 @@ impl Sink {
         };
         context::callback_refusal_of_handlers("Sink::begin")?;
         let what = What {
-            range,
             pieces: Pieces::Unknown,
             cause,
             segments: &[],
         };
         // Also where it fails.
         let handover = Handover(self.service);
-        let invalidation = Invalidation::begin_for_others(self.pin.space(), what)?;
+        let invalidation = Invalidation::begin_for_others(self.pin.space(), range, what)?;
         Ok(Some(ExternalChange {
             invalidation,
             _handover: handover,

@@ -106,7 +106,7 @@ impl Space {
             deadlines,
             registry: Registry::new(),
             events: Events::new(),
-            desks: Desks::new(),
+            desks: Desks::new(&deadlines),
             hits: Pool::new(HITS),
             device_ops: Pool::new(DEVICES),
             stats: Counters::new(),
@@ -287,6 +287,7 @@ impl Space {
     }
 
     /// A callback of `inner` panicked: its devices are in quarantine from here on.
+    #[cold]
     pub(crate) fn note_panic(&self, inner: &Inner, op: u64) {
         self.stats.add(Counter::Panics, 1);
         self.recorder.record(Kind::Panicked, op, inner.id(), 0);
@@ -383,12 +384,11 @@ impl Space {
         segments: &[Arc<SegmentInner>],
     ) -> bool {
         let what = engine::What {
-            range,
             pieces: Pieces::Unknown,
             cause: Cause::Exit,
             segments,
         };
-        let result = engine::run(this, what, engine::Mode::Blocking, || Ok(()));
+        let result = engine::run(this, range, what, engine::Mode::Blocking, || Ok(()));
         matches!(
             result.map_err(|failed| failed.error),
             Ok(()) | Err(InvalidateError::HandlerPanicked { changed: true, .. })

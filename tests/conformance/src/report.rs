@@ -23,6 +23,11 @@ impl Moment {
             Kind::Start => {
                 format!("operation {subject:#x}: an invalidation of {a:#x}..={b:#x} starts")
             }
+            Kind::Passed => {
+                format!(
+                    "operation {subject:#x}: an invalidation of {a:#x}..={b:#x} reached no device and is over"
+                )
+            }
             Kind::Quiesced => {
                 format!("operation {subject:#x}: every handler has quiesced and drained")
             }

@@ -189,9 +189,10 @@ pub struct Gather<'o> {
 }
 
 impl<'o> Gather<'o> {
-    pub(crate) fn new(op: &Op<'o>) -> Self {
+    /// For one call, of this part of a range.
+    pub(crate) fn new(range: Range) -> Self {
         Self {
-            range: op.range(),
+            range,
             brand: PhantomData,
         }
     }

@@ -16,16 +16,19 @@ type Walk<'a> = &'a dyn Fn(Range, &mut dyn FnMut(Range, PageSizes));
 /// What is mapped in a range.
 #[derive(Clone, Copy)]
 pub(crate) enum Pieces<'a> {
-    /// Nothing is known but that pages of any size may be in it.
-    Unknown,
+    /// Something everywhere, of these sizes.
+    All(PageSizes),
     /// What this walks.
     Of(Walk<'a>),
 }
 
 impl Pieces<'_> {
+    /// Nothing is known but that pages of any size may be in it.
+    pub(crate) const UNKNOWN: Self = Self::All(PageSizes::all());
+
     fn each(self, range: Range, each: &mut dyn FnMut(Range, PageSizes)) {
         match self {
-            Self::Unknown => each(range, PageSizes::all()),
+            Self::All(sizes) => each(range, sizes),
             Self::Of(walk) => walk(range, each),
         }
     }
@@ -33,12 +36,14 @@ impl Pieces<'_> {
     /// The sizes of all pages in `range`.
     #[inline]
     pub(crate) fn sizes(self, range: Range) -> PageSizes {
-        let Self::Of(walk) = self else {
-            return PageSizes::all();
-        };
-        let mut all = PageSizes::empty();
-        walk(range, &mut |_, sizes| all |= sizes);
-        all
+        match self {
+            Self::All(sizes) => sizes,
+            Self::Of(walk) => {
+                let mut all = PageSizes::empty();
+                walk(range, &mut |_, sizes| all |= sizes);
+                all
+            }
+        }
     }
 }
 

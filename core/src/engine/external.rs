@@ -51,7 +51,7 @@ fn of_those_hit<'s>(
     mode: Mode,
 ) -> Result<Invalidation<'s>, InvalidateError> {
     let what = What {
-        pieces: Pieces::Unknown,
+        pieces: Pieces::UNKNOWN,
         cause,
         segments: &[],
     };

@@ -13,6 +13,7 @@ use crate::context;
 use crate::notes::Note;
 use crate::notifier::{Cause, CutOffFailed, Gather, Op, OpCore, Outcome, WouldBlock};
 use crate::plan::{FlushPlan, Pieces};
+use crate::pool::Chain;
 use crate::primitive::Backoff;
 use crate::recorder::Kind;
 use crate::registration::{Inner, Use};
@@ -67,8 +68,8 @@ impl<'s> Desk<'s> {
     /// Phases 2 to 4, but for the contexts of segments.
     #[inline]
     pub(super) fn handlers(&mut self, pieces: Pieces<'_>) {
-        let next = if self.hits.len() == 1 && self.devices.is_empty() {
-            self.alone()
+        let next = if self.hits.len() == 1 {
+            self.alone(pieces)
         } else {
             self.quiesce();
             Stage::Drained
@@ -85,14 +86,15 @@ impl<'s> Desk<'s> {
         }
     }
 
-    /// One handler that nobody is hit beside, without devices: a phase is over when its call has returned, so that the next call follows
-    /// at once. Gives the phase that comes next where that was not so.
+    /// One handler that nobody is hit beside: a phase that awaits nothing is over when its call has returned, so that the next call
+    /// follows at once. Gives the phase that comes next where that was not so.
     #[inline]
-    fn alone(&mut self) -> Stage {
+    fn alone(&mut self, pieces: Pieces<'_>) -> Stage {
         let space = self.space;
         let Work {
             core,
             hits,
+            devices,
             trouble,
             ..
         } = &mut **self;
@@ -101,9 +103,11 @@ impl<'s> Desk<'s> {
         };
         hit.quiesced = true;
         let used = &hit.used;
-        let op = Op::new(core, part(used, core));
+        let part = part(used, core);
+        let op = Op::new(core, part);
+        let has_devices = !devices.is_empty();
         let called = Cell::new(Stage::Quiesce);
-        let mut cut_off = Ok(());
+        let (mut asked, mut cut_off) = (None, Ok(()));
         let result = call(space, used, core, Stage::Quiesce, |calling| {
             let next = |stage| {
                 calling.next(stage);
@@ -113,25 +117,34 @@ impl<'s> Desk<'s> {
                 return Ok(true);
             }
             next(Stage::Flush);
-            let _ = used.notifier.flush(&op, Gather::new(&op));
-            next(Stage::CutOff);
-            cut_off = used.notifier.cut_off(&op);
+            asked = used.notifier.flush(&op, Gather::new(part)).range();
+            if !has_devices {
+                next(Stage::CutOff);
+                cut_off = used.notifier.cut_off(&op);
+            }
             Ok(false)
         });
         match called.get() {
             Stage::Quiesce => {
                 hit.quiesced(space, core, result, trouble);
-                Stage::Drained
+                return Stage::Drained;
             }
-            Stage::Flush => {
-                hit.failed |= trouble.panicked(used);
-                Stage::CutOff
-            }
-            _ => {
+            Stage::Flush if result.is_none() => hit.failed |= trouble.panicked(used),
+            Stage::CutOff => {
                 hit.was_cut_off(result.map(|_| cut_off), trouble);
-                Stage::End
+                return Stage::End;
             }
+            _ => {}
         }
+        if has_devices {
+            space.recorder.record(Kind::Quiesced, core.id, 0, 0);
+            if let Some(range) = asked {
+                let cut = space.sources.may_be_cut();
+                hit.ask(devices, range, &mut FlushPlan::new(), pieces, cut);
+            }
+            self.flush_devices();
+        }
+        Stage::CutOff
     }
 
     fn quiesce(&mut self) {
@@ -221,43 +234,32 @@ impl<'s> Desk<'s> {
             ..
         } = &mut **self;
         let cut = space.sources.may_be_cut();
-        // That of the last device, which mostly does for the next. What is mapped in the range is the same for all: who cuts a page from here
-        // on does it with everybody quiesced, who installs nothing of it any more.
+        // What is mapped in the range is the same for all: who cuts a page from here on does it with everybody quiesced, who installs
+        // nothing of it any more.
         let mut plan = FlushPlan::new();
         hits.for_each(|hit| {
             let Some(hit) = hit.used() else { return };
             let used = &hit.used;
             let op = Op::new(core, part(used, core));
             let asked = call(space, used, core, Stage::Flush, |_| {
-                used.notifier.flush(&op, Gather::new(&op)).range()
+                used.notifier.flush(&op, Gather::new(op.range())).range()
             });
             let Some(asked) = asked else {
                 hit.failed = trouble.panicked(used);
                 return;
             };
-            let Some(range) = asked else { return };
-            for (nth, target) in used.targets().iter().enumerate() {
-                // Mostly they lie side by side.
-                let same = |one: &DeviceOp| one.device.same(&target.device);
-                let mut at = hit.device as usize + nth;
-                if nth > 0 && !devices.get_mut(at).is_some_and(|one| same(one)) {
-                    at = devices.position(same).unwrap_or(usize::MAX);
-                }
-                let Some(one) = devices.get_mut(at) else {
-                    continue;
-                };
-                plan.make(range, pieces, &target.device, cut);
-                for &scope in plan.scopes() {
-                    one.add(FlushCommand {
-                        tag: target.tag,
-                        scope,
-                    });
-                }
+            if let Some(range) = asked {
+                hit.ask(devices, range, &mut plan, pieces, cut);
             }
         });
-        if devices.is_empty() {
-            return;
+        if !self.devices.is_empty() {
+            self.flush_devices();
         }
+    }
+
+    fn flush_devices(&mut self) {
+        let space = self.space;
+        let Work { core, devices, .. } = &mut **self;
         let mut deadline = Deadline::new(space.deadlines.flush);
         devices.for_each(|one| {
             if one.is_idle() {
@@ -482,6 +484,35 @@ impl Collected<'_> {
 }
 
 impl Used {
+    /// Gives each of its devices the commands that flush `range`; `plan` is that of the last device, which mostly does for the next.
+    fn ask(
+        &self,
+        devices: &mut Chain<DeviceOp>,
+        range: Range,
+        plan: &mut FlushPlan,
+        pieces: Pieces<'_>,
+        cut: bool,
+    ) {
+        for (nth, target) in self.used.targets().iter().enumerate() {
+            // Mostly they lie side by side.
+            let same = |one: &DeviceOp| one.device.same(&target.device);
+            let mut at = self.device as usize + nth;
+            if nth > 0 && !devices.get_mut(at).is_some_and(|one| same(one)) {
+                at = devices.position(same).unwrap_or(usize::MAX);
+            }
+            let Some(one) = devices.get_mut(at) else {
+                continue;
+            };
+            plan.make(range, pieces, &target.device, cut);
+            for &scope in plan.scopes() {
+                one.add(FlushCommand {
+                    tag: target.tag,
+                    scope,
+                });
+            }
+        }
+    }
+
     /// Whether it is polled, or why not; `None` where it has panicked.
     fn quiesced(
         &mut self,

@@ -192,8 +192,9 @@ pub(super) fn map(space: &Space, what: Map, lock: Lock) -> Result<Range, MapErro
     })?;
     let own = space.sources.own([Some(range), None]);
     let result = memory.map(range, what.page, what.rights);
-    own.changed();
-    drop(own);
+    if let Some(own) = own {
+        own.changed();
+    }
     unclaim(space, [Some(range), None], |mappings| {
         if result.is_ok() {
             if what.at.is_none() && what.page == PageSize::FourKiB {
@@ -207,7 +208,6 @@ pub(super) fn map(space: &Space, what: Map, lock: Lock) -> Result<Range, MapErro
                 state: State::Mapped,
                 segment: None,
             };
-            mappings.large |= vma.page != PageSize::FourKiB;
             mappings.by_start.insert(range.start(), vma);
         }
     });
@@ -336,7 +336,9 @@ fn run(
                 }
             }
             mappings.spans.extend(spans.into_iter().flatten());
-            mappings.set_apart(range);
+            if found.large {
+                mappings.set_apart(range);
+            }
             Ok(Claim::Claimed((found, spans)))
         },
     )?;
@@ -346,19 +348,25 @@ fn run(
     let Found {
         segments,
         memory: has_memory,
+        large,
     } = found;
     let mode = match lock {
         Lock::Plain(mode) => mode,
         Lock::Guard => Mode::Blocking,
     };
+    let walk: &dyn Fn(_, &mut dyn FnMut(_, _)) = &|range, each| space.table.pieces(range, each);
     let what = What {
-        pieces: Pieces::Of(&|range, each| space.table.pieces(range, each)),
+        pieces: if large {
+            Pieces::Of(walk)
+        } else {
+            Pieces::All(PageSizes::FOUR_KIB)
+        },
         cause: change.cause(),
         segments: &segments,
     };
     let result = engine::run(space, range, what, mode, || {
         let own = space.sources.own([Some(range), target]);
-        if has_memory {
+        if large {
             space.table.mappings.lock().cutting(range);
         }
         match change {
@@ -368,11 +376,13 @@ fn run(
             Change::Protect(rights) => memory.protect(range, rights)?,
             Change::Remap(to) => memory.remap(range, to)?,
         }
-        own.changed();
+        if let Some(own) = &own {
+            own.changed();
+        }
         Ok(())
     });
     let gone = unclaim(space, spans, |mappings| {
-        finish(mappings, range, change, &result, &segments)
+        finish(mappings, (range, large), change, &result, &segments)
     });
     drop(open);
     drop(gone);
@@ -383,7 +393,7 @@ fn run(
 /// The table after the phases: as the pages are now.
 fn finish(
     mappings: &mut Mappings,
-    range: Range,
+    (range, large): (Range, bool),
     change: Change,
     result: &Result<(), Failed<'_>>,
     segments: &[Arc<SegmentInner>],
@@ -392,7 +402,9 @@ fn finish(
     mappings.split(range);
     match result.as_ref().map_err(|failed| (&failed.error, failed)) {
         Ok(()) | Err((InvalidateError::HandlerPanicked { changed: true, .. }, _)) => {
-            mappings.has_cut(range);
+            if large {
+                mappings.has_cut(range);
+            }
             match change {
                 Change::Unmap | Change::Recover => gone = mappings.remove(range),
                 Change::Discard => {}

@@ -76,6 +76,8 @@ pub(super) struct Found {
     pub(super) segments: Vec<Arc<SegmentInner>>,
     /// There is memory, not only segments.
     pub(super) memory: bool,
+    /// Pages of it are large, or were: others may be cutting them.
+    pub(super) large: bool,
 }
 
 #[derive(Debug, Default)]
@@ -83,8 +85,6 @@ pub(super) struct Mappings {
     pub(super) by_start: BTreeMap<Addr, Vma>,
     pub(super) spans: Vec<Range>,
     pub(super) sick: Vec<Sick>,
-    /// Large pages were mapped, once at least.
-    pub(super) large: bool,
     /// No free address lies below.
     pub(super) hint: u64,
     /// Exit has begun: no span is claimed any more.
@@ -132,6 +132,7 @@ impl Mappings {
                     quarantined: whole,
                 });
             }
+            found.large |= vma.sizes != PageSizes::FOUR_KIB;
             match &vma.segment {
                 Some(_) if !change.unmaps() => {
                     return Err(MapError::Segment {
@@ -151,8 +152,17 @@ impl Mappings {
         Err(MapError::NotMapped { range, hole: next })
     }
 
+    /// Whether the range is one whole mapping, as mostly.
+    fn is_one(&self, range: Range) -> bool {
+        let first = self.by_start.get(&range.start());
+        first.is_some_and(|vma| vma.last == range.last())
+    }
+
     /// Cuts mappings at both ends of the range.
     pub(super) fn split(&mut self, range: Range) {
+        if self.is_one(range) {
+            return;
+        }
         for at in [Some(range.start()), range.end()].into_iter().flatten() {
             if let Some((start, vma)) = self.by_start.range_mut(..at).next_back()
                 && vma.last >= at
@@ -167,9 +177,6 @@ impl Mappings {
 
     /// The large pages of which `range` holds a part and not all: one at each end.
     fn cut(&self, range: Range) -> [Option<Range>; 2] {
-        if !self.large {
-            return [None; 2];
-        }
         [Some(range.start()), range.end()].map(|at| {
             let at = at?;
             let (_, vma) = self.by_start.range(..=at).next_back()?;
@@ -214,6 +221,10 @@ impl Mappings {
     #[must_use = "to be dropped when the table is not locked"]
     pub(super) fn remove(&mut self, range: Range) -> Vec<Vma> {
         self.hint = self.hint.min(range.start().get());
+        if self.is_one(range) {
+            let gone = self.by_start.remove(&range.start());
+            return Vec::from_iter(gone.filter(|vma| vma.segment.is_some()));
+        }
         let gone = self
             .by_start
             .extract_if(range.start()..=range.last(), |_, _| true);

@@ -264,8 +264,15 @@ impl Sources {
         self.observer.get().map(|one| observed(one, range))
     }
 
-    /// The space's own operation is about to change these ranges; until the value is dropped.
-    pub(crate) fn own(&self, ranges: [Option<Range>; 2]) -> Own<'_> {
+    /// The space's own operation is about to change these ranges; until the value is dropped. None where nobody looks.
+    #[inline]
+    pub(crate) fn own(&self, ranges: [Option<Range>; 2]) -> Option<Own<'_>> {
+        let somebody = !self.is_empty() || self.observer.get().is_some();
+        somebody.then(|| self.own_seen(ranges))
+    }
+
+    #[cold]
+    fn own_seen(&self, ranges: [Option<Range>; 2]) -> Own<'_> {
         let changes = ranges.map(|range| range.and_then(|range| self.change(range)));
         if self.is_empty() {
             return Own {

@@ -211,7 +211,7 @@ impl Sink {
         };
         context::callback_refusal_of_handlers("Sink::begin")?;
         let what = What {
-            pieces: Pieces::Unknown,
+            pieces: Pieces::UNKNOWN,
             cause,
             segments: &[],
         };

@@ -384,7 +384,7 @@ impl Space {
         segments: &[Arc<SegmentInner>],
     ) -> bool {
         let what = engine::What {
-            pieces: Pieces::Unknown,
+            pieces: Pieces::UNKNOWN,
             cause: Cause::Exit,
             segments,
         };

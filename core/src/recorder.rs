@@ -3,9 +3,9 @@
 //! A ring of fixed-size records in memory set aside beforehand, one ring for each of a few shards, so that threads do not
 //! share a counter. Writing one takes no lock and allocates nothing. A reader may meet a record that is being
 //! overwritten; it sees that by the record's number and leaves it out. Records carry the processor's own counter, which costs
-//! a third of a clock, and become times when they are read. An invalidation that reaches no device is over in less time than reading the
-//! counter takes: of such only every eighth does, and the others take over the time of the one before; and the record of its start
-//! becomes that of its end. `tracing` is fed from the ring, outside the shootdown path: all of it by
+//! half a clock, and become times when they are read. An invalidation that reaches no device is over in less time than reading the
+//! counter takes, and so is a phase that awaits nothing: of such records only every eighth does, and the others take over the time of
+//! the one before. The record of the start of one that reaches no device becomes that of its end. `tracing` is fed from the ring, outside the shootdown path: all of it by
 //! [`AddressSpace::drain`](crate::AddressSpace::drain), the newest part by itself after something went wrong. Invalidations that
 //! hit nothing are not recorded.
 
@@ -85,8 +85,8 @@ impl Kind {
 /// One record.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Record {
-    /// Since the address space was made. Of an invalidation that reached no device it is when something happened on its shard shortly
-    /// before, as reading a clock would cost more than all the rest.
+    /// Since the address space was made. Of an invalidation that reached no device, and of a phase that had nothing to wait for, it is when
+    /// something happened on its shard shortly before, as reading a clock would cost more than all the rest.
     pub at: Duration,
     /// The shard: threads differ, mostly.
     pub shard: usize,

@@ -217,12 +217,14 @@ impl Deadline {
 }
 
 /// Waits for all devices together, until each has acknowledged or the deadline is over. Of those that have everything that they are to do,
-/// only the first that is not done is looked at: when it is, most of the others are too, and nobody goes on before all are.
-pub(super) fn sync(devices: &mut Chain<DeviceOp>, deadline: &mut Deadline) {
+/// only the first that is not done is looked at: when it is, most of the others are too, and nobody goes on before all are. False if
+/// all had acknowledged at once.
+pub(super) fn sync(devices: &mut Chain<DeviceOp>, deadline: &mut Deadline) -> bool {
     if planted!("r21-sync") {
         devices.for_each(|one| one.state = Ack::Done);
-        return;
+        return false;
     }
+    let mut has_waited = false;
     let mut backoff = Backoff::new();
     loop {
         let over = deadline.is_over(&backoff);
@@ -242,8 +244,9 @@ pub(super) fn sync(devices: &mut Chain<DeviceOp>, deadline: &mut Deadline) {
             }
         });
         if !waiting || over {
-            return;
+            return has_waited;
         }
+        has_waited = true;
         backoff.wait();
     }
 }

@@ -14,8 +14,17 @@ use crate::tlb::{Device, Health};
 use crate::watch::{Stage, Who};
 
 impl Desk<'_> {
-    /// What missed its deadline: the whole device, then its reset, then quarantine.
-    pub(super) fn escalate(&mut self) {
+    /// What missed its deadline: the whole device, then its reset, then quarantine. False if nothing has.
+    pub(super) fn escalate(&mut self) -> bool {
+        if self.devices.iter().all(|one| one.state == Ack::Done) {
+            return false;
+        }
+        self.escalate_all();
+        true
+    }
+
+    #[cold]
+    fn escalate_all(&mut self) {
         let space = self.space;
         let Work {
             core,
@@ -24,9 +33,6 @@ impl Desk<'_> {
             missed_deadline,
             ..
         } = &mut **self;
-        if devices.iter().all(|one| one.state == Ack::Done) {
-            return;
-        }
         *missed_deadline = true;
         let mut deadline = Deadline::new(space.deadlines.full_flush);
         let healthy = |one: &DeviceOp| one.device.health() == Health::Healthy;

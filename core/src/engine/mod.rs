@@ -18,6 +18,7 @@
 )]
 
 mod call;
+mod collect;
 mod desk;
 mod device_op;
 mod error;

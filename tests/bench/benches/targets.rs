@@ -10,6 +10,7 @@ use std::time::Duration;
 use shootdown::{AddressSpace, Deadlines};
 use shootdown_bench::allocator::{Counting, live};
 use shootdown_bench::case::{self, BesideWriter, Case};
+use shootdown_bench::floor;
 use shootdown_bench::ground::{Empty, Ground};
 use shootdown_bench::round::{compare, median};
 
@@ -102,6 +103,25 @@ fn index(table: &Table) {
             || case::invalidation(count, 1),
             other,
         );
+    }
+    // What stops it: an index and a protocol without a framework.
+    for count in [1_000, 100_000, 1_000_000] {
+        let name = |hits: &str| format!("the least that {hits} of {count} takes");
+        let same = || case::iset_query(count.min(1_000), 0);
+        let subject = || floor::nothing(count);
+        table.ratio(
+            &name("no hit"),
+            Target::None,
+            subject,
+            ("iset's query at 1k", same),
+        );
+        if count == 1_000_000 {
+            let other = ("iset's query", || case::iset_query(count, 0));
+            table.ratio(&name("no hit"), Target::None, subject, other);
+        }
+        let other = ("iset's query", || case::iset_query(count, 1));
+        let subject = || floor::one_hit(count);
+        table.ratio(&name("one hit"), Target::None, subject, other);
     }
     for (count, most) in [(1_000, 2.0), (100_000, 1.0)] {
         let other = ("iset's insert + remove", || case::iset_pair(count));

@@ -30,7 +30,7 @@ impl std::fmt::Debug for Case {
 
 impl Case {
     /// Times `once` as a loop. It is given the number of the time.
-    fn new(name: impl Into<String>, mut once: impl FnMut(usize) + 'static) -> Self {
+    pub(crate) fn new(name: impl Into<String>, mut once: impl FnMut(usize) + 'static) -> Self {
         let mut at = 0;
         Self::timed(name, move |times| {
             let begun = Instant::now();

@@ -11,6 +11,7 @@
 
 pub mod allocator;
 pub mod case;
+pub mod floor;
 pub mod ground;
 pub mod round;
 pub mod srcu;

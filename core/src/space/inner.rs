@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc as StdArc;
 
+use super::lifecycle::Lifecycle;
 use super::{Deadlines, ExitError, MapLock};
 use crate::addr::Range;
 use crate::context::{self, InCallback};
@@ -27,16 +28,6 @@ use crate::source::Sources;
 use crate::stats::{Counter, Counters};
 use crate::watch::Watch;
 
-#[derive(Debug, Default)]
-struct Lifecycle {
-    exiting: bool,
-    exited: bool,
-    /// A device may still have reached its memory when it had exited.
-    reached: bool,
-    /// Inserted and not yet released.
-    registered: usize,
-}
-
 pub(crate) struct Space {
     pub(crate) id: u64,
     pub(crate) memory: Option<StdArc<dyn Memory>>,
@@ -53,8 +44,8 @@ pub(crate) struct Space {
     pub(crate) watch: StdArc<Watch>,
     pub(crate) sources: Sources,
     shared: Mutex<Vec<(u64, Arc<Inner>)>>,
-    lifecycle: Mutex<Lifecycle>,
-    /// A copy of [`Lifecycle::exiting`] for those who need no more than a hint.
+    lifecycle: Lifecycle,
+    /// That it is exiting, for those who need no more than a hint: every invalidation reads it, and no insertion writes to it.
     exit_begun: AtomicBool,
     pub(super) owners: AtomicUsize,
     numbers: AtomicU64,
@@ -114,7 +105,7 @@ impl Space {
             watch: Watch::new(id, deadlines.callback),
             sources: Sources::new(),
             shared: Mutex::new(Vec::new()),
-            lifecycle: Mutex::new(Lifecycle::default()),
+            lifecycle: Lifecycle::new(),
             exit_begun: AtomicBool::new(false),
             owners: AtomicUsize::new(1),
             numbers: AtomicU64::new(1),
@@ -133,10 +124,10 @@ impl Space {
     }
 
     pub(crate) fn is_exiting(&self) -> bool {
-        self.lifecycle.lock().exiting
+        self.lifecycle.is_exiting()
     }
 
-    /// The same without the lock: what follows may still meet an exit that begins, unless it is ordered otherwise.
+    /// The same as a hint: what follows may still meet an exit that begins, unless it is ordered otherwise.
     pub(crate) fn exit_has_begun(&self) -> bool {
         // Relaxed: who has seen anything that exit did, as that a registration is detached, sees this, which was before.
         self.exit_begun.load(Ordering::Relaxed)
@@ -144,7 +135,7 @@ impl Space {
 
     /// Inserted and not yet released.
     pub(crate) fn registered(&self) -> usize {
-        self.lifecycle.lock().registered
+        self.lifecycle.registered()
     }
 
     /// Sets aside what invalidations of one more registration can need, until [`Space::unreserve`]: room for one that hits everything,
@@ -183,20 +174,16 @@ impl Space {
         }
     }
 
-    /// Counts registrations as inserted, and takes the insertion's use of each, unless the space is exiting. The lock is what exit
-    /// and insertion exclude each other by; nothing is allocated under it, as callbacks take it too.
-    pub(crate) fn admit<'i>(&self, inners: impl Iterator<Item = &'i Arc<Inner>>) -> bool {
-        let mut lifecycle = self.lifecycle.lock();
-        if lifecycle.exiting && !planted!("r7") {
+    /// Counts registrations as inserted, and takes the insertion's use of each, unless the space is exiting.
+    pub(crate) fn admit<'i>(&self, inners: impl ExactSizeIterator<Item = &'i Arc<Inner>>) -> bool {
+        let admitted = inners.len();
+        if !self.lifecycle.admit(admitted) {
             return false;
         }
-        let mut admitted = 0;
+        // Nobody else sees them yet: an exit that comes now waits for what they come to.
         for inner in inners {
             inner.word.begin_insert();
-            admitted += 1;
         }
-        lifecycle.registered += admitted;
-        drop(lifecycle);
         self.stats.add(Counter::Inserts, admitted as u64);
         true
     }
@@ -236,11 +223,11 @@ impl Space {
         while let Some(first) = this.completed.pop() {
             // One needs no list.
             let mut others = Vec::new();
-            this.release(&first);
+            this.call_release(&first);
             while others.len() < AT_ONCE
                 && let Some(inner) = this.completed.pop()
             {
-                this.release(&inner);
+                this.call_release(&inner);
                 others.push(inner);
             }
             let free = this.remove(&first, &others);
@@ -250,7 +237,13 @@ impl Space {
         }
     }
 
-    fn release(&self, inner: &Arc<Inner>) {
+    /// Releases one that is this thread's to release, and on no list. Only where [`context::is_outermost`].
+    pub(crate) fn release(&self, inner: &Arc<Inner>) {
+        self.call_release(inner);
+        drop(self.remove(inner, &[]));
+    }
+
+    fn call_release(&self, inner: &Arc<Inner>) {
         {
             let _watched = self.watch.enter_release(inner.who);
             let _callback = InCallback::release();
@@ -267,7 +260,7 @@ impl Space {
             let mut shared = self.shared.lock();
             shared.retain(|(_, one)| !Arc::ptr_eq(one, inner));
         }
-        self.events.ended();
+        self.events.ended_by_rmw();
         // What it has put off itself.
         context::leave();
     }
@@ -281,8 +274,8 @@ impl Space {
             self.ghosts.add(inner.range, inner.targets());
         }
         let (_, free) = self.registry.remove(all().map(|inner| &**inner));
-        self.lifecycle.lock().registered -= all().count();
-        self.events.ended();
+        self.lifecycle.released(1 + others.len());
+        self.events.ended_by_rmw();
         free
     }
 
@@ -323,7 +316,7 @@ impl Space {
             context::put_off(this);
             return Ok(());
         }
-        let first = !std::mem::replace(&mut this.lifecycle.lock().exiting, true);
+        let first = this.lifecycle.exit();
         this.exit_begun.store(true, Ordering::Relaxed);
         let mut reached = false;
         if first {
@@ -340,7 +333,7 @@ impl Space {
         loop {
             context::leave();
             Self::run_completed(this);
-            let released = || planted!("r4") || this.lifecycle.lock().registered == 0;
+            let released = || planted!("r4") || this.lifecycle.registered() == 0;
             if released() {
                 break;
             }
@@ -361,15 +354,12 @@ impl Space {
                     std::mem::forget(memory.clone());
                 }
             }
-            let mut lifecycle = this.lifecycle.lock();
-            lifecycle.exited = true;
-            lifecycle.reached = reached;
-            drop(lifecycle);
-            this.events.ended();
+            this.lifecycle.exited(reached);
+            this.events.ended_by_rmw();
         } else {
-            this.events.wait(None, || this.lifecycle.lock().exited);
+            this.events.wait(None, || this.lifecycle.has_exited());
         }
-        if this.lifecycle.lock().reached {
+        if this.lifecycle.was_reached() {
             return Err(ExitError::Reached { space: this.id });
         }
         Ok(())

@@ -33,11 +33,12 @@ pub(super) fn begin_giving_up(
 ) -> Result<Begun, UnregisterError> {
     let space = &inner.space;
     let place = context::place(inner.key());
+    let inside = !matches!(place, Place::Plain | Place::MapLockHeld);
     // Whoever waits inside a callback may wait for itself (R11), or for one that waits for it (R12).
-    let defers = context::inside_callback()
+    let defers = inside
         && !(planted!("r11") && place == Place::InsideOwnCallback)
         && !(planted!("r12") && place == Place::InsideOtherCallback);
-    if !context::inside_callback() {
+    if !inside {
         context::wait_refusal("unregister")?;
     }
     let detached = detach(&inner.word);
@@ -50,12 +51,12 @@ pub(super) fn begin_giving_up(
         }
         Detach::Complete | Detach::InUse | Detach::Already => {}
     }
-    let mine = detached == Detach::Complete && !together && context::is_outermost();
+    let mine = detached == Detach::Complete && !together && place == Place::Plain;
     if mine {
         // Those who wait for its callbacks.
         space.events.ended_by_rmw();
     } else if detached == Detach::Complete {
-        Space::complete(inner.clone());
+        Space::complete_one_of_many(inner);
     }
     let first = detached != Detach::Already;
     if first {

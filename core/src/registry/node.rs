@@ -25,8 +25,8 @@ pub(crate) const FANOUT: usize = 16;
 #[cfg(loom)]
 pub(crate) const FANOUT: usize = 2;
 
-/// Nodes kept for reuse.
-pub(super) const SPARE: usize = 64;
+/// Nodes kept for reuse: about what a change of many entries replaces.
+pub(super) const SPARE: usize = 256;
 
 /// What an index is made of.
 pub(crate) trait Entry {
@@ -248,9 +248,19 @@ impl<T: Entry> Node<T> {
         }
     }
 
-    fn note(&mut self, at: usize, (first, last): Pages) {
-        self.first[at] = self.scale.granule_within(first);
-        self.last[at] = self.scale.granule_within(last);
+    /// The granules of what `at` says of itself, if the scale has any for that.
+    fn granules_below(&self, at: usize) -> Option<(i32, i32)> {
+        if !self.leaf {
+            let child = self.child(at);
+            // Mostly.
+            if child.scale == self.scale {
+                return Some((child.first[0], child.most));
+            }
+        }
+        let (first, last) = self.hull_below(at);
+        let holds = self.scale.holds((first, last));
+        let within = |page| self.scale.granule_within(page);
+        holds.then(|| (within(first), within(last)))
     }
 
     fn find_most(&mut self) {
@@ -268,8 +278,9 @@ impl<T: Entry> Node<T> {
         let last = hulls.iter().map(|hull| hull.1).max();
         let all = first.zip(last);
         self.scale = all.map_or(Scale::PAGES, Scale::of);
-        for (at, hull) in hulls.iter().enumerate() {
-            self.note(at, *hull);
+        for (at, &(first, last)) in hulls.iter().enumerate() {
+            self.first[at] = self.scale.granule_within(first);
+            self.last[at] = self.scale.granule_within(last);
         }
         self.find_most();
     }
@@ -277,14 +288,14 @@ impl<T: Entry> Node<T> {
     /// Notes where `at` is now.
     fn set(&mut self, at: usize, below: *const ()) {
         self.below[at] = below;
-        let hull = self.hull_below(at);
-        if !self.scale.holds(hull) {
+        let Some((first, last)) = self.granules_below(at) else {
             return self.rescale();
-        }
+        };
         let old = self.last[at];
-        self.note(at, hull);
-        self.most = self.most.max(self.last[at]);
-        if old == self.most {
+        (self.first[at], self.last[at]) = (first, last);
+        if last >= self.most {
+            self.most = last;
+        } else if old == self.most {
             self.find_most();
         }
     }
@@ -362,6 +373,8 @@ pub(super) struct Nodes<T> {
     /// The batch that is being made.
     stamp: u64,
     spare: Vec<Link<T>>,
+    /// From the root to the leaf that changes: nodes, and where in them it goes on.
+    way: Vec<(Link<T>, usize)>,
     /// Replaced or removed by this batch: linked still in what is published. Once nobody can see that any more, to be reused.
     pub(super) unlinked: Unlinked<T>,
 }
@@ -371,6 +384,7 @@ impl<T: Entry> Nodes<T> {
         Self {
             stamp: 1,
             spare: Vec::with_capacity(SPARE),
+            way: Vec::new(),
             unlinked: Unlinked::default(),
         }
     }
@@ -462,18 +476,19 @@ impl<T: Entry> Nodes<T> {
         Some(right)
     }
 
-    fn with(&mut self, link: Link<T>, entry: &T, value: *const T) -> (Link<T>, Option<Link<T>>) {
-        let link = self.own(link);
-        let node = self.read(link);
-        if node.leaf {
-            let at = node.before(key(entry));
-            return (link, self.put(link, at, value.cast()));
+    /// Goes from `root` to the leaf that `key` belongs to, and notes the way.
+    fn descend(&mut self, root: Link<T>, key: Key) -> Link<T> {
+        self.way.clear();
+        let mut link = root;
+        loop {
+            let node = self.read(link);
+            if node.leaf {
+                return link;
+            }
+            let at = node.towards(key);
+            self.way.push((link, at));
+            link = node.link(at);
         }
-        let at = node.towards(key(entry));
-        let (child, more) = self.with(node.link(at), entry, value);
-        self.relink(link, at, child);
-        let more = more.and_then(|more| self.put(link, at + 1, below(more)));
-        (link, more)
     }
 
     fn relink(&mut self, link: Link<T>, at: usize, child: Link<T>) {
@@ -482,48 +497,23 @@ impl<T: Entry> Nodes<T> {
 
     /// A root with `value`, whose count it takes over.
     pub(super) fn insert(&mut self, root: Link<T>, value: Arc<T>) -> Link<T> {
-        let value = Arc::into_raw(value);
-        // SAFETY: from a count that is held.
-        let entry = unsafe { &*value };
-        let (left, right) = self.with(root, entry, value);
-        let Some(right) = right else { return left };
-        let top = self.blank(false, Scale::PAGES);
-        for (at, child) in [left, right].into_iter().enumerate() {
+        let key = key(&*value);
+        let leaf = self.descend(root, key);
+        let mut link = self.own(leaf);
+        let at = self.read(link).before(key);
+        let mut right = self.put(link, at, Arc::into_raw(value).cast());
+        while let Some((parent, at)) = self.way.pop() {
+            let parent = self.own(parent);
+            self.relink(parent, at, link);
+            right = right.and_then(|right| self.put(parent, at + 1, below(right)));
+            link = parent;
+        }
+        let Some(right) = right else { return link };
+        let top = self.blank(false, self.read(link).scale);
+        for (at, child) in [link, right].into_iter().enumerate() {
             self.edit(top).insert(at, below(child));
         }
         top
-    }
-
-    /// Without the entry `key`, which it puts to what is unlinked; `None` if there is none.
-    fn without(&mut self, link: Link<T>, key: Key) -> Option<Link<T>> {
-        let node = self.read(link);
-        if node.leaf {
-            let at = node.before(key);
-            if at == node.len() || node.key(at) != key {
-                return None;
-            }
-            let link = self.own(link);
-            let value = self.edit(link).remove(at).cast::<T>();
-            // SAFETY: from `Arc::into_raw`, with the count that the tree held and does not any more.
-            self.unlinked.values.push(unsafe { Arc::from_raw(value) });
-            return Some(link);
-        }
-        if node.is_empty() {
-            return None;
-        }
-        let at = node.towards(key);
-        let child = self.without(node.link(at), key)?;
-        let link = self.own(link);
-        if self.read(child).is_empty() {
-            self.edit(link).remove(at);
-            self.unlink(child);
-        } else {
-            self.relink(link, at, child);
-            if self.read(child).len() <= FANOUT / 4 {
-                self.merge(link, at);
-            }
-        }
-        Some(link)
     }
 
     /// Joins the small child `at` with a neighbour, where both fit into one node.
@@ -546,11 +536,35 @@ impl<T: Entry> Nodes<T> {
     }
 
     /// A root without the entry `key`, which is unlinked; the same if there is none.
-    pub(super) fn remove(&mut self, mut root: Link<T>, key: Key) -> Link<T> {
-        let Some(without) = self.without(root, key) else {
+    pub(super) fn remove(&mut self, root: Link<T>, key: Key) -> Link<T> {
+        let leaf = self.descend(root, key);
+        let node = self.read(leaf);
+        let at = node.before(key);
+        if at == node.len() || node.key(at) != key {
             return root;
-        };
-        root = without;
+        }
+        let mut link = self.own(leaf);
+        let value = self.edit(link).remove(at).cast::<T>();
+        // SAFETY: from `Arc::into_raw`, with the count that the tree held and does not any more.
+        self.unlinked.values.push(unsafe { Arc::from_raw(value) });
+        while let Some((parent, at)) = self.way.pop() {
+            let parent = self.own(parent);
+            if self.read(link).is_empty() {
+                self.edit(parent).remove(at);
+                self.unlink(link);
+            } else {
+                self.relink(parent, at, link);
+                if self.read(link).len() <= FANOUT / 4 {
+                    self.merge(parent, at);
+                }
+            }
+            link = parent;
+        }
+        self.without_top(link)
+    }
+
+    /// Takes away what a root has above the only node that has something below it.
+    fn without_top(&mut self, mut root: Link<T>) -> Link<T> {
         loop {
             let node = self.read(root);
             match (node.leaf, node.len) {

@@ -205,12 +205,24 @@ impl Space {
     /// A registration is detached and out of use: it waits for its release, by this thread when it is outermost, or by another
     /// one before. Allocates nothing; legal everywhere.
     pub(crate) fn complete(inner: Arc<Inner>) {
-        let space = &inner.space;
-        space.completed.push(inner.clone());
-        space.events.ended();
+        inner.space.put_to_completed(inner.clone());
         if !planted!("r3-put-off") {
             context::completed(inner);
         }
+    }
+
+    /// The same, where the caller keeps a count: what is given up together is remembered by one of it.
+    pub(crate) fn complete_one_of_many(inner: &Arc<Inner>) {
+        if context::has_completed(&inner.space) {
+            inner.space.put_to_completed(inner.clone());
+        } else {
+            Self::complete(inner.clone());
+        }
+    }
+
+    fn put_to_completed(&self, inner: Arc<Inner>) {
+        self.completed.push(inner);
+        self.events.ended();
     }
 
     pub(crate) fn has_completed(&self) -> bool {
@@ -221,17 +233,21 @@ impl Space {
     pub(crate) fn run_completed(this: &Arc<Self>) {
         const AT_ONCE: usize = 256;
         while let Some(first) = this.completed.pop() {
-            // One needs no list.
-            let mut others = Vec::new();
-            this.call_release(&first);
-            while others.len() < AT_ONCE
-                && let Some(inner) = this.completed.pop()
-            {
-                this.call_release(&inner);
-                others.push(inner);
+            if !this.has_completed() {
+                // One needs no list.
+                this.release(&first);
+                continue;
             }
-            let free = this.remove(&first, &others);
-            drop((first, others));
+            let mut released = Vec::new();
+            let mut next = Some(first);
+            while let Some(inner) = next {
+                this.call_release(&inner);
+                released.push(inner);
+                let more = released.len() < AT_ONCE;
+                next = more.then(|| this.completed.pop()).flatten();
+            }
+            let free = this.remove(&released);
+            drop(released);
             // What goes with it may have waited for just these.
             drop(free);
         }
@@ -240,7 +256,7 @@ impl Space {
     /// Releases one that is this thread's to release, and on no list. Only where [`context::is_outermost`].
     pub(crate) fn release(&self, inner: &Arc<Inner>) {
         self.call_release(inner);
-        drop(self.remove(inner, &[]));
+        drop(self.remove(std::slice::from_ref(inner)));
     }
 
     fn call_release(&self, inner: &Arc<Inner>) {
@@ -267,14 +283,13 @@ impl Space {
 
     /// Takes what is released out of the index. Not before: an invalidation that meets it there asks whether its devices are in quarantine,
     /// where a release may have put them.
-    fn remove(&self, first: &Arc<Inner>, others: &[Arc<Inner>]) -> Free<Inner> {
-        let all = || std::iter::once(first).chain(others);
+    fn remove(&self, released: &[Arc<Inner>]) -> Free<Inner> {
         // Before it leaves the index: a device that does not answer any more may hold entries of its range for ever.
-        for inner in all().filter(|_| !planted!("r20-ghost")) {
+        for inner in released.iter().filter(|_| !planted!("r20-ghost")) {
             self.ghosts.add(inner.range, inner.targets());
         }
-        let (_, free) = self.registry.remove(all().map(|inner| &**inner));
-        self.lifecycle.released(1 + others.len());
+        let (_, free) = self.registry.remove(released.iter().map(|inner| &**inner));
+        self.lifecycle.released(released.len());
         self.events.ended_by_rmw();
         free
     }

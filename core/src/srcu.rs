@@ -12,7 +12,7 @@ use crate::primitive::atomic::{Ordering, fence};
 /// What was unlinked, and may still be seen.
 #[derive(Debug)]
 pub(crate) struct Retired<G> {
-    /// The walks that may see `old`.
+    /// The walks that may see `old`: where there are none nothing is kept.
     walks: Vec<Claim>,
     old: G,
     /// Unlinked since: `walks` says nothing of it.
@@ -39,7 +39,7 @@ impl<G: Garbage> Retired<G> {
     /// Takes what has just been unlinked, and leaves there what nobody can see any more; never waits. Allocates.
     pub(crate) fn retire(&mut self, active: &Active, garbage: &mut G) {
         fence(Ordering::SeqCst); // (B)
-        if !self.is_empty() {
+        if !self.walks.is_empty() {
             self.retire_more(active, garbage);
         } else if self.is_seen(active) {
             self.old.append(garbage);

@@ -231,7 +231,8 @@ impl Space {
 
     /// Releases what is complete. Only where [`context::is_outermost`]. What is released leaves the index together, so many at once.
     pub(crate) fn run_completed(this: &Arc<Self>) {
-        const AT_ONCE: usize = 256;
+        // So many that the way down to them is copied once for several, and so few that the copies are of memory in the cache.
+        const AT_ONCE: usize = 64;
         while let Some(first) = this.completed.pop() {
             if !this.has_completed() {
                 // One needs no list.

@@ -7,8 +7,8 @@
 //! **Exit** excludes insertion by a word of both (R7), and operations on mappings by a lock, ends every segment, invalidates everything, detaches
 //! every registration, and waits until every `release` that any thread has begun has returned (R4); then the memory goes.
 //!
-//! **Completion.** Who completes a registration puts it on the space's completed list. The list is run (index entry away,
-//! `release`, Released) by any thread that is outermost: it holds no lock of ours and is inside no callback. Who completes
+//! **Completion.** Who completes a registration releases it there and then, where it gives it up by name and holds nothing, or else puts it
+//! on the space's completed list. The list is run (`release`, Released, index entry away) by any thread that is outermost: it holds no lock of ours and is inside no callback. Who completes
 //! remembers it ([`context::completed`]) and runs the list when it has left the last of them, if nobody has before.
 
 mod inner;

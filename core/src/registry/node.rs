@@ -308,7 +308,6 @@ impl<T: Entry> Node<T> {
             self.below[to] = self.below[to - 1];
         }
         self.len += 1;
-        self.last[at] = -1;
         self.set(at, below);
     }
 

@@ -152,7 +152,7 @@ impl<T: PutOff> LocalList<T> {
 
     /// Whether the first of it is such a one.
     pub(crate) fn begins_with(&self, is: impl FnOnce(&T) -> bool) -> bool {
-        // SAFETY: null, or alive by the count that this list holds; `is` cannot take it away, as it does not have the list.
+        // SAFETY: null, or alive by the count that this list holds; `is` only looks, so that nothing is taken from the list meanwhile.
         unsafe { self.0.get().as_ref() }.is_some_and(is)
     }
 

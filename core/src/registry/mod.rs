@@ -208,8 +208,7 @@ impl<T: Entry> Registry<T> {
         retired.retire(&self.active, garbage);
         let one = garbage.values.pop();
         let more = !(garbage.values.is_empty() && garbage.tables.is_empty());
-        let take = || Box::new((take(&mut garbage.values), take(&mut garbage.tables)));
-        let more = more.then(take);
+        let more = more.then(|| Box::new((take(&mut garbage.values), take(&mut garbage.tables))));
         nodes.reuse();
         (one, more)
     }

@@ -324,6 +324,12 @@ pub(crate) fn completed(inner: Arc<Inner>) {
     CONTEXT.with(|context| context.completed.push(inner));
 }
 
+/// Whether it remembers that already of one of this space, which stands for all: what a space has completed is run to its end.
+pub(crate) fn has_completed(space: &Arc<Space>) -> bool {
+    let of_it = |first: &Inner| Arc::ptr_eq(&first.space, space);
+    CONTEXT.with(|context| context.completed.begins_with(of_it))
+}
+
 /// Remembers that the handle of `segment` was dropped, until this thread is outermost.
 pub(crate) fn unmap_later(segment: Arc<SegmentInner>) {
     CONTEXT.with(|context| context.segments.push(segment));

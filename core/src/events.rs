@@ -5,7 +5,7 @@
 //! closes the gap between a waiter's check and its sleep.
 
 use crate::primitive::atomic::{AtomicUsize, Ordering, fence};
-use crate::primitive::{Condvar, Instant, Mutex, now};
+use crate::primitive::{Condvar, Instant, Mutex, fence_after_rmw, now};
 
 #[derive(Debug)]
 pub(crate) struct Events {
@@ -24,6 +24,7 @@ impl Events {
     }
 
     /// Something has ended: the caller has already changed the state.
+    #[inline]
     pub(crate) fn ended(&self) {
         if !planted!("r4-event") {
             fence(Ordering::SeqCst);
@@ -31,20 +32,36 @@ impl Events {
         self.ended_and_fenced();
     }
 
+    /// The same, for a caller whose last step was a read-modify-write, of what has ended.
+    #[inline]
+    pub(crate) fn ended_by_rmw(&self) {
+        fence_after_rmw();
+        self.ended_and_fenced();
+    }
+
     /// The same, for a caller that has fenced since.
+    #[inline]
     pub(crate) fn ended_and_fenced(&self) {
         if self.waiting.load(Ordering::Relaxed) > 0 {
-            drop(self.lock.lock());
-            self.ended.notify_all();
+            self.wake();
         }
+    }
+
+    #[cold]
+    fn wake(&self) {
+        drop(self.lock.lock());
+        self.ended.notify_all();
     }
 
     /// Waits until `done` says true; false when `deadline` was first. `done` may take locks, but none that is held
     /// while [`Events::ended`] is called.
+    #[inline]
     pub(crate) fn wait(&self, deadline: Option<Instant>, mut done: impl FnMut() -> bool) -> bool {
-        if done() {
-            return true;
-        }
+        done() || self.sleep(deadline, done)
+    }
+
+    #[cold]
+    fn sleep(&self, deadline: Option<Instant>, mut done: impl FnMut() -> bool) -> bool {
         self.waiting.fetch_add(1, Ordering::Relaxed);
         fence(Ordering::SeqCst);
         let mut guard = self.lock.lock();

@@ -58,10 +58,11 @@ impl Ghosts {
     /// those that are not any more.
     pub(crate) fn add(&self, range: Range, targets: &[Target]) {
         let ghost = |target: &Target| Ghost::of(range, &target.device);
-        let fresh: Vec<_> = targets.iter().filter_map(ghost).collect();
-        if fresh.is_empty() {
+        let mut fresh = targets.iter().filter_map(ghost).peekable();
+        if fresh.peek().is_none() {
             return;
         }
+        let fresh: Vec<_> = fresh.collect();
         // Made before the lock is taken, and dropped after it: the shootdown path takes it.
         let (mut all, mut over) = (Vec::with_capacity(fresh.len()), Vec::new());
         loop {

@@ -150,6 +150,12 @@ impl<T: PutOff> LocalList<T> {
         self.0.set(std::mem::replace(&mut from.0, std::ptr::null()));
     }
 
+    /// Whether the first of it is such a one.
+    pub(crate) fn begins_with(&self, is: impl FnOnce(&T) -> bool) -> bool {
+        // SAFETY: null, or alive by the count that this list holds; `is` only looks, so that nothing is taken from the list meanwhile.
+        unsafe { self.0.get().as_ref() }.is_some_and(is)
+    }
+
     pub(crate) fn push(&self, element: Arc<T>) {
         element.next_put_off().set(self.take());
         self.set(Some(element));

@@ -81,10 +81,10 @@ impl<T> Pool<T> {
     /// Makes sure that `entries` fit in one chain, beside a chunk for each of the others. Allocates: not in the shootdown path, and not
     /// under the lock, which that path takes.
     pub(crate) fn reserve(&self, entries: usize) {
-        let wanted = entries.div_ceil(self.chunk) + SLOTS;
+        let wanted = entries + SLOTS * self.chunk;
         // Counted when it is there, with Release, so that nobody relies on what another thread has yet to make. Several that make
         // some at once may make a few too many.
-        while self.made.load(Ordering::Acquire) < wanted {
+        while self.made.load(Ordering::Acquire) * self.chunk < wanted {
             let chunk = Owned::new(self.chunk);
             self.give(chunk);
             self.made.fetch_add(1, Ordering::AcqRel);

@@ -158,7 +158,7 @@ pub(crate) fn kernel_thread() -> u64 {
     0
 }
 
-/// A full fence, where the last thing that this thread did is a sequentially consistent read-modify-write. On x86 that instruction
+/// A full fence, where the last thing that this thread did is a read-modify-write. On x86 that instruction
 /// is one: it drains the store buffer, and what follows is read after it; only the compiler has to be held back. The
 /// memory model of the language promises less, and so do other processors and the checker: there it is a fence.
 #[inline]

@@ -12,7 +12,7 @@ use crate::primitive::atomic::{Ordering, fence};
 /// What was unlinked, and may still be seen.
 #[derive(Debug)]
 pub(crate) struct Retired<G> {
-    /// The walks that may see `old`.
+    /// The walks that may see `old`: where there are none nothing is kept.
     walks: Vec<Claim>,
     old: G,
     /// Unlinked since: `walks` says nothing of it.
@@ -36,36 +36,38 @@ impl<G: Garbage> Retired<G> {
         }
     }
 
-    /// Takes over what has just been unlinked, and puts what nobody can see any more into `free`; never waits. Allocates.
-    pub(crate) fn retire(&mut self, active: &Active, unlinked: &mut G, free: &mut G) {
+    /// Takes what has just been unlinked, and leaves there what nobody can see any more; never waits. Allocates.
+    pub(crate) fn retire(&mut self, active: &Active, garbage: &mut G) {
         fence(Ordering::SeqCst); // (B)
-        if self.is_empty() {
-            // Mostly, and then nobody walks either.
-            self.walks.clear();
-            if !planted!("r5-grace") {
-                self.walks.extend(active.walks());
-            }
-            let to = if self.walks.is_empty() {
-                free
-            } else {
-                &mut self.old
-            };
-            return to.append(unlinked);
+        if !self.walks.is_empty() {
+            self.retire_more(active, garbage);
+        } else if self.is_seen(active) {
+            self.old.append(garbage);
         }
-        self.fresh.append(unlinked);
+    }
+
+    #[cold]
+    fn retire_more(&mut self, active: &Active, garbage: &mut G) {
+        self.fresh.append(garbage);
         if self.walks.iter().any(|walk| active.is_walking(*walk)) {
             return;
         }
-        free.append(&mut self.old);
+        garbage.append(&mut self.old);
+        let to = if self.is_seen(active) {
+            &mut self.old
+        } else {
+            garbage
+        };
+        to.append(&mut self.fresh);
+    }
+
+    /// Whether somebody walks, and who it is.
+    fn is_seen(&mut self, active: &Active) -> bool {
         self.walks.clear();
         if !planted!("r5-grace") {
             self.walks.extend(active.walks());
         }
-        if self.walks.is_empty() {
-            free.append(&mut self.fresh);
-        } else {
-            self.old.append(&mut self.fresh);
-        }
+        !self.walks.is_empty()
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -87,14 +89,9 @@ mod tests {
         }
     }
 
-    fn retire(
-        retired: &mut Retired<Vec<u32>>,
-        active: &Active,
-        mut unlinked: Vec<u32>,
-    ) -> Vec<u32> {
-        let mut free = Vec::new();
-        retired.retire(active, &mut unlinked, &mut free);
-        free
+    fn retire(retired: &mut Retired<Vec<u32>>, active: &Active, mut garbage: Vec<u32>) -> Vec<u32> {
+        retired.retire(active, &mut garbage);
+        garbage
     }
 
     fn walk(active: &Active) -> Claim {

@@ -12,7 +12,7 @@ pub(crate) fn give_up(
     inner: &Arc<Inner>,
     detach: impl FnOnce(&StateWord) -> Detach,
 ) -> Result<Unregistered, UnregisterError> {
-    Ok(begin_giving_up(inner, detach)?.finish(inner))
+    Ok(begin_giving_up(inner, detach, false)?.finish(inner))
 }
 
 /// What giving a registration up has begun.
@@ -21,19 +21,24 @@ pub(super) enum Begun {
     Over(Unregistered),
     /// It is detached, by this call or before, and to be waited for.
     Detached { first: bool },
+    /// It is detached by this call, out of use, and this thread's to release.
+    Mine,
 }
 
+/// `together` with others, so that they leave the index at once: then what is out of use waits for its release with them.
 pub(super) fn begin_giving_up(
     inner: &Arc<Inner>,
     detach: impl FnOnce(&StateWord) -> Detach,
+    together: bool,
 ) -> Result<Begun, UnregisterError> {
     let space = &inner.space;
     let place = context::place(inner.key());
+    let inside = !matches!(place, Place::Plain | Place::MapLockHeld);
     // Whoever waits inside a callback may wait for itself (R11), or for one that waits for it (R12).
-    let defers = context::inside_callback()
+    let defers = inside
         && !(planted!("r11") && place == Place::InsideOwnCallback)
         && !(planted!("r12") && place == Place::InsideOtherCallback);
-    if !context::inside_callback() {
+    if !inside {
         context::wait_refusal("unregister")?;
     }
     let detached = detach(&inner.word);
@@ -44,8 +49,14 @@ pub(super) fn begin_giving_up(
         Detach::NotInserted | Detach::Shared => {
             return Ok(Begun::Over(Unregistered::AlreadyGone));
         }
-        Detach::Complete => Space::complete(inner.clone()),
-        Detach::InUse | Detach::Already => {}
+        Detach::Complete | Detach::InUse | Detach::Already => {}
+    }
+    let mine = detached == Detach::Complete && !together && place == Place::Plain;
+    if mine {
+        // Those who wait for its callbacks.
+        space.events.ended_by_rmw();
+    } else if detached == Detach::Complete {
+        Space::complete_one_of_many(inner);
     }
     let first = detached != Detach::Already;
     if first {
@@ -53,6 +64,9 @@ pub(super) fn begin_giving_up(
         space
             .recorder
             .record(Kind::Unregister, inner.id(), place as u64, 0);
+    }
+    if mine {
+        return Ok(Begun::Mine);
     }
     Ok(match (defers, first) {
         (false, first) => Begun::Detached { first },
@@ -62,12 +76,16 @@ pub(super) fn begin_giving_up(
 }
 
 impl Begun {
-    pub(super) fn finish(self, inner: &Inner) -> Unregistered {
+    pub(super) fn finish(self, inner: &Arc<Inner>) -> Unregistered {
+        let space = &inner.space;
         let first = match self {
             Self::Over(unregistered) => return unregistered,
+            Self::Mine => {
+                space.release(inner);
+                return Unregistered::Released;
+            }
             Self::Detached { first } => first,
         };
-        let space = &inner.space;
         let what = |done| {
             if first {
                 done

@@ -205,19 +205,16 @@ impl Inner {
             if space.registry.active().may_have_missed(this.range) {
                 this.word.note_missed();
             }
-            this.word.go_live();
             // Exit sets its mark, fences, and walks the index; above is a fence too: either it finds this registration, or this the mark.
             if space.exit_has_begun() && !planted!("r7-late") {
                 this.word.detach(false);
             }
-        }
-        // Those who wait for them to be live.
-        space.events.ended();
-        for this in these {
-            if this.word.leave() {
+            if this.word.go_live() {
                 Space::complete(this.clone());
             }
         }
+        // Those who wait for them to be live.
+        space.events.ended_by_rmw();
         free
     }
 }
@@ -365,7 +362,8 @@ impl Registration {
     /// together, so that it costs less than one after the other. What each came to, in their order; one that is refused keeps none of the
     /// others back.
     pub fn unregister_all(registrations: &[Self]) -> Vec<Result<Unregistered, UnregisterError>> {
-        let begin = |one: &Self| begin_giving_up(&one.inner, |word| word.detach(true));
+        let together = registrations.len() > 1;
+        let begin = |one: &Self| begin_giving_up(&one.inner, |word| word.detach(true), together);
         let begun: Vec<_> = registrations.iter().map(begin).collect();
         let finish = |(one, begun): (&Self, Result<Begun, UnregisterError>)| {
             begun.map(|begun| begun.finish(&one.inner))

@@ -17,7 +17,7 @@
 //! * an invalidation takes its use and is counted as started in the same step, so that begin and retry each read the word once: who finds
 //!   it live, unused and as often started as before has been disturbed by nobody. (R9)
 //!
-//! Every step is an AcqRel read-modify-write of this one word, so they are totally ordered, and who completes has
+//! Every step of what others can see is an AcqRel read-modify-write of this one word, so they are totally ordered, and who completes has
 //! seen everything that the callbacks did. No other location takes part in the argument.
 
 use crate::primitive::atomic::{AtomicU64, Ordering};
@@ -128,6 +128,12 @@ impl Snapshot {
         self.is_detached() && self.uses() == 0
     }
 
+    /// Whoever gives a use back completes it.
+    fn has_one_use_and_is_detached(self) -> bool {
+        debug_assert!(self.uses() > 0, "a use is given back once");
+        self.uses() == 1 && self.state() == State::Detached && !planted!("r5")
+    }
+
     fn with(self, state: State) -> Self {
         Self(self.0 & !STATE | state as u64)
     }
@@ -192,18 +198,27 @@ impl StateWord {
         }
     }
 
-    /// Prepared → Inserting, with a use for whoever inserts; false if that had happened before.
-    pub(crate) fn begin_insert(&self) -> bool {
-        self.update(|word| {
-            (word.state() == State::Prepared).then(|| Snapshot(word.with(State::Inserting).0 + USE))
-        })
-        .is_ok()
+    /// Prepared → Inserting, with a use for whoever inserts; nothing if that had happened before. Nobody else has it yet, so a store does:
+    /// what shows it to others releases.
+    pub(crate) fn begin_insert(&self) {
+        let word = self.load();
+        if word.state() == State::Prepared {
+            self.0
+                .store(word.with(State::Inserting).0 + USE, Ordering::Relaxed);
+        }
     }
 
-    /// Inserting → Live; nothing if it was detached meanwhile. The inserter's use is still to be given back.
-    pub(crate) fn go_live(&self) {
-        let _ =
-            self.update(|word| (word.state() == State::Inserting).then(|| word.with(State::Live)));
+    /// The last step of whoever inserts: Inserting → Live, unless it was detached meanwhile, and its use is given back; as
+    /// [`StateWord::leave`].
+    pub(crate) fn go_live(&self) -> bool {
+        let before = self.update(|word| {
+            let state = match word.state() {
+                State::Inserting => State::Live,
+                other => other,
+            };
+            Some(Snapshot(word.with(state).0 - USE))
+        });
+        before.is_ok_and(Snapshot::has_one_use_and_is_detached)
     }
 
     /// Takes a use for an invalidation that starts, if callbacks may still begin: the word with it.
@@ -234,9 +249,7 @@ impl StateWord {
     /// Gives a use back; true if the caller was the last one of a detached registration: it completes.
     #[inline]
     pub(crate) fn leave(&self) -> bool {
-        let before = Snapshot(self.0.fetch_sub(USE, Ordering::AcqRel));
-        debug_assert!(before.uses() > 0, "a use is given back once");
-        before.uses() == 1 && before.state() == State::Detached && !planted!("r5")
+        Snapshot(self.0.fetch_sub(USE, Ordering::AcqRel)).has_one_use_and_is_detached()
     }
 
     /// To Detached. `explicit`: by an unregister of this registration, not by exit or a drop.
@@ -310,9 +323,8 @@ mod tests {
 
     fn live() -> StateWord {
         let word = StateWord::new();
-        assert!(word.begin_insert());
-        word.go_live();
-        assert!(!word.leave());
+        word.begin_insert();
+        assert!(!word.go_live());
         word
     }
 
@@ -363,10 +375,9 @@ mod tests {
     #[test]
     fn an_insertion_that_is_put_off_completes_what_was_detached_meanwhile() {
         let word = StateWord::new();
-        assert!(word.begin_insert());
+        word.begin_insert();
         assert_eq!(word.detach(true), Detach::InUse);
-        word.go_live();
-        assert!(word.leave());
+        assert!(word.go_live());
     }
 
     #[test]
@@ -380,9 +391,9 @@ mod tests {
     #[test]
     fn the_last_put_detaches_and_a_later_get_is_refused() {
         let word = StateWord::shared();
-        assert!(word.begin_insert());
+        word.begin_insert();
         assert!(word.get());
-        assert!(!word.leave());
+        assert!(!word.go_live());
         assert_eq!(word.put(), Detach::Shared);
         assert_eq!(word.put(), Detach::Complete);
         assert!(!word.get());

@@ -54,10 +54,19 @@ impl Scale {
         self.granule(page)
     }
 
+    /// The same, of a page that it holds.
+    #[inline]
+    pub(super) fn granule_within(self, page: u64) -> i32 {
+        debug_assert!(self.holds((page, page)));
+        ((page - self.base) >> self.shift) as i32
+    }
+
+    #[inline]
     pub(super) fn holds(self, (first, last): Pages) -> bool {
         first >= self.base && (last - self.base) >> self.shift < i32::MAX as u64
     }
 
+    #[inline]
     pub(super) fn pages(self, first: i32, last: i32) -> Pages {
         let start = |granule: i32| self.base + ((granule as u64) << self.shift);
         (start(first), start(last + 1) - 1)

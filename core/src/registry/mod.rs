@@ -20,10 +20,11 @@ mod summary;
 #[cfg(test)]
 mod tests;
 
+use std::mem::take;
 use std::ops::ControlFlow;
 
 pub(crate) use self::node::{Entry, Found};
-use self::node::{Link, Node, Nodes, SPARE, key};
+use self::node::{Link, Node, Nodes, key};
 use self::summary::{Marks, Old, Summary};
 use crate::active::{Active, Claim};
 use crate::addr::Range;
@@ -40,10 +41,9 @@ struct Unlinked<T> {
 
 impl<T> Default for Unlinked<T> {
     fn default() -> Self {
-        // So that what is handed out does not depend on how much happened to be unlinked at once.
         Self {
-            nodes: Vec::with_capacity(SPARE),
-            values: Vec::with_capacity(SPARE / 8),
+            nodes: Vec::new(),
+            values: Vec::new(),
             tables: Vec::new(),
         }
     }
@@ -55,31 +55,20 @@ impl<T> Garbage for Unlinked<T> {
     }
 
     fn append(&mut self, more: &mut Self) {
-        append(&mut self.nodes, &mut more.nodes);
-        append(&mut self.values, &mut more.values);
-        append(&mut self.tables, &mut more.tables);
-    }
-}
-
-/// Mostly there is nothing to move.
-fn append<E>(to: &mut Vec<E>, more: &mut Vec<E>) {
-    if !more.is_empty() {
-        to.append(more);
+        self.nodes.append(&mut more.nodes);
+        self.values.append(&mut more.values);
+        self.tables.append(&mut more.tables);
     }
 }
 
 /// Values and tables that nobody sees any more: to be dropped when the writer's lock is let go, as the last count of a value may be
-/// among them, and with it whatever a driver drops. One value needs no list of its own.
-pub(crate) type Free<T> = (Option<Arc<T>>, Vec<Arc<T>>, Vec<Old>);
+/// among them, and with it whatever a driver drops. Mostly it is one value.
+pub(crate) type Free<T> = (Option<Arc<T>>, Option<Box<(Vec<Arc<T>>, Vec<Old>)>>);
 
 struct Writer<T> {
     nodes: Nodes<T>,
     marks: Marks,
-    values: Vec<Arc<T>>,
     retired: Retired<Unlinked<T>>,
-    /// Kept for their room.
-    unlinked: Unlinked<T>,
-    free: Unlinked<T>,
 }
 
 /// Overlapping ranges.
@@ -106,10 +95,7 @@ impl<T: Entry> Registry<T> {
             writer: Mutex::new(Writer {
                 nodes: Nodes::new(),
                 marks: Marks::default(),
-                values: Vec::new(),
                 retired: Retired::new(),
-                unlinked: Unlinked::default(),
-                free: Unlinked::default(),
             }),
         }
     }
@@ -178,14 +164,10 @@ impl<T: Entry> Registry<T> {
     {
         let mut writer = self.writer.lock();
         let mut root = self.root(&writer);
-        let first = writer.values.len();
         for entry in entries {
-            if let Some((without, value)) = writer.nodes.remove(root, key(entry)) {
-                root = without;
-                writer.values.push(value);
-            }
+            root = writer.nodes.remove(root, key(entry));
         }
-        let removed = writer.values.len() - first;
+        let removed = writer.nodes.unlinked.values.len();
         (removed, self.publish(&mut writer, root))
     }
 
@@ -202,38 +184,33 @@ impl<T: Entry> Registry<T> {
             // In two steps, as whoever changes an index in place.
             let nothing = Node::leaf();
             self.root.store(nothing.as_ptr(), Ordering::Release);
-            writer.nodes.unlinked.push(nothing);
+            writer.nodes.unlinked.nodes.push(nothing);
         }
         // Release, with the Acquire in `walk`.
         self.root.store(root.as_ptr(), Ordering::Release);
         // Not before the tree is without them.
-        for value in &writer.values {
+        for value in &writer.nodes.unlinked.values {
             self.summary.unmark(&mut writer.marks, value.range());
         }
-        let unlinked = &mut writer.unlinked;
-        unlinked.nodes.append(&mut writer.nodes.unlinked);
-        unlinked.values.append(&mut writer.values);
-        unlinked.tables.append(&mut writer.marks.unlinked);
         self.sweep(writer)
     }
 
     fn sweep(&self, writer: &mut Writer<T>) -> Free<T> {
         let Writer {
             nodes,
+            marks,
             retired,
-            unlinked,
-            free,
-            ..
         } = writer;
-        retired.retire(&self.active, unlinked, free);
-        nodes.reuse(&mut free.nodes);
-        let one = free.values.pop();
-        let others = if free.values.is_empty() {
-            Vec::new()
-        } else {
-            std::mem::take(&mut free.values)
-        };
-        (one, others, std::mem::take(&mut free.tables))
+        let garbage = &mut nodes.unlinked;
+        if !marks.unlinked.is_empty() {
+            garbage.tables.append(&mut marks.unlinked);
+        }
+        retired.retire(&self.active, garbage);
+        let one = garbage.values.pop();
+        let more = !(garbage.values.is_empty() && garbage.tables.is_empty());
+        let more = more.then(|| Box::new((take(&mut garbage.values), take(&mut garbage.tables))));
+        nodes.reuse();
+        (one, more)
     }
 
     /// Drops the values that were removed; waits for the walks that may still see them.

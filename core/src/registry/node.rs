@@ -14,6 +14,7 @@ use std::marker::PhantomData;
 use std::ops::ControlFlow;
 use std::ptr::NonNull;
 
+use super::Unlinked;
 use super::granule::{PAGE_SHIFT, Pages, Scale, above, pages};
 use crate::addr::Range;
 use crate::primitive::Arc;
@@ -24,8 +25,8 @@ pub(crate) const FANOUT: usize = 16;
 #[cfg(loom)]
 pub(crate) const FANOUT: usize = 2;
 
-/// Nodes kept for reuse.
-pub(super) const SPARE: usize = 64;
+/// Nodes kept for reuse: about what a change of many entries replaces.
+pub(super) const SPARE: usize = 256;
 
 /// What an index is made of.
 pub(crate) trait Entry {
@@ -76,6 +77,8 @@ pub(super) struct Node<T> {
     /// The batch that made it.
     stamp: u64,
     scale: Scale,
+    /// The most of `last`.
+    most: i32,
     len: u16,
     leaf: bool,
     /// Where nothing is below: as if it were behind everything, and ended before everything.
@@ -91,6 +94,7 @@ impl<T: Entry> Node<T> {
         Self {
             stamp,
             scale,
+            most: -1,
             len: 0,
             leaf,
             first: [i32::MAX; FANOUT],
@@ -98,6 +102,15 @@ impl<T: Entry> Node<T> {
             below: [std::ptr::null(); FANOUT],
             values: PhantomData,
         }
+    }
+
+    /// Field by field, so that the compiler needs neither a call nor a third place for it.
+    fn become_copy_of(&mut self, other: &Self, stamp: u64) {
+        (self.stamp, self.scale, self.most) = (stamp, other.scale, other.most);
+        (self.len, self.leaf) = (other.len, other.leaf);
+        self.first = other.first;
+        self.last = other.last;
+        self.below = other.below;
     }
 
     pub(super) fn leaf() -> Link<T> {
@@ -149,16 +162,15 @@ impl<T: Entry> Node<T> {
         at
     }
 
-    /// The child that `key` belongs to.
+    /// The child that `key` belongs to: the last that does not begin behind it.
     fn towards(&self, key: Key) -> usize {
-        let before = self.before(key);
         let granule = self.scale.granule(key.0 >> PAGE_SHIFT);
-        let may_be = before < self.len() && self.first[before] == granule;
-        if may_be && self.key(before) == key {
-            before
-        } else {
-            before.saturating_sub(1)
+        let behind = above(&self.first, granule).trailing_zeros() as usize;
+        let mut at = behind.min(self.len()).saturating_sub(1);
+        while at > 0 && self.first[at] == granule && self.key(at) > key {
+            at -= 1;
         }
+        at
     }
 
     /// What may overlap these pages, a bit each.
@@ -219,8 +231,7 @@ impl<T: Entry> Node<T> {
 
     /// The pages that it says it has something in. The first is exact, as it is what nodes are sorted by.
     fn hull(&self) -> Pages {
-        let last = self.last.iter().fold(0, |last, one| last.max(*one));
-        let (first, last) = self.scale.pages(self.first[0], last);
+        let (first, last) = self.scale.pages(self.first[0], self.most);
         if self.scale.shift == 0 {
             (first, last)
         } else {
@@ -237,9 +248,23 @@ impl<T: Entry> Node<T> {
         }
     }
 
-    fn note(&mut self, at: usize, (first, last): Pages) {
-        self.first[at] = self.scale.granule(first);
-        self.last[at] = self.scale.granule(last);
+    /// The granules of what `at` says of itself, if the scale has any for that.
+    fn granules_below(&self, at: usize) -> Option<(i32, i32)> {
+        if !self.leaf {
+            let child = self.child(at);
+            // Mostly.
+            if child.scale == self.scale {
+                return Some((child.first[0], child.most));
+            }
+        }
+        let (first, last) = self.hull_below(at);
+        let holds = self.scale.holds((first, last));
+        let within = |page| self.scale.granule_within(page);
+        holds.then(|| (within(first), within(last)))
+    }
+
+    fn find_most(&mut self) {
+        self.most = self.last.iter().fold(-1, |most, one| most.max(*one));
     }
 
     /// Notes anew where everything is, in the finest granules that do.
@@ -253,41 +278,54 @@ impl<T: Entry> Node<T> {
         let last = hulls.iter().map(|hull| hull.1).max();
         let all = first.zip(last);
         self.scale = all.map_or(Scale::PAGES, Scale::of);
-        for (at, hull) in hulls.iter().enumerate() {
-            self.note(at, *hull);
+        for (at, &(first, last)) in hulls.iter().enumerate() {
+            self.first[at] = self.scale.granule_within(first);
+            self.last[at] = self.scale.granule_within(last);
         }
+        self.find_most();
     }
 
     /// Notes where `at` is now.
     fn set(&mut self, at: usize, below: *const ()) {
         self.below[at] = below;
-        let hull = self.hull_below(at);
-        if self.scale.holds(hull) {
-            self.note(at, hull);
-        } else {
-            self.rescale();
+        let Some((first, last)) = self.granules_below(at) else {
+            return self.rescale();
+        };
+        let old = self.last[at];
+        (self.first[at], self.last[at]) = (first, last);
+        if last >= self.most {
+            self.most = last;
+        } else if old == self.most {
+            self.find_most();
         }
     }
 
     fn insert(&mut self, at: usize, below: *const ()) {
-        let len = self.len();
-        self.first.copy_within(at..len, at + 1);
-        self.last.copy_within(at..len, at + 1);
-        self.below.copy_within(at..len, at + 1);
+        // There are few, so that calls to move them would be most of it.
+        for to in (at + 1..=self.len()).rev() {
+            self.first[to] = self.first[to - 1];
+            self.last[to] = self.last[to - 1];
+            self.below[to] = self.below[to - 1];
+        }
         self.len += 1;
         self.set(at, below);
     }
 
     fn remove(&mut self, at: usize) -> *const () {
-        let (below, len) = (self.below[at], self.len());
-        self.first.copy_within(at + 1..len, at);
-        self.last.copy_within(at + 1..len, at);
-        self.below.copy_within(at + 1..len, at);
+        let (below, last) = (self.below[at], self.last[at]);
+        let len = self.len() - 1;
+        for to in at..len {
+            self.first[to] = self.first[to + 1];
+            self.last[to] = self.last[to + 1];
+            self.below[to] = self.below[to + 1];
+        }
         self.len -= 1;
-        (self.first[len - 1], self.last[len - 1]) = (i32::MAX, -1);
+        (self.first[len], self.last[len]) = (i32::MAX, -1);
         if self.scale.shift > 0 {
             // It may have been what made them so coarse.
             self.rescale();
+        } else if last == self.most {
+            self.find_most();
         }
         below
     }
@@ -302,7 +340,10 @@ impl<T: Entry> Node<T> {
         other.last[from..].fill(-1);
         self.len += more as u16;
         other.len = from as u16;
-        if self.scale != other.scale {
+        other.find_most();
+        if self.scale == other.scale {
+            self.find_most();
+        } else {
             self.rescale();
         }
     }
@@ -331,8 +372,10 @@ pub(super) struct Nodes<T> {
     /// The batch that is being made.
     stamp: u64,
     spare: Vec<Link<T>>,
-    /// Replaced by this batch: linked still in what is published.
-    pub(super) unlinked: Vec<Link<T>>,
+    /// From the root to the leaf that changes: nodes, and where in them it goes on.
+    way: Vec<(Link<T>, usize)>,
+    /// Replaced or removed by this batch: linked still in what is published. Once nobody can see that any more, to be reused.
+    pub(super) unlinked: Unlinked<T>,
 }
 
 impl<T: Entry> Nodes<T> {
@@ -340,7 +383,8 @@ impl<T: Entry> Nodes<T> {
         Self {
             stamp: 1,
             spare: Vec::with_capacity(SPARE),
-            unlinked: Vec::with_capacity(SPARE),
+            way: Vec::new(),
+            unlinked: Unlinked::default(),
         }
     }
 
@@ -349,25 +393,31 @@ impl<T: Entry> Nodes<T> {
         self.stamp += 1;
     }
 
-    /// Takes back nodes that no walk sees, and that are linked nowhere.
-    pub(super) fn reuse(&mut self, nodes: &mut Vec<Link<T>>) {
-        let room = SPARE.saturating_sub(self.spare.len());
-        let kept = nodes.len() - room.min(nodes.len());
-        self.spare.extend(nodes.drain(kept..));
-        for node in nodes.drain(..) {
-            // SAFETY: from `Box::leak`, and linked nowhere any more. What is below is linked elsewhere, or has gone before.
-            drop(unsafe { Box::from_raw(node.as_ptr()) });
+    /// Takes back the nodes that were unlinked: no walk sees them any more.
+    pub(super) fn reuse(&mut self) {
+        while let Some(node) = self.unlinked.nodes.pop() {
+            if self.spare.len() < SPARE {
+                self.spare.push(node);
+            } else {
+                // SAFETY: from `Box::leak`, and linked nowhere any more. What is below is linked elsewhere, or has gone before.
+                drop(unsafe { Box::from_raw(node.as_ptr()) });
+            }
+        }
+    }
+
+    /// A node to be overwritten.
+    fn spare<'a>(&mut self) -> &'a mut Node<T> {
+        match self.spare.pop() {
+            // SAFETY: spare, so nobody else's.
+            Some(mut spare) => unsafe { spare.as_mut() },
+            None => Box::leak(Box::new(Node::blank(0, true, Scale::PAGES))),
         }
     }
 
     fn blank(&mut self, leaf: bool, scale: Scale) -> Link<T> {
-        let blank = Node::blank(self.stamp, leaf, scale);
-        let Some(node) = self.spare.pop() else {
-            return NonNull::from(Box::leak(Box::new(blank)));
-        };
-        // SAFETY: spare, so nobody else's. A node has nothing to drop.
-        unsafe { node.as_ptr().write(blank) };
-        node
+        let node = self.spare();
+        *node = Node::blank(self.stamp, leaf, scale);
+        NonNull::from(node)
     }
 
     /// A node of this batch, to be written to.
@@ -389,15 +439,11 @@ impl<T: Entry> Nodes<T> {
         if self.read(node).stamp == self.stamp {
             return node;
         }
-        let spare = self.spare.pop();
-        let copy =
-            spare.unwrap_or_else(|| NonNull::from(Box::leak(Box::<Node<T>>::new_uninit())).cast());
-        // SAFETY: two nodes, the second nobody else's; both plain data, and the copy owns what is below from here on.
-        unsafe { std::ptr::copy_nonoverlapping(node.as_ptr(), copy.as_ptr(), 1) };
-        // SAFETY: made just now.
-        unsafe { (*copy.as_ptr()).stamp = self.stamp };
-        self.unlinked.push(node);
-        copy
+        self.unlinked.nodes.push(node);
+        let copy = self.spare();
+        // It owns what is below from here on.
+        copy.become_copy_of(self.read(node), self.stamp);
+        NonNull::from(copy)
     }
 
     /// Nothing of this batch links to it any more.
@@ -405,7 +451,7 @@ impl<T: Entry> Nodes<T> {
         if self.read(node).stamp == self.stamp {
             self.spare.push(node);
         } else {
-            self.unlinked.push(node);
+            self.unlinked.nodes.push(node);
         }
     }
 
@@ -429,18 +475,19 @@ impl<T: Entry> Nodes<T> {
         Some(right)
     }
 
-    fn with(&mut self, link: Link<T>, entry: &T, value: *const T) -> (Link<T>, Option<Link<T>>) {
-        let link = self.own(link);
-        let node = self.read(link);
-        if node.leaf {
-            let at = node.before(key(entry));
-            return (link, self.put(link, at, value.cast()));
+    /// Goes from `root` to the leaf that `key` belongs to, and notes the way.
+    fn descend(&mut self, root: Link<T>, key: Key) -> Link<T> {
+        self.way.clear();
+        let mut link = root;
+        loop {
+            let node = self.read(link);
+            if node.leaf {
+                return link;
+            }
+            let at = node.towards(key);
+            self.way.push((link, at));
+            link = node.link(at);
         }
-        let at = node.towards(key(entry));
-        let (child, more) = self.with(node.link(at), entry, value);
-        self.relink(link, at, child);
-        let more = more.and_then(|more| self.put(link, at + 1, below(more)));
-        (link, more)
     }
 
     fn relink(&mut self, link: Link<T>, at: usize, child: Link<T>) {
@@ -449,46 +496,23 @@ impl<T: Entry> Nodes<T> {
 
     /// A root with `value`, whose count it takes over.
     pub(super) fn insert(&mut self, root: Link<T>, value: Arc<T>) -> Link<T> {
-        let value = Arc::into_raw(value);
-        // SAFETY: from a count that is held.
-        let entry = unsafe { &*value };
-        let (left, right) = self.with(root, entry, value);
-        let Some(right) = right else { return left };
-        let top = self.blank(false, Scale::PAGES);
-        for (at, child) in [left, right].into_iter().enumerate() {
+        let key = key(&*value);
+        let leaf = self.descend(root, key);
+        let mut link = self.own(leaf);
+        let at = self.read(link).before(key);
+        let mut right = self.put(link, at, Arc::into_raw(value).cast());
+        while let Some((parent, at)) = self.way.pop() {
+            let parent = self.own(parent);
+            self.relink(parent, at, link);
+            right = right.and_then(|right| self.put(parent, at + 1, below(right)));
+            link = parent;
+        }
+        let Some(right) = right else { return link };
+        let top = self.blank(false, self.read(link).scale);
+        for (at, child) in [link, right].into_iter().enumerate() {
             self.edit(top).insert(at, below(child));
         }
         top
-    }
-
-    fn without(&mut self, link: Link<T>, key: Key) -> Option<(Link<T>, Arc<T>)> {
-        let node = self.read(link);
-        if node.leaf {
-            let at = node.before(key);
-            if at == node.len() || node.key(at) != key {
-                return None;
-            }
-            let link = self.own(link);
-            let value = self.edit(link).remove(at).cast::<T>();
-            // SAFETY: from `Arc::into_raw`, with the count that the tree held and does not any more.
-            return Some((link, unsafe { Arc::from_raw(value) }));
-        }
-        if node.is_empty() {
-            return None;
-        }
-        let at = node.towards(key);
-        let (child, value) = self.without(node.link(at), key)?;
-        let link = self.own(link);
-        if self.read(child).is_empty() {
-            self.edit(link).remove(at);
-            self.unlink(child);
-        } else {
-            self.relink(link, at, child);
-            if self.read(child).len() <= FANOUT / 4 {
-                self.merge(link, at);
-            }
-        }
-        Some((link, value))
     }
 
     /// Joins the small child `at` with a neighbour, where both fit into one node.
@@ -510,9 +534,36 @@ impl<T: Entry> Nodes<T> {
         self.relink(link, at, left);
     }
 
-    /// A root without the entry `key`, and that entry; `None` if there is none.
-    pub(super) fn remove(&mut self, root: Link<T>, key: Key) -> Option<(Link<T>, Arc<T>)> {
-        let (mut root, value) = self.without(root, key)?;
+    /// A root without the entry `key`, which is unlinked; the same if there is none.
+    pub(super) fn remove(&mut self, root: Link<T>, key: Key) -> Link<T> {
+        let leaf = self.descend(root, key);
+        let node = self.read(leaf);
+        let at = node.before(key);
+        if at == node.len() || node.key(at) != key {
+            return root;
+        }
+        let mut link = self.own(leaf);
+        let value = self.edit(link).remove(at).cast::<T>();
+        // SAFETY: from `Arc::into_raw`, with the count that the tree held and does not any more.
+        self.unlinked.values.push(unsafe { Arc::from_raw(value) });
+        while let Some((parent, at)) = self.way.pop() {
+            let parent = self.own(parent);
+            if self.read(link).is_empty() {
+                self.edit(parent).remove(at);
+                self.unlink(link);
+            } else {
+                self.relink(parent, at, link);
+                if self.read(link).len() <= FANOUT / 4 {
+                    self.merge(parent, at);
+                }
+            }
+            link = parent;
+        }
+        self.without_top(link)
+    }
+
+    /// Takes away what a root has above the only node that has something below it.
+    fn without_top(&mut self, mut root: Link<T>) -> Link<T> {
         loop {
             let node = self.read(root);
             match (node.leaf, node.len) {
@@ -525,7 +576,7 @@ impl<T: Entry> Nodes<T> {
                     self.unlink(root);
                     root = only;
                 }
-                _ => return Some((root, value)),
+                _ => return root,
             }
         }
     }
@@ -533,7 +584,7 @@ impl<T: Entry> Nodes<T> {
 
 impl<T> Drop for Nodes<T> {
     fn drop(&mut self) {
-        for node in self.spare.drain(..).chain(self.unlinked.drain(..)) {
+        for node in self.spare.drain(..).chain(self.unlinked.nodes.drain(..)) {
             // SAFETY: as in `reuse`; the index is being dropped, so no walk sees anything.
             drop(unsafe { Box::from_raw(node.as_ptr()) });
         }
@@ -550,6 +601,7 @@ pub(super) fn check<T: Entry>(root: Link<T>) -> usize {
             (node.len()..FANOUT).all(unused),
             "nothing is where nothing is"
         );
+        assert_eq!(Some(node.most), node.last.into_iter().max());
         for at in 0..node.len() {
             let hull = node.hull_below(at);
             assert!(node.scale.holds(hull), "everything has granules");

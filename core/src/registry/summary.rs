@@ -264,8 +264,8 @@ fn spread(key: u64) -> u64 {
 pub(super) struct Marks {
     /// Cells that have a key, in the current tables.
     used: [usize; 2],
-    /// Granules that are marked, by level, as often as they are.
-    granules: [usize; LEVELS as usize],
+    /// Words that are marked, by level, as often as they are.
+    words: [usize; LEVELS as usize],
     /// Of words in which entries overlap: how many for each bit.
     counts: HashMap<u64, Box<[u32; 64]>, BuildHasherDefault<Spread>>,
     /// Replaced: walks may see them.
@@ -321,13 +321,13 @@ impl Summary {
                 }
                 *used += 1;
             }
-            let granules = &mut marks.granules[level as usize];
-            if level > 0 && *granules == 0 {
+            let words = &mut marks.words[level as usize];
+            if level > 0 && *words == 0 {
                 // Only the writer writes. Release, with the walk's Acquire.
                 let levels = self.levels.load(Ordering::Relaxed);
                 self.levels.store(levels | 1 << level, Ordering::Release);
             }
-            *granules += mask.count_ones() as usize;
+            *words += 1;
             let bits = cell.bits.load(Ordering::Relaxed);
             if bits & mask != 0 || !marks.counts.is_empty() && marks.counts.contains_key(&key) {
                 let counts = marks.counts.entry(key).or_insert_with(|| {
@@ -361,9 +361,9 @@ impl Summary {
             }
             // Release: who finds them gone sees what was done before.
             cell.bits.store(bits & !gone, Ordering::Release);
-            let granules = &mut marks.granules[level as usize];
-            *granules -= mask.count_ones() as usize;
-            if level > 0 && *granules == 0 {
+            let words = &mut marks.words[level as usize];
+            *words -= 1;
+            if level > 0 && *words == 0 {
                 // As above: nobody has a bit of this level any more.
                 let levels = self.levels.load(Ordering::Relaxed);
                 self.levels.store(levels & !(1 << level), Ordering::Release);

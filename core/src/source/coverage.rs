@@ -139,6 +139,7 @@ impl Sources {
     }
 
     /// Whether nothing watches the space.
+    #[inline]
     pub(crate) fn is_empty(&self) -> bool {
         // Relaxed: whoever attaches a source while others register or change memory orders them himself.
         self.count.load(Ordering::Relaxed) == 0
@@ -194,6 +195,7 @@ impl Sources {
     }
 
     /// Whether what watches `range` is enough.
+    #[inline]
     pub(crate) fn check(
         &self,
         range: Range,
@@ -205,6 +207,10 @@ impl Sources {
         {
             return Ok(());
         }
+        self.compare(range, needs, operations)
+    }
+
+    fn compare(&self, range: Range, needs: Needs, operations: Operations) -> Result<(), Shortfall> {
         let entries = lock(&self.entries);
         let sees = |operation| {
             let covering = entries.iter().flatten();
@@ -237,10 +243,14 @@ impl Sources {
 
     /// Waits until what happened before this call has been told, where a source is late (R29), and has what others may have mapped
     /// in `range` looked at. Not inside a callback.
+    #[inline]
     pub(crate) fn settle(&self, range: Range) {
-        if self.is_empty() {
-            return;
+        if !self.is_empty() {
+            self.settle_all(range);
         }
+    }
+
+    fn settle_all(&self, range: Range) {
         for nth in 0..SOURCES {
             let source = lock(&self.entries)[nth]
                 .as_ref()

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc as StdArc;
 
+use super::lifecycle::Lifecycle;
 use super::{Deadlines, ExitError, MapLock};
 use crate::addr::Range;
 use crate::context::{self, InCallback};
@@ -27,16 +28,6 @@ use crate::source::Sources;
 use crate::stats::{Counter, Counters};
 use crate::watch::Watch;
 
-#[derive(Debug, Default)]
-struct Lifecycle {
-    exiting: bool,
-    exited: bool,
-    /// A device may still have reached its memory when it had exited.
-    reached: bool,
-    /// Inserted and not yet released.
-    registered: usize,
-}
-
 pub(crate) struct Space {
     pub(crate) id: u64,
     pub(crate) memory: Option<StdArc<dyn Memory>>,
@@ -53,8 +44,8 @@ pub(crate) struct Space {
     pub(crate) watch: StdArc<Watch>,
     pub(crate) sources: Sources,
     shared: Mutex<Vec<(u64, Arc<Inner>)>>,
-    lifecycle: Mutex<Lifecycle>,
-    /// A copy of [`Lifecycle::exiting`] for those who need no more than a hint.
+    lifecycle: Lifecycle,
+    /// That it is exiting, for those who need no more than a hint: every invalidation reads it, and no insertion writes to it.
     exit_begun: AtomicBool,
     pub(super) owners: AtomicUsize,
     numbers: AtomicU64,
@@ -114,7 +105,7 @@ impl Space {
             watch: Watch::new(id, deadlines.callback),
             sources: Sources::new(),
             shared: Mutex::new(Vec::new()),
-            lifecycle: Mutex::new(Lifecycle::default()),
+            lifecycle: Lifecycle::new(),
             exit_begun: AtomicBool::new(false),
             owners: AtomicUsize::new(1),
             numbers: AtomicU64::new(1),
@@ -133,10 +124,10 @@ impl Space {
     }
 
     pub(crate) fn is_exiting(&self) -> bool {
-        self.lifecycle.lock().exiting
+        self.lifecycle.is_exiting()
     }
 
-    /// The same without the lock: what follows may still meet an exit that begins, unless it is ordered otherwise.
+    /// The same as a hint: what follows may still meet an exit that begins, unless it is ordered otherwise.
     pub(crate) fn exit_has_begun(&self) -> bool {
         // Relaxed: who has seen anything that exit did, as that a registration is detached, sees this, which was before.
         self.exit_begun.load(Ordering::Relaxed)
@@ -144,7 +135,7 @@ impl Space {
 
     /// Inserted and not yet released.
     pub(crate) fn registered(&self) -> usize {
-        self.lifecycle.lock().registered
+        self.lifecycle.registered()
     }
 
     /// Sets aside what invalidations of one more registration can need, until [`Space::unreserve`]: room for one that hits everything,
@@ -183,20 +174,16 @@ impl Space {
         }
     }
 
-    /// Counts registrations as inserted, and takes the insertion's use of each, unless the space is exiting. The lock is what exit
-    /// and insertion exclude each other by; nothing is allocated under it, as callbacks take it too.
-    pub(crate) fn admit<'i>(&self, inners: impl Iterator<Item = &'i Arc<Inner>>) -> bool {
-        let mut lifecycle = self.lifecycle.lock();
-        if lifecycle.exiting && !planted!("r7") {
+    /// Counts registrations as inserted, and takes the insertion's use of each, unless the space is exiting.
+    pub(crate) fn admit<'i>(&self, inners: impl ExactSizeIterator<Item = &'i Arc<Inner>>) -> bool {
+        let admitted = inners.len();
+        if !self.lifecycle.admit(admitted) {
             return false;
         }
-        let mut admitted = 0;
+        // Nobody else sees them yet: an exit that comes now waits for what they come to.
         for inner in inners {
             inner.word.begin_insert();
-            admitted += 1;
         }
-        lifecycle.registered += admitted;
-        drop(lifecycle);
         self.stats.add(Counter::Inserts, admitted as u64);
         true
     }
@@ -218,12 +205,24 @@ impl Space {
     /// A registration is detached and out of use: it waits for its release, by this thread when it is outermost, or by another
     /// one before. Allocates nothing; legal everywhere.
     pub(crate) fn complete(inner: Arc<Inner>) {
-        let space = &inner.space;
-        space.completed.push(inner.clone());
-        space.events.ended();
+        inner.space.put_to_completed(inner.clone());
         if !planted!("r3-put-off") {
             context::completed(inner);
         }
+    }
+
+    /// The same, where the caller keeps a count: what is given up together is remembered by one of it.
+    pub(crate) fn complete_one_of_many(inner: &Arc<Inner>) {
+        if context::has_completed(&inner.space) {
+            inner.space.put_to_completed(inner.clone());
+        } else {
+            Self::complete(inner.clone());
+        }
+    }
+
+    fn put_to_completed(&self, inner: Arc<Inner>) {
+        self.completed.push(inner);
+        self.events.ended();
     }
 
     pub(crate) fn has_completed(&self) -> bool {
@@ -232,25 +231,36 @@ impl Space {
 
     /// Releases what is complete. Only where [`context::is_outermost`]. What is released leaves the index together, so many at once.
     pub(crate) fn run_completed(this: &Arc<Self>) {
-        const AT_ONCE: usize = 256;
+        // So many that the way down to them is copied once for several, and so few that the copies are of memory in the cache.
+        const AT_ONCE: usize = 64;
         while let Some(first) = this.completed.pop() {
-            // One needs no list.
-            let mut others = Vec::new();
-            this.release(&first);
-            while others.len() < AT_ONCE
-                && let Some(inner) = this.completed.pop()
-            {
-                this.release(&inner);
-                others.push(inner);
+            if !this.has_completed() {
+                // One needs no list.
+                this.release(&first);
+                continue;
             }
-            let free = this.remove(&first, &others);
-            drop((first, others));
+            let mut released = Vec::new();
+            let mut next = Some(first);
+            while let Some(inner) = next {
+                this.call_release(&inner);
+                released.push(inner);
+                let more = released.len() < AT_ONCE;
+                next = more.then(|| this.completed.pop()).flatten();
+            }
+            let free = this.remove(&released);
+            drop(released);
             // What goes with it may have waited for just these.
             drop(free);
         }
     }
 
-    fn release(&self, inner: &Arc<Inner>) {
+    /// Releases one that is this thread's to release, and on no list. Only where [`context::is_outermost`].
+    pub(crate) fn release(&self, inner: &Arc<Inner>) {
+        self.call_release(inner);
+        drop(self.remove(std::slice::from_ref(inner)));
+    }
+
+    fn call_release(&self, inner: &Arc<Inner>) {
         {
             let _watched = self.watch.enter_release(inner.who);
             let _callback = InCallback::release();
@@ -267,22 +277,21 @@ impl Space {
             let mut shared = self.shared.lock();
             shared.retain(|(_, one)| !Arc::ptr_eq(one, inner));
         }
-        self.events.ended();
+        self.events.ended_by_rmw();
         // What it has put off itself.
         context::leave();
     }
 
     /// Takes what is released out of the index. Not before: an invalidation that meets it there asks whether its devices are in quarantine,
     /// where a release may have put them.
-    fn remove(&self, first: &Arc<Inner>, others: &[Arc<Inner>]) -> Free<Inner> {
-        let all = || std::iter::once(first).chain(others);
+    fn remove(&self, released: &[Arc<Inner>]) -> Free<Inner> {
         // Before it leaves the index: a device that does not answer any more may hold entries of its range for ever.
-        for inner in all().filter(|_| !planted!("r20-ghost")) {
+        for inner in released.iter().filter(|_| !planted!("r20-ghost")) {
             self.ghosts.add(inner.range, inner.targets());
         }
-        let (_, free) = self.registry.remove(all().map(|inner| &**inner));
-        self.lifecycle.lock().registered -= all().count();
-        self.events.ended();
+        let (_, free) = self.registry.remove(released.iter().map(|inner| &**inner));
+        self.lifecycle.released(released.len());
+        self.events.ended_by_rmw();
         free
     }
 
@@ -324,7 +333,7 @@ impl Space {
             context::put_off(this);
             return Ok(());
         }
-        let first = !std::mem::replace(&mut this.lifecycle.lock().exiting, true);
+        let first = this.lifecycle.exit();
         this.exit_begun.store(true, Ordering::Relaxed);
         let mut reached = false;
         if first {
@@ -341,7 +350,7 @@ impl Space {
         loop {
             context::leave();
             Self::run_completed(this);
-            let released = || planted!("r4") || this.lifecycle.lock().registered == 0;
+            let released = || planted!("r4") || this.lifecycle.registered() == 0;
             if released() {
                 break;
             }
@@ -362,15 +371,12 @@ impl Space {
                     std::mem::forget(memory.clone());
                 }
             }
-            let mut lifecycle = this.lifecycle.lock();
-            lifecycle.exited = true;
-            lifecycle.reached = reached;
-            drop(lifecycle);
-            this.events.ended();
+            this.lifecycle.exited(reached);
+            this.events.ended_by_rmw();
         } else {
-            this.events.wait(None, || this.lifecycle.lock().exited);
+            this.events.wait(None, || this.lifecycle.has_exited());
         }
-        if this.lifecycle.lock().reached {
+        if this.lifecycle.was_reached() {
             return Err(ExitError::Reached { space: this.id });
         }
         Ok(())

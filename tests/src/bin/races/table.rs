@@ -67,7 +67,7 @@ pub(crate) const TABLE: &[Entry] = &[
     model(
         "R7",
         "r7",
-        "insertion and exit exclude each other by a lock (space::inner, admit)",
+        "insertion and exit exclude each other by one word (space::lifecycle, admit)",
         "model::a_newcomer_to_an_exiting_space_is_refused_or_released",
     ),
     model(

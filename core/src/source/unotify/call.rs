@@ -6,6 +6,8 @@
 use std::cell::Cell;
 use std::os::fd::AsRawFd;
 
+use arrayvec::ArrayVec;
+
 use super::super::gate;
 use super::super::scratch::PAGE;
 use super::super::uffd::sys::UFFDIO_MOVE;
@@ -21,30 +23,23 @@ pub(super) const CHANGES: usize = 16;
 /// What a call is going to change.
 #[derive(Default)]
 pub(super) struct Changes {
-    list: [Option<(Range, Cause)>; CHANGES],
-    len: usize,
+    list: ArrayVec<(Range, Cause), CHANGES>,
     /// There was no room, or it cannot be told.
     pub(super) everything: bool,
 }
 
 impl Changes {
     fn add(&mut self, range: Option<Range>, cause: Cause) {
-        let Some(range) = range else { return };
-        match self.list.get_mut(self.len) {
-            Some(free) => {
-                *free = Some((range, cause));
-                self.len += 1;
-            }
-            None => self.everything = true,
-        }
+        let added = range.map_or(Ok(()), |range| self.list.try_push((range, cause)));
+        self.everything |= added.is_err();
     }
 
     pub(super) fn len(&self) -> usize {
-        self.len
+        self.list.len()
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (Range, Cause)> {
-        self.list[..self.len].iter().flatten().copied()
+        self.list.iter().copied()
     }
 }
 
@@ -53,7 +48,7 @@ pub(super) struct Call {
     pub(super) nr: libc::c_long,
     pub(super) args: [usize; 6],
     /// The ranges that `process_madvise` was given: looked at once, and given to the kernel from here.
-    vectors: [libc::iovec; CHANGES],
+    vectors: ArrayVec<libc::iovec, CHANGES>,
     /// It was made in parts, and one of them failed when others had been made.
     pub(super) half: Cell<bool>,
 }
@@ -105,10 +100,7 @@ impl Call {
         Self {
             nr: data.nr.into(),
             args: data.args.map(|arg| arg as usize),
-            vectors: [libc::iovec {
-                iov_base: std::ptr::null_mut(),
-                iov_len: 0,
-            }; CHANGES],
+            vectors: ArrayVec::new_const(),
             half: Cell::new(false),
         }
     }
@@ -287,24 +279,25 @@ impl Call {
             changes.everything = true;
             return;
         }
-        for (vector, word) in self.vectors.iter_mut().zip(words.chunks_exact(2)) {
-            vector.iov_base = word[0] as *mut libc::c_void;
-            vector.iov_len = word[1];
-        }
-        for vector in &self.vectors[..count] {
+        self.vectors = words
+            .chunks_exact(2)
+            .map(|word| libc::iovec {
+                iov_base: word[0] as *mut libc::c_void,
+                iov_len: word[1],
+            })
+            .collect();
+        for vector in &self.vectors {
             changes.add(
                 pages(vector.iov_base as usize, vector.iov_len),
                 advised(advice),
             );
         }
-        self.args[1] = self.vectors.as_ptr() as usize;
     }
 
     /// Where the ranges of `process_madvise` are that were looked at.
     pub(super) fn own_vectors(&self) -> Option<usize> {
-        let looked_at =
-            self.nr == libc::SYS_process_madvise && self.args[1] != 0 && self.args[2] <= CHANGES;
-        looked_at.then_some(self.vectors.as_ptr() as usize)
+        let all = !self.vectors.is_empty() && self.vectors.len() == self.args[2];
+        all.then_some(self.vectors.as_ptr() as usize)
     }
 
     /// What the handlers are told. "Unchanged" where that is certain: some calls fail half-way.

@@ -1,5 +1,7 @@
 //! Making a call in its caller's place: as it is, unless it would leave a hole in an arena.
 
+use arrayvec::ArrayVec;
+
 use super::super::arena;
 use super::super::gate;
 use super::call::{Call, Changes, pages};
@@ -7,16 +9,16 @@ use super::filter::RANGES;
 use crate::addr::Range;
 
 /// Arenas of the spaces that are watched.
-pub(super) type Arenas = [Option<Range>; RANGES];
+pub(super) type Arenas = ArrayVec<Range, RANGES>;
 
 impl Call {
     /// Makes the call.
     pub(super) fn perform(&self, changes: &Changes, arenas: &Arenas) -> Result<usize, i32> {
-        let inside = |range: Range| arenas.iter().flatten().any(|arena| arena.overlaps(range));
+        let inside = |range: Range| arenas.iter().any(|arena| arena.overlaps(range));
         if !changes.iter().any(|(range, _)| inside(range)) {
             return self.as_it_is(self.args);
         }
-        let each = || arenas.iter().flatten().copied();
+        let each = || arenas.iter().copied();
         match self.nr {
             libc::SYS_munmap => match pages(self.args[0], self.args[1]) {
                 Some(range) => self.unmap(range, arenas),
@@ -35,7 +37,7 @@ impl Call {
     }
 
     fn unmap(&self, range: Range, arenas: &Arenas) -> Result<usize, i32> {
-        let each = arenas.iter().flatten().copied();
+        let each = arenas.iter().copied();
         // SAFETY: what a thread of this process asked for.
         let result = unsafe { arena::unmap(range, each) };
         result.map_err(|failed| {
@@ -45,7 +47,7 @@ impl Call {
     }
 
     fn move_away(&self, changes: &Changes, arenas: &Arenas) -> Result<usize, i32> {
-        let each = || arenas.iter().flatten().copied();
+        let each = || arenas.iter().copied();
         let [at, old, new, flags, to, _] = self.args;
         let has = |flag: i32| flags & flag as usize != 0;
         let (fixed, keeps) = (has(libc::MREMAP_FIXED), has(libc::MREMAP_DONTUNMAP));

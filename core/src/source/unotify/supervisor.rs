@@ -9,6 +9,8 @@ use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
+use arrayvec::ArrayVec;
+
 use super::call::{CHANGES, Call, Changes};
 use super::caller::{Caller, Known, StandIn, own_thread};
 use super::filter::RANGES;
@@ -36,6 +38,17 @@ struct Route {
     uses: usize,
     stopping: bool,
 }
+
+/// A sink that is in use, and where it is in the list.
+struct InUse {
+    place: usize,
+    sink: Arc<Sink>,
+}
+
+type Sinks = ArrayVec<InUse, RANGES>;
+
+/// What a call has begun.
+type Open<'s> = ArrayVec<ExternalChange<'s>, CHANGES>;
 
 /// What is being served, and what waits to be.
 #[derive(Debug)]
@@ -257,13 +270,13 @@ impl Supervisor {
     ) -> Option<Result<usize, i32>> {
         let sinks = self.enter();
         let result = {
-            let mut open: [Option<ExternalChange<'_>>; CHANGES] = [const { None }; CHANGES];
+            let mut open = ArrayVec::new();
             match begin(&sinks, changes, thread, &mut open) {
                 Err(errno) => Some(Err(errno)),
                 Ok(()) => {
-                    let arenas = std::array::from_fn(|nth| sinks[nth].as_ref()?.arena());
+                    let arenas = sinks.iter().filter_map(|one| one.sink.arena()).collect();
                     let (result, outcome) = perform(&arenas);
-                    for change in open.iter_mut().filter_map(Option::take) {
+                    for change in open {
                         // A handler's panic is known to the space; the pages have changed.
                         let _ = change.end(outcome);
                     }
@@ -276,23 +289,24 @@ impl Supervisor {
     }
 
     /// The sinks there are, in use.
-    fn enter(&self) -> [Option<Arc<Sink>>; RANGES] {
+    fn enter(&self) -> Sinks {
         let mut routes = lock(&self.routes);
-        let mut sinks = [const { None }; RANGES];
-        for (route, sink) in routes.iter_mut().zip(&mut sinks) {
+        let mut sinks = ArrayVec::new();
+        for (place, route) in routes.iter_mut().enumerate() {
             if let Some(route) = route.as_mut().filter(|route| !route.stopping) {
                 route.uses += 1;
-                *sink = Some(route.sink.clone());
+                let sink = route.sink.clone();
+                sinks.push(InUse { place, sink });
             }
         }
         sinks
     }
 
-    fn leave(&self, sinks: [Option<Arc<Sink>>; RANGES]) {
+    fn leave(&self, sinks: Sinks) {
         let mut routes = lock(&self.routes);
         let mut waited_for = false;
-        for (route, sink) in routes.iter_mut().zip(sinks) {
-            if let (Some(route), Some(sink)) = (route, sink) {
+        for InUse { place, sink } in sinks {
+            if let Some(route) = &mut routes[place] {
                 // Not the last: the route has one.
                 drop(sink);
                 route.uses -= 1;
@@ -309,12 +323,12 @@ impl Supervisor {
 
 /// Begins all of it; on an error what was begun has ended, and nothing has changed.
 fn begin<'s>(
-    sinks: &'s [Option<Arc<Sink>>; RANGES],
+    sinks: &'s Sinks,
     changes: &Changes,
     thread: u32,
-    open: &mut [Option<ExternalChange<'s>>; CHANGES],
+    open: &mut Open<'s>,
 ) -> Result<(), i32> {
-    let sinks = || sinks.iter().flatten().map(|sink| &**sink);
+    let sinks = || sinks.iter().map(|one| &*one.sink);
     let parts = || {
         changes.iter().flat_map(move |(range, cause)| {
             let touched = sinks().filter(move |sink| sink.range().overlaps(range));
@@ -323,7 +337,7 @@ fn begin<'s>(
             foreign.map(move |sink| Part { sink, range, cause })
         })
     };
-    let at_most = changes.len() * sinks().count();
+    let at_most = changes.len() * sinks().len();
     if changes.everything || at_most > CHANGES && parts().count() > CHANGES {
         let all = sinks().map(|sink| Part {
             sink,
@@ -336,15 +350,12 @@ fn begin<'s>(
     }
 }
 
-fn begin_each<'s>(
-    parts: impl Iterator<Item = Part<'s>>,
-    open: &mut [Option<ExternalChange<'s>>; CHANGES],
-) -> Result<(), i32> {
-    for (part, place) in parts.zip(open.iter_mut()) {
+fn begin_each<'s>(parts: impl Iterator<Item = Part<'s>>, open: &mut Open<'s>) -> Result<(), i32> {
+    for part in parts {
         match part.sink.begin(part.range, part.cause) {
-            Ok(change) => *place = change,
+            Ok(change) => open.extend(change),
             Err(error) => {
-                for change in open.iter_mut().filter_map(Option::take) {
+                for change in open.drain(..) {
                     let _ = change.end(Outcome::Unchanged);
                 }
                 return Err(errno(&error));

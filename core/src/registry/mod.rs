@@ -235,7 +235,7 @@ impl<T: Entry> Registry<T> {
     #[cfg(all(any(test, fuzzing), not(loom)))]
     fn check(&self) -> usize {
         let writer = self.writer.lock();
-        node::check(self.root(&writer))
+        node::check(self.root(&writer), &writer.nodes)
     }
 }
 

@@ -611,8 +611,9 @@ impl<T> Drop for Nodes<T> {
 }
 
 #[cfg(all(any(test, fuzzing), not(loom)))]
-pub(super) fn check<T: Entry>(root: Link<T>) -> usize {
-    fn depth<T: Entry>(node: &Node<T>) -> usize {
+pub(super) fn check<T: Entry>(root: Link<T>, nodes: &Nodes<T>) -> usize {
+    fn depth<T: Entry>(node: &Node<T>, batch: u64) -> usize {
+        assert!(node.stamp < batch, "what is published does not change");
         let keys: Vec<_> = (0..node.len()).map(|at| node.key(at)).collect();
         assert!(keys.is_sorted(), "entries are in order");
         let unused = |at: usize| (node.first[at], node.last[at]) == (i32::MAX, -1);
@@ -637,7 +638,7 @@ pub(super) fn check<T: Entry>(root: Link<T>) -> usize {
             return 1;
         }
         assert!(!node.is_empty(), "an inner node has children");
-        let depths = (0..node.len()).map(|at| depth(node.child(at)));
+        let depths = (0..node.len()).map(|at| depth(node.child(at), batch));
         let depths: Vec<_> = depths.collect();
         assert!(
             depths.iter().all(|one| *one == depths[0]),
@@ -646,5 +647,5 @@ pub(super) fn check<T: Entry>(root: Link<T>) -> usize {
         depths[0] + 1
     }
     // SAFETY: the caller holds the writer's lock.
-    depth(unsafe { root.as_ref() })
+    depth(unsafe { root.as_ref() }, nodes.stamp)
 }

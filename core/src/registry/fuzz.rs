@@ -177,6 +177,7 @@ pub fn registry(bytes: &[u8]) {
         removed: Vec::new(),
         next: 0,
     };
+    pair.registry.check();
     while !bytes.is_empty() && pair.step(&mut bytes, 0).is_ok() {}
     let mut all = Vec::new();
     pair.registry

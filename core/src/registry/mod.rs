@@ -88,12 +88,15 @@ unsafe impl<T: Entry + Send + Sync> Sync for Registry<T> {}
 
 impl<T: Entry> Registry<T> {
     pub(crate) fn new() -> Self {
+        let mut nodes = Nodes::new();
+        let root = nodes.empty();
+        nodes.seal();
         Self {
-            root: AtomicPtr::new(Node::leaf().as_ptr()),
+            root: AtomicPtr::new(root.as_ptr()),
             summary: Summary::new(),
             active: Active::new(),
             writer: Mutex::new(Writer {
-                nodes: Nodes::new(),
+                nodes,
                 marks: Marks::default(),
                 retired: Retired::new(),
             }),
@@ -182,7 +185,7 @@ impl<T: Entry> Registry<T> {
         writer.nodes.seal();
         if planted!("r10") {
             // In two steps, as whoever changes an index in place.
-            let nothing = Node::leaf();
+            let nothing = writer.nodes.empty();
             self.root.store(nothing.as_ptr(), Ordering::Release);
             writer.nodes.unlinked.nodes.push(nothing);
         }
@@ -232,7 +235,7 @@ impl<T: Entry> Registry<T> {
     #[cfg(all(any(test, fuzzing), not(loom)))]
     fn check(&self) -> usize {
         let writer = self.writer.lock();
-        node::check(self.root(&writer))
+        node::check(self.root(&writer), &writer.nodes)
     }
 }
 
@@ -241,8 +244,8 @@ impl<T: Entry> Drop for Registry<T> {
         let root = self.root.load(Ordering::Relaxed);
         let root = Link::new(root).expect("a root is never null");
         // SAFETY: `&mut self` means that no walk goes on. Older versions share what is below with this one, or have it among what they
-        // retired; those nodes are freed with the writer, one by one.
-        unsafe { Node::free(root) };
+        // retired.
+        unsafe { Node::drop_values(root) };
         let mut writer = self.writer.lock();
         let _ = self.sweep(&mut writer);
     }

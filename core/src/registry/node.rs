@@ -25,8 +25,8 @@ pub(crate) const FANOUT: usize = 16;
 #[cfg(loom)]
 pub(crate) const FANOUT: usize = 2;
 
-/// Nodes kept for reuse: about what a change of many entries replaces.
-pub(super) const SPARE: usize = 256;
+/// Nodes that are made together, at least.
+const LEAST: usize = 8;
 
 /// What an index is made of.
 pub(crate) trait Entry {
@@ -111,10 +111,6 @@ impl<T: Entry> Node<T> {
         self.first = other.first;
         self.last = other.last;
         self.below = other.below;
-    }
-
-    pub(super) fn leaf() -> Link<T> {
-        NonNull::from(Box::leak(Box::new(Self::blank(0, true, Scale::PAGES))))
     }
 
     fn len(&self) -> usize {
@@ -348,20 +344,22 @@ impl<T: Entry> Node<T> {
         }
     }
 
-    /// Frees it and all below it.
+    /// Drops the values below it.
     ///
     /// # Safety
-    /// No walk sees `root`, and the caller owns it.
-    pub(super) unsafe fn free(root: Link<T>) {
-        // SAFETY: every link is from `Box::leak`; the caller's to free, by its promise.
-        let node = unsafe { Box::from_raw(root.as_ptr()) };
+    /// No walk sees `root`, and the caller owns it and does not look at it again.
+    pub(super) unsafe fn drop_values(root: Link<T>) {
+        // SAFETY: the caller's, by its promise.
+        let node = unsafe { root.as_ref() };
         for below in &node.below[..node.len()] {
             if node.leaf {
                 // SAFETY: from `Arc::into_raw`, with the count that the tree holds.
                 drop(unsafe { Arc::from_raw(below.cast::<T>()) });
             } else {
                 // SAFETY: owned by this node alone.
-                unsafe { Self::free(NonNull::new_unchecked(below.cast::<Self>().cast_mut())) };
+                unsafe {
+                    Self::drop_values(NonNull::new_unchecked(below.cast::<Self>().cast_mut()))
+                };
             }
         }
     }
@@ -371,6 +369,9 @@ impl<T: Entry> Node<T> {
 pub(super) struct Nodes<T> {
     /// The batch that is being made.
     stamp: u64,
+    /// All that were ever made, from `Box::leak`. As those of a pool they are kept for as long as there is an index.
+    slabs: Vec<NonNull<[Node<T>]>>,
+    made: usize,
     spare: Vec<Link<T>>,
     /// From the root to the leaf that changes: nodes, and where in them it goes on.
     way: Vec<(Link<T>, usize)>,
@@ -382,7 +383,9 @@ impl<T: Entry> Nodes<T> {
     pub(super) fn new() -> Self {
         Self {
             stamp: 1,
-            spare: Vec::with_capacity(SPARE),
+            slabs: Vec::new(),
+            made: 0,
+            spare: Vec::new(),
             way: Vec::new(),
             unlinked: Unlinked::default(),
         }
@@ -396,22 +399,38 @@ impl<T: Entry> Nodes<T> {
     /// Takes back the nodes that were unlinked: no walk sees them any more.
     pub(super) fn reuse(&mut self) {
         while let Some(node) = self.unlinked.nodes.pop() {
-            if self.spare.len() < SPARE {
-                self.spare.push(node);
-            } else {
-                // SAFETY: from `Box::leak`, and linked nowhere any more. What is below is linked elsewhere, or has gone before.
-                drop(unsafe { Box::from_raw(node.as_ptr()) });
-            }
+            self.spare.push(node);
         }
+    }
+
+    /// Makes nodes, a sixteenth of what there are, side by side: so they are in few pages, where those of a heap would lie between what
+    /// they index.
+    #[cold]
+    fn make(&mut self) -> Link<T> {
+        let count = (self.made / 16).max(LEAST);
+        let blank = |_| Node::blank(0, true, Scale::PAGES);
+        let slab = NonNull::from(Box::leak((0..count).map(blank).collect()));
+        self.made += count;
+        self.slabs.push(slab);
+        let first = slab.cast::<Node<T>>();
+        // SAFETY: inside of the slab.
+        let others = (1..count).rev().map(|nth| unsafe { first.add(nth) });
+        self.spare.extend(others);
+        first
     }
 
     /// A node to be overwritten.
     fn spare<'a>(&mut self) -> &'a mut Node<T> {
-        match self.spare.pop() {
-            // SAFETY: spare, so nobody else's.
-            Some(mut spare) => unsafe { spare.as_mut() },
-            None => Box::leak(Box::new(Node::blank(0, true, Scale::PAGES))),
-        }
+        let mut spare = match self.spare.pop() {
+            Some(spare) => spare,
+            None => self.make(),
+        };
+        // SAFETY: spare, so nobody else's.
+        unsafe { spare.as_mut() }
+    }
+
+    pub(super) fn empty(&mut self) -> Link<T> {
+        self.blank(true, Scale::PAGES)
     }
 
     fn blank(&mut self, leaf: bool, scale: Scale) -> Link<T> {
@@ -569,7 +588,7 @@ impl<T: Entry> Nodes<T> {
             match (node.leaf, node.len) {
                 (false, 0) => {
                     self.unlink(root);
-                    root = self.blank(true, Scale::PAGES);
+                    root = self.empty();
                 }
                 (false, 1) => {
                     let only = node.link(0);
@@ -584,16 +603,17 @@ impl<T: Entry> Nodes<T> {
 
 impl<T> Drop for Nodes<T> {
     fn drop(&mut self) {
-        for node in self.spare.drain(..).chain(self.unlinked.nodes.drain(..)) {
-            // SAFETY: as in `reuse`; the index is being dropped, so no walk sees anything.
-            drop(unsafe { Box::from_raw(node.as_ptr()) });
+        for slab in self.slabs.drain(..) {
+            // SAFETY: from `Box::leak`, and the index is being dropped, so no walk sees anything. A node has nothing to drop.
+            drop(unsafe { Box::from_raw(slab.as_ptr()) });
         }
     }
 }
 
 #[cfg(all(any(test, fuzzing), not(loom)))]
-pub(super) fn check<T: Entry>(root: Link<T>) -> usize {
-    fn depth<T: Entry>(node: &Node<T>) -> usize {
+pub(super) fn check<T: Entry>(root: Link<T>, nodes: &Nodes<T>) -> usize {
+    fn depth<T: Entry>(node: &Node<T>, batch: u64) -> usize {
+        assert!(node.stamp < batch, "what is published does not change");
         let keys: Vec<_> = (0..node.len()).map(|at| node.key(at)).collect();
         assert!(keys.is_sorted(), "entries are in order");
         let unused = |at: usize| (node.first[at], node.last[at]) == (i32::MAX, -1);
@@ -618,7 +638,7 @@ pub(super) fn check<T: Entry>(root: Link<T>) -> usize {
             return 1;
         }
         assert!(!node.is_empty(), "an inner node has children");
-        let depths = (0..node.len()).map(|at| depth(node.child(at)));
+        let depths = (0..node.len()).map(|at| depth(node.child(at), batch));
         let depths: Vec<_> = depths.collect();
         assert!(
             depths.iter().all(|one| *one == depths[0]),
@@ -627,5 +647,5 @@ pub(super) fn check<T: Entry>(root: Link<T>) -> usize {
         depths[0] + 1
     }
     // SAFETY: the caller holds the writer's lock.
-    depth(unsafe { root.as_ref() })
+    depth(unsafe { root.as_ref() }, nodes.stamp)
 }

@@ -244,7 +244,10 @@ impl<T> Chain<T> {
         let mut next = self.first.as_mut();
         while let Some(chunk) = next {
             let chunk = chunk.get_mut();
-            chunk.entries.iter_mut().for_each(&mut visit);
+            // A loop: handed on by reference, `visit` would be called for each.
+            for entry in &mut chunk.entries {
+                visit(entry);
+            }
             next = chunk.next.as_mut();
         }
     }

@@ -320,7 +320,7 @@ impl<'s> Invalidation<'s> {
         true
     }
 
-    #[inline(never)]
+    #[inline]
     fn of_those_hit(
         mut self,
         space: &'s Arc<Space>,
@@ -338,6 +338,7 @@ impl<'s> Invalidation<'s> {
     }
 
     /// Phases 1 to 4 but for the claim.
+    #[inline]
     fn phases(
         &mut self,
         space: &'s Arc<Space>,

@@ -319,6 +319,11 @@ pub(crate) fn insert_later(inner: Arc<Inner>) {
     CONTEXT.with(|context| context.inserts.push(inner));
 }
 
+/// Whether this thread has yet to make something visible.
+pub(crate) fn has_inserts() -> bool {
+    CONTEXT.with(|context| !context.inserts.is_empty())
+}
+
 /// Remembers that `inner` waits for its release, until this thread is outermost. It may have been released by another thread then.
 pub(crate) fn completed(inner: Arc<Inner>) {
     CONTEXT.with(|context| context.completed.push(inner));

@@ -217,6 +217,26 @@ fn exit_and_unregister_release_once_and_return_after_it() {
     });
 }
 
+/// R4: of two exits the second returns when the first is over.
+#[test]
+fn two_exits_return_after_the_release() {
+    check(2, || {
+        let (space, probe) = (space(), Probe::new());
+        let registration = space.register(page(1), probe.clone(), &[]).unwrap();
+        let exiting = {
+            let (space, probe) = (space.clone(), probe.clone());
+            thread::spawn(move || {
+                space.exit().unwrap();
+                probe.assert_released_once();
+            })
+        };
+        space.exit().unwrap();
+        probe.assert_released_once();
+        exiting.join().unwrap();
+        drop(registration);
+    });
+}
+
 /// What `unregister` promises for each of its outcomes: no callback runs or will run.
 #[test]
 fn unregister_that_lost_to_exit_returns_after_the_last_callback() {

@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use shootdown::{
     AddressSpace, Cause, Completion, Deadlines, Device, DeviceTlb, Drain, ExitError, FlushCommand,
-    Health, InsertError, InvalidateError, Issue, Limits, Needs, Notifier, Observer, Op, Outcome,
-    PageSizes, Range, Registration, Share, SpacePin, Target, Ticket, Unregistered, WouldBlock,
+    Health, InsertError, InvalidateError, Issue, Limits, Needs, Notifier, NotifierLock, Observer,
+    Op, Outcome, PageSizes, Place, Prepared, Range, Registration, Share, SpacePin, Target, Ticket,
+    Unregistered, WouldBlock,
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -360,4 +361,121 @@ fn an_invalidation_that_hits_nothing_does_not_go_by_the_name_of_an_earlier_one()
     open.end(Outcome::Changed).unwrap();
     let open = space.begin_invalidation(page(5), Cause::External).unwrap();
     assert!(!format!("{open:?}").contains(&name), "{open:?}");
+}
+
+/// Owns the space that it is registered in, until it is released.
+struct Landlord(Mutex<Option<AddressSpace>>);
+
+impl Notifier for Landlord {
+    fn release(&self) {
+        drop(self.0.lock().unwrap().take());
+    }
+}
+
+/// The exit that is put off in a release waits for that registration too: it comes when this one has left the index.
+#[test]
+fn a_release_may_drop_the_last_owner_of_its_space() {
+    in_time(|| {
+        let space = space();
+        let pin = space.pin();
+        let landlord = Arc::new(Landlord(Mutex::new(None)));
+        let registration = space.register(page(0), landlord.clone(), &[]).unwrap();
+        let other = space.register(page(1), landlord.clone(), &[]).unwrap();
+        *landlord.0.lock().unwrap() = Some(space);
+        assert_eq!(registration.unregister(), Ok(Unregistered::Released));
+        assert!(pin.is_exiting());
+        assert_eq!(other.unregister(), Ok(Unregistered::AlreadyGone));
+    });
+}
+
+/// The same where another thread has completed it: released is it by who waits for that.
+#[test]
+fn so_may_one_that_another_thread_has_completed() {
+    in_time(|| {
+        let space = space();
+        let landlord = Arc::new(Landlord(Mutex::new(None)));
+        let registration = space.register(page(0), landlord.clone(), &[]).unwrap();
+        let (begun, has_begun) = mpsc::channel();
+        let (go, may_go) = mpsc::channel::<()>();
+        let (leaves, left) = mpsc::channel();
+        let (guest, lock) = (space.clone(), NotifierLock::new(()));
+        let invalidating = std::thread::spawn(move || {
+            let open = guest.begin_invalidation(page(0), Cause::External).unwrap();
+            begun.send(()).unwrap();
+            may_go.recv().unwrap();
+            // With this held it completes, and does not release.
+            let held = lock.lock();
+            open.end(Outcome::Changed).unwrap();
+            drop(guest);
+            leaves.send(()).unwrap();
+            let _ = may_go.recv();
+            drop(held);
+        });
+        has_begun.recv().unwrap();
+        let unregistering = std::thread::spawn(move || registration.unregister());
+        while space.stats().unregisters[Place::Plain as usize] == 0 {
+            std::thread::yield_now();
+        }
+        let mut empty = landlord.0.lock().unwrap();
+        go.send(()).unwrap();
+        left.recv().unwrap();
+        *empty = Some(space);
+        drop(empty);
+        assert_eq!(unregistering.join().unwrap(), Ok(Unregistered::Released));
+        drop(go);
+        invalidating.join().unwrap();
+    });
+}
+
+/// Of those that are released together the first to be called inserts another, and the next is called when that is visible.
+struct Successor {
+    prepared: Mutex<Option<Prepared>>,
+    inserted: Mutex<Option<Registration>>,
+    invalidate: Box<dyn Fn() + Send + Sync>,
+}
+
+impl Notifier for Successor {
+    fn release(&self) {
+        match self.prepared.lock().unwrap().take() {
+            Some(prepared) => *self.inserted.lock().unwrap() = Some(prepared.insert().unwrap()),
+            None => (self.invalidate)(),
+        }
+    }
+}
+
+#[test]
+fn what_a_release_inserts_does_not_wait_for_the_releases_of_others() {
+    let space = space();
+    let counted = Arc::new(Counted::default());
+    let invalidating = space.pin();
+    let successor = Arc::new(Successor {
+        prepared: Mutex::new(Some(space.prepare(page(7), counted.clone(), &[]).unwrap())),
+        inserted: Mutex::new(None),
+        invalidate: Box::new(move || {
+            let space = invalidating.upgrade().unwrap();
+            let invalidate = || {
+                let open = space.begin_invalidation(page(7), Cause::External);
+                open.unwrap().end(Outcome::Changed).unwrap();
+            };
+            std::thread::scope(|scope| scope.spawn(invalidate).join().unwrap());
+        }),
+    });
+    let prepare = |nth| space.prepare(page(nth), successor.clone(), &[]).unwrap();
+    let both = space.insert_all(vec![prepare(0), prepare(1)]).unwrap();
+    Registration::unregister_all(&both)
+        .into_iter()
+        .for_each(|one| {
+            assert_eq!(one, Ok(Unregistered::Released));
+        });
+    assert_eq!(counted.0.load(SeqCst), 1);
+}
+
+/// Counts the invalidations that it is told of.
+#[derive(Default)]
+struct Counted(AtomicUsize);
+
+impl Notifier for Counted {
+    fn end(&self, _: &Op<'_>, _: Outcome) {
+        self.0.fetch_add(1, SeqCst);
+    }
 }

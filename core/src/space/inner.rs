@@ -244,13 +244,15 @@ impl Space {
             while let Some(inner) = next {
                 this.call_release(&inner);
                 released.push(inner);
-                let more = released.len() < AT_ONCE;
+                // What it has inserted does not wait for the releases of others.
+                let more = released.len() < AT_ONCE && !context::has_inserts();
                 next = more.then(|| this.completed.pop()).flatten();
             }
             let free = this.remove(&released);
             drop(released);
             // What goes with it may have waited for just these.
             drop(free);
+            context::leave();
         }
     }
 
@@ -258,8 +260,10 @@ impl Space {
     pub(crate) fn release(&self, inner: &Arc<Inner>) {
         self.call_release(inner);
         drop(self.remove(std::slice::from_ref(inner)));
+        context::leave();
     }
 
+    /// What it puts off itself, as the exit of this space, may wait for its removal: the caller leaves after that.
     fn call_release(&self, inner: &Arc<Inner>) {
         {
             let _watched = self.watch.enter_release(inner.who);
@@ -278,8 +282,6 @@ impl Space {
             shared.retain(|(_, one)| !Arc::ptr_eq(one, inner));
         }
         self.events.ended_by_rmw();
-        // What it has put off itself.
-        context::leave();
     }
 
     /// Takes what is released out of the index. Not before: an invalidation that meets it there asks whether its devices are in quarantine,

@@ -70,3 +70,44 @@ impl Lifecycle {
         self.has(REACHED)
     }
 }
+
+/// `RUSTFLAGS="--cfg loom" cargo test -p shootdown --release --lib model`
+#[cfg(all(test, loom))]
+mod model {
+    use loom::cell::UnsafeCell;
+    use loom::thread;
+
+    use super::*;
+    use crate::primitive::Arc;
+
+    /// What each step is done after: the checker objects to an access that is not ordered.
+    struct Done(UnsafeCell<u32>);
+
+    // SAFETY: the checker's cell verifies that no access races.
+    unsafe impl Sync for Done {}
+    // SAFETY: as above.
+    unsafe impl Send for Done {}
+
+    /// R4: who finds all released, or the exit over, sees what was done before.
+    #[test]
+    fn who_sees_a_step_sees_what_was_before_it() {
+        let steps: [fn(&Lifecycle); 2] = [|one| one.released(1), |one| one.exited(true)];
+        for step in steps {
+            loom::model(move || {
+                let shared = Arc::new((Lifecycle::new(), Done(UnsafeCell::new(0))));
+                assert!(shared.0.admit(1));
+                let ending = {
+                    let shared = shared.clone();
+                    thread::spawn(move || {
+                        shared.1.0.with_mut(|_| ());
+                        step(&shared.0);
+                    })
+                };
+                if shared.0.registered() == 0 || shared.0.has_exited() {
+                    shared.1.0.with(|_| ());
+                }
+                ending.join().unwrap();
+            });
+        }
+    }
+}

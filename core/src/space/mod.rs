@@ -4,12 +4,13 @@
 //! mm_count): the memory of the space itself; every registration is one, so a driver may unregister long after the
 //! exit, and finds nothing left to do (R6).
 //!
-//! **Exit** excludes insertion by a word of both (R7), and operations on mappings by a lock, ends every segment, invalidates everything, detaches
-//! every registration, and waits until every `release` that any thread has begun has returned (R4); then the memory goes.
+//! **Exit** excludes insertion by a word of both (R7), and operations on mappings by a lock; ends every segment, invalidates everything,
+//! detaches every registration, and waits until every `release` that any thread has begun has returned (R4); then the memory goes.
 //!
-//! **Completion.** Who completes a registration releases it there and then, where it gives it up by name and holds nothing, or else puts it
-//! on the space's completed list. The list is run (`release`, Released, index entry away) by any thread that is outermost: it holds no lock of ours and is inside no callback. Who completes
-//! remembers it ([`context::completed`]) and runs the list when it has left the last of them, if nobody has before.
+//! **Completion.** Who completes a registration releases it there and then, where it gives it up by name and holds nothing, or else puts
+//! it on the space's completed list. The list is run (`release`, Released, index entry away) by any thread that is outermost: it holds no
+//! lock of ours and is inside no callback. Who completes remembers it ([`context::completed`]) and runs the list when it has left the last
+//! of them, if nobody has before. What a `release` puts off runs when the index entry is away: the exit of the space waits for that.
 
 mod inner;
 mod lifecycle;

@@ -71,6 +71,10 @@ impl<'s> Desk<'s> {
             if used.notifier.quiesce(&op)?.is_polled() {
                 return Ok(true);
             }
+            if has_devices {
+                let recorder = &space.recorder;
+                recorder.record_quick(true, Kind::Quiesced, core.id, 0, 0);
+            }
             next(Stage::Flush);
             asked = used.notifier.flush(&op, Gather::new(part)).range();
             if !has_devices {
@@ -92,8 +96,6 @@ impl<'s> Desk<'s> {
             _ => {}
         }
         if has_devices {
-            let recorder = &space.recorder;
-            recorder.record_quick(true, Kind::Quiesced, core.id, 0, 0);
             if let Some(range) = asked {
                 let cut = space.sources.may_be_cut();
                 hit.ask(devices, range, &mut FlushPlan::new(), pieces, cut);

@@ -483,6 +483,34 @@ fn who_is_hit_alone_is_called_as_beside_others() {
     }
 }
 
+/// No device answers for it: as long as it could say that it is over, and once it cannot any more, the pages stay.
+#[test]
+fn pages_that_one_without_devices_may_still_reach_stay_when_it_is_gone() {
+    for at in ["quiesce", "drained", "flush", "cut_off"] {
+        for (panics, beside) in [(false, false), (true, false), (false, true), (true, true)] {
+            if !panics && at == "flush" {
+                continue; // It cannot fail otherwise.
+            }
+            let space = space();
+            let page = space.map(Map::anonymous(1 << 12)).unwrap();
+            let alone = Arc::new(Alone {
+                at,
+                polled: at == "drained",
+                panics,
+                calls: Calls::default(),
+            });
+            let one = space.register(page, alone, &[]).unwrap();
+            let counting = Arc::new(Counting::default());
+            let _other = beside.then(|| space.register(page, counting, &[]).unwrap());
+            space.unmap(page).unwrap_err();
+            drop(one);
+            space.drain().unwrap();
+            let stay = space.quarantined_bytes();
+            assert_eq!(stay, 1 << 12, "{at} {panics} {beside}");
+        }
+    }
+}
+
 /// A TLB whose driver panics, once, in the method with this number.
 struct PanickingTlb {
     at: u32,

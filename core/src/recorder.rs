@@ -421,6 +421,23 @@ mod tests {
     }
 
     #[test]
+    fn only_who_has_a_shard_of_its_own_changes_a_record() {
+        let recorder = Recorder::new();
+        let all = std::sync::Barrier::new(2 * SHARDS);
+        let begin_and_pass = || {
+            all.wait();
+            let started = recorder.record_quick(true, Kind::Start, 7, 1, 2);
+            assert_eq!(recorder.passed(started), home() < OWN);
+            all.wait();
+        };
+        std::thread::scope(|scope| {
+            (0..2 * SHARDS).for_each(|_| {
+                scope.spawn(begin_and_pass);
+            });
+        });
+    }
+
+    #[test]
     fn a_start_that_was_published_is_followed_by_its_end() {
         let recorder = Recorder::new();
         let started = recorder.record_quick(true, Kind::Start, 7, 1, 2);

@@ -315,6 +315,20 @@ mod tests {
     }
 
     #[test]
+    fn a_chain_that_was_emptied_looks_at_no_chunk_of_another() {
+        let pool = Pool::new(CHUNK);
+        pool.reserve(4 * CHUNK);
+        let [mut one, mut other] = [Chain::new(), Chain::new()];
+        (0..2 * CHUNK).for_each(|n| push(&mut one, &pool, n));
+        assert_eq!(one.get_mut(CHUNK).copied(), Some(CHUNK));
+        one.clear(&pool);
+        // It gets what the first gave back.
+        (0..2 * CHUNK).for_each(|n| push(&mut other, &pool, 100 + n));
+        (0..2 * CHUNK).for_each(|n| push(&mut one, &pool, n));
+        assert_eq!(one.get_mut(CHUNK).copied(), Some(CHUNK));
+    }
+
+    #[test]
     fn what_the_others_keep_leaves_room_for_everything() {
         let pool = Pool::new(CHUNK);
         pool.reserve(100);

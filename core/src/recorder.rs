@@ -5,7 +5,8 @@
 //! overwritten; it sees that by the record's number and leaves it out. Records carry the processor's own counter, which costs
 //! half a clock, and become times when they are read. An invalidation that reaches no device is over in less time than reading the
 //! counter takes, and so is a phase that awaits nothing: of such records only every eighth does, and the others take over the time of
-//! the one before. The record of the start of one that reaches no device becomes that of its end. `tracing` is fed from the ring, outside the shootdown path: all of it by
+//! the one before. The record of the start of one that reaches no device becomes that of its end, if nothing was recorded between
+//! the two. `tracing` is fed from the ring, outside the shootdown path: all of it by
 //! [`AddressSpace::drain`](crate::AddressSpace::drain), the newest part by itself after something went wrong. Invalidations that
 //! hit nothing are not recorded.
 
@@ -34,9 +35,9 @@ const RECORDS: usize = 1;
 pub enum Kind {
     /// An invalidation started: operation, first address, last address.
     Start,
-    /// All handlers have quiesced: operation, registrations.
+    /// All handlers have quiesced: operation.
     Quiesced,
-    /// All devices have been dispatched to: operation, devices.
+    /// All devices have been dispatched to: operation.
     Dispatched,
     /// All devices have acknowledged: operation.
     Flushed,
@@ -59,7 +60,7 @@ pub enum Kind {
     /// The context of a segment was unloaded: operation, first address of the segment.
     Unload,
     /// An invalidation that reached no device has come and gone, and the pages have changed: operation, first address, last address.
-    /// It is what has become of its [`Kind::Start`].
+    /// It is what has become of its [`Kind::Start`], where nothing was recorded on its shard meanwhile.
     Passed,
 }
 
@@ -185,17 +186,20 @@ impl Recorder {
         self.write(!is_quick, kind, [subject, a, b])
     }
 
-    /// Makes the record of a start that of the whole; false if it is not there any more, or is among those of other threads.
+    /// Makes the record of a start that of the whole; false where it has to stay: if something was recorded since, which lies between the
+    /// two, if `publish` has had it, or if other threads write to its shard.
     #[inline]
     pub(crate) fn passed(&self, started: Started) -> bool {
         let home = home();
         let Some(shard) = self.shards.get(home).filter(|_| home < OWN) else {
             return false;
         };
-        let [number, _, word, ..] = &shard.records[started.0 as usize % RECORDS];
-        if number.load(Ordering::Relaxed) != started.0.wrapping_add(1) {
+        // Relaxed: `next` is this thread's own, and who publishes just now may have met the start.
+        let is_last = started.0.checked_add(1) == Some(shard.next.load(Ordering::Relaxed));
+        if !is_last || shard.published.load(Ordering::Relaxed) > started.0 {
             return false;
         }
+        let [_, _, word, ..] = &shard.records[started.0 as usize % RECORDS];
         // Relaxed: written by this thread alone, and whoever reads it finds the one or the other.
         let subject = word.load(Ordering::Relaxed) & SUBJECT;
         let passed = (Kind::Passed as u64) << KIND_SHIFT;
@@ -390,22 +394,59 @@ mod tests {
     }
 
     #[test]
-    fn a_start_becomes_what_has_passed_unless_it_was_overwritten() {
+    fn a_start_becomes_what_has_passed_unless_something_lies_between() {
         let recorder = Recorder::new();
-        let started = recorder.record_quick(true, Kind::Start, 7, 1, 2);
-        recorder.record(Kind::Insert, 8, 0, 0);
         let own = home() < OWN;
-        assert_eq!(recorder.passed(started), own);
-        let records = recorder.records();
+        let kinds = || -> Vec<_> {
+            let whole = |one: &Record| (one.kind, one.subject, one.a, one.b);
+            recorder.records().iter().map(whole).collect()
+        };
+        let start = |subject| recorder.record_quick(true, Kind::Start, subject, 1, 2);
+        assert!(!recorder.passed(Started::NOTHING), "nothing has started");
+        let first = start(7);
+        assert_eq!(recorder.passed(first), own);
         let kind = if own { Kind::Passed } else { Kind::Start };
-        let whole = |one: &Record| (one.kind, one.subject, one.a, one.b);
-        let all: Vec<_> = records.iter().map(whole).collect();
-        assert_eq!(all, [(kind, 7, 1, 2), (Kind::Insert, 8, 0, 0)]);
+        let mut all = vec![(kind, 7, 1, 2)];
+        assert_eq!(kinds(), all);
+        // Its phases would follow what says that it is over.
+        let second = start(8);
+        recorder.record(Kind::Quiesced, 8, 0, 0);
+        assert!(!recorder.passed(second) && !recorder.passed(first));
+        all.extend([(Kind::Start, 8, 1, 2), (Kind::Quiesced, 8, 0, 0)]);
+        assert_eq!(kinds(), all);
         (0..RECORDS as u64).for_each(|nth| recorder.record(Kind::Insert, nth, 0, 0));
-        assert!(!recorder.passed(started));
-        assert!(!recorder.passed(Started::NOTHING));
+        assert!(!recorder.passed(second), "it was overwritten");
         let is_insert = |one: &Record| one.kind == Kind::Insert;
         assert!(recorder.records().iter().all(is_insert));
+    }
+
+    #[test]
+    fn only_who_has_a_shard_of_its_own_changes_a_record() {
+        let recorder = Recorder::new();
+        let all = std::sync::Barrier::new(2 * SHARDS);
+        let begin_and_pass = || {
+            all.wait();
+            let started = recorder.record_quick(true, Kind::Start, 7, 1, 2);
+            assert_eq!(recorder.passed(started), home() < OWN);
+            all.wait();
+        };
+        std::thread::scope(|scope| {
+            (0..2 * SHARDS).for_each(|_| {
+                scope.spawn(begin_and_pass);
+            });
+        });
+    }
+
+    #[test]
+    fn a_start_that_was_published_is_followed_by_its_end() {
+        let recorder = Recorder::new();
+        let started = recorder.record_quick(true, Kind::Start, 7, 1, 2);
+        assert_eq!(recorder.unpublished().len(), 1);
+        assert!(
+            !recorder.passed(started),
+            "whoever has had the start waits for an end"
+        );
+        assert_eq!(recorder.records()[0].kind, Kind::Start);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! Deadlines bind hardware that is polled. A callback cannot be cut short: whoever overlaps its range waits for it, and what the
 //! author needs to know is which one it is. Each space has a *post* for every invalidation that can be in progress, and some for
-//! releases. A callback is noted there by two stores; no clock is read. One thread of the process looks at all posts now and then,
+//! releases. A callback is noted there by a few stores; no clock is read. One thread of the process looks at all posts now and then,
 //! and what it finds unchanged for longer than [`Deadlines::callback`](crate::Deadlines) it reports, once: as a `tracing` error and
 //! in [`Stats::overdue`](crate::Stats). It takes no lock that a callback can hold, and holds nothing of a space but its posts.
 

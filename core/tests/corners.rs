@@ -304,6 +304,20 @@ fn a_cut_off_that_failed_is_not_forgotten_beside_a_sick_device() {
 }
 
 #[test]
+fn what_a_callback_put_off_runs_also_where_the_invalidation_fails() {
+    within(10, || {
+        let space = space();
+        let h = Arc::new(Hooks::default());
+        h.cut_fails.store(true, SeqCst);
+        let page = Range::new(0x1000u64, 0x1000).unwrap();
+        let registration = space.register(page, h.clone(), &[]).unwrap();
+        put(&h.end, move || drop(registration));
+        space.begin_invalidation(page, Cause::External).unwrap_err();
+        assert_eq!(space.stats().releases, 1);
+    });
+}
+
+#[test]
 fn a_hole_that_was_too_small_once_is_found_again() {
     let memory = ProcessMemory::reserve(4 * 4096).unwrap();
     let space = AddressSpace::managed(Arc::new(memory), short());

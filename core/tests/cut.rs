@@ -91,6 +91,69 @@ impl Drop for GoOn<'_> {
 struct Plain;
 impl Notifier for Plain {}
 
+/// Remembers the sizes that it was told of.
+#[derive(Default)]
+struct Told(Mutex<Vec<PageSizes>>);
+impl Notifier for Told {
+    fn flush<'o>(&self, op: &Op<'o>, gather: Gather<'o>) -> Issued<'o> {
+        self.0.lock().unwrap().push(op.page_sizes());
+        gather.all()
+    }
+}
+
+/// Nobody cuts pages here beside the space itself.
+#[test]
+fn whatever_a_range_holds_is_flushed_in_its_own_sizes() {
+    const HUGE: u64 = 2 << 20;
+    let arena = Range::new(1u64 << 30, 16 << 20).unwrap();
+    let pages = Pages {
+        arena,
+        is_cut: AtomicBool::new(false),
+        may_go_on: AtomicBool::new(true),
+    };
+    let space = AddressSpace::managed(Arc::new(pages), Deadlines::default());
+    let tlb = Tlb::default();
+    let asked = tlb.asked.clone();
+    let target = Target {
+        device: Device::new("a device", tlb),
+        tag: 0,
+    };
+    let handler = Arc::new(Told::default());
+    let _registration = space
+        .register(Range::ALL, handler.clone(), &[target])
+        .unwrap();
+    let map = |at: u64, len: u64, size: PageSize| {
+        let at = Addr::new(arena.start().get() + at);
+        space
+            .map(Map::anonymous(len).page_size(size).at(at))
+            .unwrap()
+    };
+    let discard = |at: u64, len: u64| {
+        let range = Range::new(arena.start().get() + at, len).unwrap();
+        space.discard(range).unwrap();
+        let mut sizes = std::mem::take(&mut *asked.lock().unwrap());
+        sizes.sort();
+        let told = std::mem::take(&mut *handler.0.lock().unwrap());
+        let all = sizes.iter().map(|size| PageSizes::from(*size)).collect();
+        assert_eq!(told, [all]);
+        sizes
+    };
+    let (small, large) = (PageSize::FourKiB, PageSize::TwoMiB);
+    // Large, small, large, two of them.
+    map(0, HUGE, large);
+    map(HUGE, HUGE, small);
+    map(2 * HUGE, 2 * HUGE, large);
+    assert_eq!(discard(0, 2 * HUGE), [small, large], "the last is small");
+    assert_eq!(discard(HUGE, 2 * HUGE), [small, large], "the first is");
+    assert_eq!(discard(HUGE, HUGE), [small]);
+    assert_eq!(discard(2 * HUGE, 2 * HUGE), [large]);
+    // In the middle of the last page: the one before stays whole.
+    assert_eq!(discard(3 * HUGE + 0x5000, 0x1000), [large], "it cuts");
+    assert_eq!(discard(3 * HUGE, 0x1000), [small], "before the cut");
+    assert_eq!(discard(3 * HUGE + 0x9000, 0x1000), [small], "behind it");
+    assert_eq!(discard(2 * HUGE, 0x1000), [large], "of another page");
+}
+
 #[test]
 fn who_changes_the_other_part_of_a_page_that_is_being_cut_flushes_small_ones_too() {
     let arena = Range::new(1u64 << 30, 4 << 20).unwrap();

@@ -53,5 +53,12 @@ fn a_missed_deadline_dumps_the_flight_recorder_and_a_quiet_run_does_not() {
             text.contains(&format!("{:#x}", buffer.start().get())),
             "the range is in it: {text}"
         );
+        behaviour.loses_ranges.store(false, SeqCst);
+        let another = space.map(Map::anonymous(1 << 12)).unwrap();
+        let _other = space
+            .register(another, Arc::new(Counting::default()), &on(&device))
+            .unwrap();
+        space.discard(another).unwrap();
+        assert_eq!(log.text(), text, "it is dumped once");
     });
 }

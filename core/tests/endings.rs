@@ -479,3 +479,34 @@ impl Notifier for Counted {
         self.0.fetch_add(1, SeqCst);
     }
 }
+
+/// What may change just now, and what has.
+#[derive(Default)]
+struct Sees(Mutex<(Vec<Range>, Vec<Range>)>);
+
+impl Observer for Sees {
+    fn may_change(&self, range: Range) {
+        self.0.lock().unwrap().0.push(range);
+    }
+    fn changed(&self, range: Range) {
+        self.0.lock().unwrap().1.push(range);
+    }
+}
+
+#[test]
+fn an_observer_is_told_of_what_hits_nobody_too() {
+    let space = space();
+    let sees = Arc::new(Sees::default());
+    space.observe(sees.clone()).unwrap();
+    let _registration = space.register(page(1), Arc::new(Plain), &[]).unwrap();
+    for nth in [1, 5] {
+        let open = space
+            .begin_invalidation(page(nth), Cause::External)
+            .unwrap();
+        let told = || sees.0.lock().unwrap().clone();
+        assert_eq!(told(), (vec![page(nth)], vec![]));
+        open.end(Outcome::Changed).unwrap();
+        assert_eq!(told(), (vec![page(nth)], vec![page(nth)]));
+        *sees.0.lock().unwrap() = Default::default();
+    }
+}

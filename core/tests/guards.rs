@@ -10,7 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use shootdown::{
-    Addr, AddressSpace, Cause, Completion, Device, DeviceContext, DeviceTlb, ExitError,
+    Addr, AddressSpace, Cause, Completion, Deadlines, Device, DeviceContext, DeviceTlb, ExitError,
     FlushCommand, InvalidateError, Issue, Limits, Map, MapError, NotifierLock, Op, Outcome,
     PageSizes, ProcessMemory, Range, RangeError, Scope, Target, Ticket, UnloadFailed,
 };
@@ -159,6 +159,59 @@ fn an_invalidation_without_room_is_refused_and_passes_nobody_over() {
     }
     assert!((1..60).contains(&begun), "the pools were not what ran out");
     drop(registrations);
+}
+
+/// The same with the room for devices, of which one handler names many; and one that may wait does so, and takes nothing meanwhile.
+#[test]
+fn an_invalidation_without_room_for_its_devices_waits_for_it() {
+    const DEVICES: usize = 20;
+    let deadlines = Deadlines {
+        room: Duration::from_secs(10),
+        ..short()
+    };
+    let space = AddressSpace::without_memory(deadlines);
+    let page = Range::new(0x1000u64, 0x1000).unwrap();
+    let devices: Vec<_> = (0..DEVICES).map(|nth| fake(&format!("{nth}"))).collect();
+    let targets: Vec<_> = devices.iter().flat_map(|(device, _)| on(device)).collect();
+    let handler = Arc::new(Counting::default());
+    let _registration = space.register(page, handler.clone(), &targets).unwrap();
+    let mut begun = 0;
+    thread::scope(|scope| {
+        let mut closers = Vec::new();
+        let (opened, is_opened) = mpsc::channel();
+        loop {
+            let (closer, close) = mpsc::channel::<()>();
+            let (opened, space) = (opened.clone(), &space);
+            scope.spawn(move || {
+                let open = space.try_begin_invalidation(page, Cause::External);
+                opened.send(open.is_ok()).unwrap();
+                if let Ok(open) = open {
+                    let _ = close.recv();
+                    open.end(Outcome::Changed).unwrap();
+                }
+            });
+            closers.push(closer);
+            if !is_opened.recv().unwrap() {
+                break;
+            }
+            begun += 1;
+        }
+        let waits = scope.spawn(|| {
+            let open = space.begin_invalidation(page, Cause::External);
+            open.unwrap().end(Outcome::Changed).unwrap();
+        });
+        thread::sleep(Duration::from_millis(50));
+        assert!(!waits.is_finished(), "there is no room");
+        drop(closers);
+        waits.join().unwrap();
+    });
+    begun += 1;
+    assert!((2..60).contains(&begun), "the pools were not what ran out");
+    assert_eq!(handler.starts.load(SeqCst), begun, "passed over");
+    assert_eq!(handler.ends.load(SeqCst), begun);
+    for (_, behaviour) in &devices {
+        assert_eq!(behaviour.dispatched.load(SeqCst), begun, "each time");
+    }
 }
 
 /// Accepts a flush of pages and never acknowledges it; asked for more it says that nothing is cached.

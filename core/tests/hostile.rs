@@ -331,12 +331,14 @@ fn a_panic_in_any_callback_is_told_to_the_caller_and_costs_nobody_else_anything(
     }
 }
 
-/// One without devices that nobody is hit beside: a stage in which it fails, and the calls that it got.
+type Calls = Arc<Mutex<Vec<&'static str>>>;
+
+/// One that nobody is hit beside: a stage in which it fails, and the calls that it and its device, if there is one, got.
 struct Alone {
     at: &'static str,
     polled: bool,
     panics: bool,
-    calls: Mutex<Vec<&'static str>>,
+    calls: Calls,
 }
 
 impl Alone {
@@ -377,15 +379,45 @@ impl Notifier for Alone {
     }
 }
 
-/// Alone or beside another, whatever goes wrong in one phase, the others are run and the caller is told.
+/// Acknowledges at once, and tells of its flushes and resets.
+struct Telling(Calls);
+
+impl DeviceTlb for Telling {
+    fn limits(&self) -> Limits {
+        Limits {
+            entry_sizes: PageSizes::FOUR_KIB,
+            pages_per_command: 1024,
+            commands_per_batch: 8,
+            full_flush_cost: 4,
+        }
+    }
+    fn issue(&self, _: FlushCommand) -> Issue {
+        self.0.lock().unwrap().push("issue");
+        Issue::Queued
+    }
+    fn dispatch(&self) -> Ticket {
+        Ticket(0)
+    }
+    fn poll(&self, _: Ticket) -> Completion {
+        self.0.lock().unwrap().push("poll");
+        Completion::Done
+    }
+    fn reset(&self, _: Duration) -> Result<(), ResetError> {
+        self.0.lock().unwrap().push("reset");
+        Ok(())
+    }
+}
+
+/// Alone or beside another, with a device or without, whatever goes wrong in one phase, the others are run and the caller is told.
 #[test]
 fn who_is_hit_alone_is_called_as_beside_others() {
     let all = ["", "quiesce", "drained", "flush", "cut_off", "end"];
     let cases = all.iter().flat_map(|at| {
-        [(false, false), (false, true), (true, false), (true, true)]
-            .map(|(panics, polled)| (*at, panics, polled))
+        let cases = (0..8).map(|nth| [1, 2, 4].map(|bit| nth & bit != 0));
+        cases.map(move |[panics, polled, flushes]| (*at, panics, polled, flushes))
     });
-    for (at, panics, polled) in cases {
+    for (at, panics, polled, flushes) in cases {
+        let case = (at, panics, polled, flushes);
         let run = |beside: bool, may_block: bool| {
             let deadlines = Deadlines {
                 drain: Duration::from_millis(1),
@@ -397,9 +429,11 @@ fn who_is_hit_alone_is_called_as_beside_others() {
                 at,
                 polled,
                 panics,
-                calls: Mutex::default(),
+                calls: Calls::default(),
             });
-            let _one = space.register(range, alone.clone(), &[]).unwrap();
+            let device = Device::new("that tells", Telling(alone.calls.clone()));
+            let targets = if flushes { on(&device) } else { vec![] };
+            let _one = space.register(range, alone.clone(), &targets).unwrap();
             let counting = Arc::new(Counting::default());
             let _other = beside.then(|| space.register(range, counting, &[]).unwrap());
             let begun = if may_block {
@@ -421,20 +455,58 @@ fn who_is_hit_alone_is_called_as_beside_others() {
                 "" => false,
                 _ => panics,
             };
-            assert_eq!(told.is_err(), fails, "{at} {panics} {polled}: {told:?}");
+            // What does not drain ends with the device.
+            let fails = fails && !(at == "drained" && flushes && !panics);
+            assert_eq!(told.is_err(), fails, "{case:?}: {told:?}");
             let refused = at == "quiesce" && !panics && !may_block;
             let polled = polled && at != "quiesce";
             let mut phases = vec!["quiesce"];
             if !refused {
                 phases.extend(polled.then_some("drained"));
-                phases.extend(["flush", "cut_off"]);
+                let resets = polled && at == "drained" && flushes && !panics;
+                phases.extend(resets.then_some("reset"));
+                phases.push("flush");
+                // One that has panicked is not asked: it is in quarantine.
+                let is_asked = flushes
+                    && !(panics && ["quiesce", "flush"].contains(&at))
+                    && !(panics && polled && at == "drained");
+                phases.extend(["issue", "poll"].into_iter().filter(|_| is_asked));
+                phases.push("cut_off");
             }
             phases.push(match told {
                 Err(_) if refused => "end, unchanged",
                 Err(_) if at != "end" => "end, quarantined",
                 _ => "end",
             });
-            assert_eq!(calls, phases, "{at} {panics} {polled} {may_block}");
+            assert_eq!(calls, phases, "{case:?} {may_block}");
+        }
+    }
+}
+
+/// No device answers for it: as long as it could say that it is over, and once it cannot any more, the pages stay.
+#[test]
+fn pages_that_one_without_devices_may_still_reach_stay_when_it_is_gone() {
+    for at in ["quiesce", "drained", "flush", "cut_off"] {
+        for (panics, beside) in [(false, false), (true, false), (false, true), (true, true)] {
+            if !panics && at == "flush" {
+                continue; // It cannot fail otherwise.
+            }
+            let space = space();
+            let page = space.map(Map::anonymous(1 << 12)).unwrap();
+            let alone = Arc::new(Alone {
+                at,
+                polled: at == "drained",
+                panics,
+                calls: Calls::default(),
+            });
+            let one = space.register(page, alone, &[]).unwrap();
+            let counting = Arc::new(Counting::default());
+            let _other = beside.then(|| space.register(page, counting, &[]).unwrap());
+            space.unmap(page).unwrap_err();
+            drop(one);
+            space.drain().unwrap();
+            let stay = space.quarantined_bytes();
+            assert_eq!(stay, 1 << 12, "{at} {panics} {beside}");
         }
     }
 }

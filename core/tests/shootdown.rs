@@ -2,13 +2,14 @@
 
 mod support;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use shootdown::{
-    Addr, AddressSpace, Cause, FaultError, Health, InsertError, InvalidateError, Kind, Map,
-    MapError, Notifier, Outcome, PageSize, Range, Rights, Scope, UnregisterError, Unregistered,
+    Addr, AddressSpace, Cause, FaultError, Gather, Health, InsertError, InvalidateError, Issued,
+    Kind, Map, MapError, Notifier, Op, Outcome, PageSize, Range, Rights, Scope, UnregisterError,
+    Unregistered,
 };
 use support::{Counting, fake, on, short, space};
 
@@ -79,6 +80,39 @@ fn all_devices_are_dispatched_before_any_is_waited_for() {
         assert_eq!(device.stats().flush_ops, 1);
     }
     drop(registrations);
+}
+
+/// Looks at the newest record when it is asked what to flush.
+struct Looks {
+    space: AddressSpace,
+    newest: Mutex<Vec<Kind>>,
+}
+
+impl Notifier for Looks {
+    fn flush<'o>(&self, _: &Op<'o>, gather: Gather<'o>) -> Issued<'o> {
+        let newest = self.space.records().last().map(|record| record.kind);
+        self.newest.lock().unwrap().extend(newest);
+        gather.all()
+    }
+}
+
+/// Of an invalidation that hangs the newest record says where.
+#[test]
+fn that_all_have_quiesced_is_recorded_before_any_is_asked_what_to_flush() {
+    let space = space();
+    let (device, _) = fake("a");
+    let buffer = space.map(Map::anonymous(1 << 12)).unwrap();
+    let looks = Arc::new(Looks {
+        space: space.clone(),
+        newest: Mutex::default(),
+    });
+    let alone = space.register(buffer, looks.clone(), &on(&device)).unwrap();
+    space.discard(buffer).unwrap();
+    let other = Arc::new(Counting::default());
+    let beside = space.register(buffer, other, &on(&device)).unwrap();
+    space.discard(buffer).unwrap();
+    drop((alone, beside));
+    assert_eq!(*looks.newest.lock().unwrap(), [Kind::Quiesced; 2]);
 }
 
 #[test]

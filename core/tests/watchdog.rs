@@ -173,3 +173,25 @@ fn a_callback_that_blocks_is_named_once_and_stalls_only_what_overlaps() {
     releasing.join().unwrap();
     space.exit().unwrap();
 }
+
+/// Is in `quiesce` most of the time, and never for long.
+struct Brief;
+
+impl Notifier for Brief {
+    fn quiesce<'o>(&self, op: &Op<'o>) -> Result<Drain<'o>, WouldBlock> {
+        thread::sleep(AFTER / 50);
+        Ok(op.idle())
+    }
+}
+
+#[test]
+fn one_callback_after_the_other_is_not_one_that_does_not_return() {
+    let space = watched();
+    let page = space.map(Map::anonymous(1 << 12)).unwrap();
+    let _registration = space.register(page, Arc::new(Brief), &[]).unwrap();
+    let begun = Instant::now();
+    while begun.elapsed() < 6 * AFTER {
+        space.discard(page).unwrap();
+    }
+    assert_eq!(space.stats().overdue, 0);
+}

@@ -71,6 +71,10 @@ impl<'s> Desk<'s> {
             if used.notifier.quiesce(&op)?.is_polled() {
                 return Ok(true);
             }
+            if has_devices {
+                let recorder = &space.recorder;
+                recorder.record_quick(true, Kind::Quiesced, core.id, 0, 0);
+            }
             next(Stage::Flush);
             asked = used.notifier.flush(&op, Gather::new(part)).range();
             if !has_devices {
@@ -92,8 +96,6 @@ impl<'s> Desk<'s> {
             _ => {}
         }
         if has_devices {
-            let recorder = &space.recorder;
-            recorder.record_quick(true, Kind::Quiesced, core.id, 0, 0);
             if let Some(range) = asked {
                 let cut = space.sources.may_be_cut();
                 hit.ask(devices, range, &mut FlushPlan::new(), pieces, cut);
@@ -158,13 +160,13 @@ impl<'s> Desk<'s> {
                         hit.polled = false;
                         space.recorder.record(Kind::Deadline, core.id, 0, 0);
                         if !reset_all(space, core, used) {
-                            hit.failed = used.targets().is_empty();
+                            hit.failed |= used.targets().is_empty();
                             trouble.not_drained(used);
                         }
                     }
                     None => {
                         hit.polled = false;
-                        hit.failed = trouble.panicked(used);
+                        hit.failed |= trouble.panicked(used);
                     }
                 }
             });
@@ -201,7 +203,7 @@ impl<'s> Desk<'s> {
                 used.notifier.flush(&op, Gather::new(op.range())).range()
             });
             let Some(asked) = asked else {
-                hit.failed = trouble.panicked(used);
+                hit.failed |= trouble.panicked(used);
                 return;
             };
             if let Some(range) = asked {
@@ -431,7 +433,7 @@ impl Used {
                 space.stats.add(Counter::Refused, 1);
                 trouble.would_block();
             }
-            None => self.failed = trouble.panicked(used),
+            None => self.failed |= trouble.panicked(used),
         }
     }
 
@@ -443,7 +445,7 @@ impl Used {
                 self.failed = true;
                 trouble.not_drained(&self.used);
             }
-            None => self.failed = trouble.panicked(&self.used),
+            None => self.failed |= trouble.panicked(&self.used),
         }
     }
 }

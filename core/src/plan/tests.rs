@@ -51,14 +51,18 @@ fn plan(pieces: &[(Range, PageSizes)], device: &Device) -> Vec<Scope> {
 }
 
 fn plan_of(pieces: &[(Range, PageSizes)], device: &Device, cut: bool) -> FlushPlan {
+    let mut plan = FlushPlan::new();
+    make(&mut plan, pieces, device, cut);
+    plan
+}
+
+fn make(plan: &mut FlushPlan, pieces: &[(Range, PageSizes)], device: &Device, cut: bool) {
     let walk = |_: Range, each: &mut dyn FnMut(Range, PageSizes)| {
         for (range, sizes) in pieces {
             each(*range, *sizes);
         }
     };
-    let mut plan = FlushPlan::new();
     plan.make(Range::ALL, Pieces::Of(&walk), device, cut);
-    plan
 }
 
 fn one(len: u64, size: PageSize, cost: u64) -> Vec<Scope> {
@@ -199,11 +203,13 @@ proptest! {
             };
             Device::new("a device", Tlb { limits, splits_pages: splits[from(4)] })
         });
-        let [own, others] = [0, 1].map(|nth| plan_of(&pieces, &devices[nth], cut));
+        let [mut own, others] = [0, 1].map(|nth| plan_of(&pieces, &devices[nth], cut));
         prop_assert!(own.fits(Range::ALL, &devices[0], cut));
         prop_assert!(!own.fits(Range::page(crate::Addr::new(0), PageSize::FourKiB), &devices[0], cut));
         if own.fits(Range::ALL, &devices[1], cut) {
             prop_assert_eq!(own.scopes(), others.scopes());
         }
+        make(&mut own, &pieces, &devices[1], cut);
+        prop_assert_eq!(own.scopes(), others.scopes(), "nothing is left of the plan before");
     }
 }

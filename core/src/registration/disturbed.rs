@@ -125,6 +125,19 @@ mod tests {
     }
 
     #[test]
+    fn the_first_fault_asks_too() {
+        let space = space();
+        let registration = watched(&space);
+        let lock = crate::NotifierLock::new(());
+        let fault = registration.begin(page(1), std::time::Duration::ZERO);
+        let fault = fault.unwrap();
+        drop(open(&space, page(2)));
+        assert!(!fault.retry(&lock.lock()), "nothing overlaps it");
+        drop(open(&space, page(1)));
+        assert!(fault.retry(&lock.lock()));
+    }
+
+    #[test]
     fn what_the_slots_forgot_counts_as_overlapping() {
         let space = space();
         let registration = watched(&space);

@@ -164,7 +164,7 @@ impl Log {
             return "nothing is recorded".to_owned();
         };
         let stage = match last.kind {
-            Kind::Start => "in `quiesce` or `drained`",
+            Kind::Start => "in `quiesce` or `drained`, or in any call of one that has no device",
             Kind::Quiesced => "in `flush`, or issuing flushes",
             Kind::Dispatched => "in `poll` or `reset`",
             Kind::Flushed => "in `cut_off`, `unload` or `end`",

@@ -208,6 +208,20 @@ impl<T> Drop for Contained<T> {
     }
 }
 
+/// What writers of registrations write all the time, in a line of the cache of its own: what lies beside it invalidations read, and would
+/// have to fetch again each time. Two lines, as processors fetch them in pairs.
+#[repr(align(128))]
+#[derive(Debug)]
+pub(crate) struct Line<T>(pub(crate) T);
+
+impl<T> Deref for Line<T> {
+    type Target = T;
+    #[inline]
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
 /// Whether no two threads ever have the same [`home`].
 pub(crate) const HOMES_ARE_UNIQUE: bool = !cfg!(loom);
 

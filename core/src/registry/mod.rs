@@ -29,7 +29,7 @@ use self::summary::{Marks, Old, Summary};
 use crate::active::{Active, Claim};
 use crate::addr::Range;
 use crate::primitive::atomic::{AtomicPtr, Ordering};
-use crate::primitive::{Arc, Backoff, Mutex};
+use crate::primitive::{Arc, Backoff, Line, Mutex};
 use crate::srcu::{Garbage, Retired};
 
 /// What a change has unlinked.
@@ -74,10 +74,10 @@ struct Writer<T> {
 /// Overlapping ranges.
 pub(crate) struct Registry<T: Entry> {
     /// A [`Link`].
-    root: AtomicPtr<Node<T>>,
+    root: Line<AtomicPtr<Node<T>>>,
     summary: Summary,
     active: Active,
-    writer: Mutex<Writer<T>>,
+    writer: Line<Mutex<Writer<T>>>,
 }
 
 // SAFETY: a registry is its entries, which are shared by reference between threads and dropped on any of them, as `T: Send + Sync`
@@ -92,14 +92,14 @@ impl<T: Entry> Registry<T> {
         let root = nodes.empty();
         nodes.seal();
         Self {
-            root: AtomicPtr::new(root.as_ptr()),
+            root: Line(AtomicPtr::new(root.as_ptr())),
             summary: Summary::new(),
             active: Active::new(),
-            writer: Mutex::new(Writer {
+            writer: Line(Mutex::new(Writer {
                 nodes,
                 marks: Marks::default(),
                 retired: Retired::new(),
-            }),
+            })),
         }
     }
 

@@ -18,7 +18,7 @@ use crate::notifier::{Cause, Notifier};
 use crate::plan::Pieces;
 use crate::pool::Pool;
 use crate::primitive::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
-use crate::primitive::{Arc, Mutex, contain};
+use crate::primitive::{Arc, Line, Mutex, contain};
 use crate::recorder::{Kind, Recorder};
 use crate::registration::state::StateWord;
 use crate::registration::{Inner, Prepared, Target};
@@ -44,13 +44,13 @@ pub(crate) struct Space {
     pub(crate) watch: StdArc<Watch>,
     pub(crate) sources: Sources,
     shared: Mutex<Vec<(u64, Arc<Inner>)>>,
-    lifecycle: Lifecycle,
+    lifecycle: Line<Lifecycle>,
     /// That it is exiting, for those who need no more than a hint: every invalidation reads it, and no insertion writes to it.
     exit_begun: AtomicBool,
     pub(super) owners: AtomicUsize,
-    numbers: AtomicU64,
+    numbers: Line<AtomicU64>,
     /// Registrations that were made and not dropped: an invalidation may hit all of them.
-    made: AtomicUsize,
+    made: Line<AtomicUsize>,
     /// The devices that those name, by their keys, and how often: an invalidation may have to flush each of them.
     devices: Mutex<HashMap<usize, usize>>,
     /// Complete, and not released yet.
@@ -105,11 +105,11 @@ impl Space {
             watch: Watch::new(id, deadlines.callback),
             sources: Sources::new(),
             shared: Mutex::new(Vec::new()),
-            lifecycle: Lifecycle::new(),
+            lifecycle: Line(Lifecycle::new()),
             exit_begun: AtomicBool::new(false),
             owners: AtomicUsize::new(1),
-            numbers: AtomicU64::new(1),
-            made: AtomicUsize::new(0),
+            numbers: Line(AtomicU64::new(1)),
+            made: Line(AtomicUsize::new(0)),
             devices: Mutex::new(HashMap::new()),
             completed: List::new(),
             ghosts: Ghosts::new(),

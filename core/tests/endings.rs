@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use shootdown::{
     AddressSpace, Cause, Completion, Deadlines, Device, DeviceTlb, Drain, ExitError, FlushCommand,
-    Health, InsertError, InvalidateError, Issue, Limits, Needs, Notifier, NotifierLock, Observer,
-    Op, Outcome, PageSizes, Place, Prepared, Range, Registration, Share, SpacePin, Target, Ticket,
-    Unregistered, WouldBlock,
+    Health, InsertError, InvalidateError, Issue, Limits, Map, Needs, Notifier, NotifierLock,
+    Observer, Op, Outcome, PageSizes, Place, Prepared, ProcessMemory, Range, Registration, Share,
+    SpacePin, Target, Ticket, Unregistered, WouldBlock,
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -509,4 +509,15 @@ fn an_observer_is_told_of_what_hits_nobody_too() {
         assert_eq!(told(), (vec![page(nth)], vec![page(nth)]));
         *sees.0.lock().unwrap() = Default::default();
     }
+}
+
+#[test]
+fn an_observer_is_told_of_what_the_space_maps_though_nothing_watches_it() {
+    let memory = Arc::new(ProcessMemory::reserve(1 << 20).unwrap());
+    let space = AddressSpace::managed(memory, Deadlines::default());
+    let sees = Arc::new(Sees::default());
+    space.observe(sees.clone()).unwrap();
+    let range = space.map(Map::anonymous(1 << 12)).unwrap();
+    let told = sees.0.lock().unwrap().clone();
+    assert_eq!(told, (vec![range], vec![range]));
 }

@@ -191,19 +191,22 @@ fn invalidate(space: &AddressSpace, range: Range) {
     }
 }
 
+/// A thread that exits, on return from which `probe` has been released.
+fn exiting(space: &AddressSpace, probe: &StdArc<Probe>) -> thread::JoinHandle<()> {
+    let (space, probe) = (space.clone(), probe.clone());
+    thread::spawn(move || {
+        space.exit().unwrap();
+        probe.assert_released_once();
+    })
+}
+
 /// R1-R4, and the first way out of the mail: both give it up, one of them releases, and each returns after the release.
 #[test]
 fn exit_and_unregister_release_once_and_return_after_it() {
     check(3, || {
         let (space, probe) = (space(), Probe::new());
         let registration = space.register(page(1), probe.clone(), &[]).unwrap();
-        let exiting = {
-            let (space, probe) = (space.clone(), probe.clone());
-            thread::spawn(move || {
-                space.exit().unwrap();
-                probe.assert_released_once();
-            })
-        };
+        let exiting = exiting(&space, &probe);
         let result = registration.unregister().unwrap();
         assert!(matches!(
             result,
@@ -223,13 +226,7 @@ fn two_exits_return_after_the_release() {
     check(2, || {
         let (space, probe) = (space(), Probe::new());
         let registration = space.register(page(1), probe.clone(), &[]).unwrap();
-        let exiting = {
-            let (space, probe) = (space.clone(), probe.clone());
-            thread::spawn(move || {
-                space.exit().unwrap();
-                probe.assert_released_once();
-            })
-        };
+        let exiting = exiting(&space, &probe);
         space.exit().unwrap();
         probe.assert_released_once();
         exiting.join().unwrap();

@@ -19,7 +19,7 @@ pub(crate) const TABLE: &[Entry] = &[
     model(
         "R3",
         "r3",
-        "only who detached completes (space::inner, exit)",
+        "only who detached completes (registration, detach_for_exit)",
         "model::exit_and_unregister_release_once_and_return_after_it",
     ),
     model(

@@ -175,10 +175,11 @@ impl Call {
                 let pages = if huge { huge_pages } else { pages };
                 let old = pages(a, b);
                 let len = old.map_or(b, |old| old.len() as usize);
-                if !fixed && c < len {
+                let keeps = d & libc::MREMAP_DONTUNMAP as usize != 0;
+                if !fixed && !keeps && c < len {
                     changes.add(behind(a, c, len), Cause::Unmap);
                 } else {
-                    // In place or not is the kernel's choice.
+                    // In place or not is the kernel's choice; not that of one that keeps its old addresses.
                     changes.add(pages(a, b), Cause::Remap);
                 }
                 if fixed {

@@ -66,8 +66,11 @@ impl Call {
         }
         if fixed && kept == whole {
             // The old addresses stay mapped until they are reserved. Not every mapping can be moved so.
-            let flags = flags | libc::MREMAP_DONTUNMAP as usize;
-            let args = [at, self.args[1], self.args[2], flags, to, 0];
+            let (flags, len) = (
+                flags | libc::MREMAP_DONTUNMAP as usize,
+                whole.len() as usize,
+            );
+            let args = [at, len, len, flags, to, 0];
             if let Ok(result) = self.as_it_is(args) {
                 // They are empty: if they stay so nothing is wrong.
                 let _ = self.unmap(whole, arenas);

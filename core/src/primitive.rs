@@ -225,6 +225,19 @@ impl<T> Deref for Line<T> {
 /// Whether no two threads ever have the same [`home`].
 pub(crate) const HOMES_ARE_UNIQUE: bool = !cfg!(loom);
 
+/// Asks for the line at `at`, which need not be anything: where a wait for it would come behind a fence.
+#[inline]
+pub(crate) fn prefetch<T>(at: *const T) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: every processor of the architecture has it, and no address is a wrong one.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+    let _ = at;
+}
+
 /// A number of this thread, from 0 in the order in which they ask: where to start looking for a free slot. Neither allocates nor
 /// registers a destructor, on first use either.
 #[cfg(not(loom))]

@@ -112,6 +112,7 @@ impl crate::AddressSpace {
         cause: Cause,
         mode: Mode,
     ) -> Result<ExternalInvalidation<'_>, InvalidateError> {
+        self.space.registry.expect(range);
         context::wait_refusal("begin_invalidation")?;
         if self.space.exit_has_begun() {
             return Err(InvalidateError::Exiting { range });

@@ -291,6 +291,7 @@ fn run(
     ended: &mut Vec<Arc<SegmentInner>>,
 ) -> Result<(), MapError> {
     let (memory, arena) = memory(space)?;
+    space.registry.expect(range);
     let page = PageSize::FourKiB;
     let target = match change {
         Change::Remap(to) => Some(to),

@@ -108,6 +108,14 @@ impl<T: Entry> Registry<T> {
         &self.active
     }
 
+    /// A walk for `range` is going to begin: what it reads first is on its way until then. The sooner this is said the better.
+    #[inline]
+    pub(crate) fn expect(&self, range: Range) {
+        if !cfg!(loom) {
+            self.summary.expect(range);
+        }
+    }
+
     /// Whether certainly no entry overlaps `range`, which `claim` was made for; then the walk of `claim` is over.
     #[inline]
     pub(crate) fn misses(&self, claim: Claim, range: Range) -> bool {

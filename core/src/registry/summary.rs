@@ -20,18 +20,30 @@ use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
 use crate::addr::Range;
-use crate::primitive::atomic::{AtomicPtr, AtomicU64, Ordering};
+use crate::primitive::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use crate::primitive::prefetch;
 
 const PAGE_SHIFT: u32 = 12;
 const LEVEL_SHIFT: u32 = 6;
 const LEVELS: u32 = 9;
 /// Words of a level that are looked at for one range; larger ones go to the tree.
 const LOOKED_AT: u64 = 4;
+/// Cells of a table at least: of pages.
 const LEAST: usize = if cfg!(loom) { 4 } else { 64 };
+/// Of what is larger. Mostly there are a few words of it, and what a walk asks for is not there: with room enough it meets no other one,
+/// which no processor foresees.
+const LEAST_LARGE: usize = if cfg!(loom) { 4 } else { 512 };
 
-/// Level and place of a word; never 0.
+/// Level and place of a word; never 0. Words that lie side by side have keys that do, see [`spread`].
 fn key(level: u32, word: u64) -> u64 {
-    word << 4 | u64::from(level + 1)
+    u64::from(level + 1) << 56 | word
+}
+
+/// Where the search for a key begins.
+#[inline]
+fn place(key: u64, cells: usize) -> usize {
+    // Of 2^64 each cell has its part: so tables need not be powers of two.
+    ((u128::from(spread(key)) * cells as u128) >> 64) as usize
 }
 
 /// Bits of granules, in one word.
@@ -96,8 +108,7 @@ impl Table {
     #[inline]
     fn find(&self, key: u64) -> &Cell {
         let cells = self.cells.len();
-        // Of 2^64 each cell has its part: so tables need not be powers of two.
-        let mut at = ((u128::from(spread(key)) * cells as u128) >> 64) as usize;
+        let mut at = place(key, cells);
         loop {
             let cell = &self.cells[at];
             // Acquire, with the Release that sets it: the bits go with it.
@@ -166,13 +177,30 @@ fn huge_pages(room: &Vec<Cell>) {
 struct Tier {
     /// From `Box::into_raw`; never null.
     table: AtomicPtr<Table>,
+    /// Where its cells are, or were, and how many: for those who may not look at the table yet.
+    cells: AtomicPtr<Cell>,
+    len: AtomicUsize,
+    /// Cells that it has at least.
+    least: usize,
 }
 
 impl Tier {
-    fn new() -> Self {
+    fn new(least: usize) -> Self {
+        let table = Table::new(least);
         Self {
-            table: AtomicPtr::new(Box::into_raw(Table::new(LEAST))),
+            cells: AtomicPtr::new(table.cells.as_ptr().cast_mut()),
+            len: AtomicUsize::new(table.cells.len()),
+            table: AtomicPtr::new(Box::into_raw(table)),
+            least,
         }
+    }
+
+    /// A walk is going to look for `key`, when it has begun.
+    #[inline]
+    fn expect(&self, key: u64) {
+        // Relaxed: if these are of two tables, another line comes for nothing.
+        let at = place(key, self.len.load(Ordering::Relaxed));
+        prefetch(self.cells.load(Ordering::Relaxed).wrapping_add(at));
     }
 
     #[inline]
@@ -190,7 +218,7 @@ impl Tier {
         let live = |cell: &&Cell| cell.bits.load(Ordering::Relaxed) != 0;
         let words = old.cells.iter().filter(live).count();
         let room = (words + words / 3 + 2) * 8 / 5;
-        let new = Table::new(room.max(LEAST));
+        let new = Table::new(room.max(self.least));
         for cell in old.cells.iter().filter(live) {
             let key = cell.key.load(Ordering::Relaxed);
             let copy = new.find(key);
@@ -198,6 +226,9 @@ impl Tier {
             copy.bits.store(bits, Ordering::Relaxed);
             copy.key.store(key, Ordering::Relaxed);
         }
+        self.len.store(new.cells.len(), Ordering::Relaxed);
+        let cells = new.cells.as_ptr().cast_mut();
+        self.cells.store(cells, Ordering::Relaxed);
         // Release, with the Acquire in `table`. Whoever still reads the old one began before the entry that made it grow is published.
         let old = self.table.swap(Box::into_raw(new), Ordering::Release);
         (Old(old), words)
@@ -254,7 +285,8 @@ impl Hasher for Spread {
     }
 }
 
-/// Spreads keys over 2^64: the upper bits of the product depend on all of theirs, and come first.
+/// Spreads keys over 2^64: the upper bits of the product depend on all of theirs, and come first. The factor is the golden section of 2^64:
+/// so many keys in a row as there are lie nearly evenly, and two of them seldom at one place. Words of an arena are such.
 fn spread(key: u64) -> u64 {
     key.wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
@@ -275,14 +307,21 @@ pub(super) struct Marks {
 impl Summary {
     pub(super) fn new() -> Self {
         Self {
-            pages: Tier::new(),
-            large: Tier::new(),
+            pages: Tier::new(LEAST),
+            large: Tier::new(LEAST_LARGE),
             levels: AtomicU64::new(0),
         }
     }
 
     fn tier(&self, level: u32) -> &Tier {
         if level == 0 { &self.pages } else { &self.large }
+    }
+
+    /// A walk for `range` is going to begin.
+    #[inline]
+    pub(super) fn expect(&self, range: Range) {
+        let word = range.start().get() >> (PAGE_SHIFT + LEVEL_SHIFT);
+        self.pages.expect(key(0, word));
     }
 
     /// Whether an entry may overlap `range`. Inside of a walk.

@@ -209,6 +209,7 @@ impl Sink {
         let Some(range) = range.intersect(self.range) else {
             return Ok(None);
         };
+        self.pin.space().registry.expect(range);
         context::callback_refusal_of_handlers("Sink::begin")?;
         let what = What {
             pieces: Pieces::UNKNOWN,

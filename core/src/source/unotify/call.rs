@@ -420,4 +420,6 @@ fn file((inode, first, last): (Option<u64>, u64, u64), maps: &Maps, changes: &mu
 }
 
 #[cfg(test)]
+mod kernel;
+#[cfg(test)]
 mod tests;

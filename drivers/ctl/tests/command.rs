@@ -33,6 +33,25 @@ fn object(stdout: &str) -> Value {
     serde_json::from_str(stdout).expect("JSON")
 }
 
+/// A run in which all of these counts are more than nothing: on a machine that is busy a longer one has to be.
+fn run_until(arguments: &str, happen: &[String]) -> (Option<i32>, Value, String) {
+    let mut seconds = 3;
+    loop {
+        let (code, stdout, stderr) = run(&format!("{arguments} --seconds {seconds} --json"));
+        let report = object(&stdout);
+        let has_not = |path: &&String| {
+            let count = report.pointer(path).and_then(Value::as_u64);
+            count.is_none_or(|count| count == 0)
+        };
+        let missing: Vec<_> = happen.iter().filter(has_not).collect();
+        if code != Some(0) || missing.is_empty() {
+            return (code, report, stderr);
+        }
+        seconds *= 4;
+        assert!(seconds < 60, "{missing:?} of {report:#}");
+    }
+}
+
 /// Ctrl-C for `child`, after it has run for a while.
 fn interrupt(child: Child) -> (Option<i32>, String, String) {
     std::thread::sleep(Duration::from_millis(1500));
@@ -50,15 +69,7 @@ fn start(arguments: &str) -> Child {
 
 #[test]
 fn a_clean_run_passes_and_reports_everything() {
-    let (code, stdout, stderr) = run("--seconds 3 --seed 7 --json");
-    let report = object(&stdout);
-    assert_eq!(code, Some(0), "{report:#}");
-    assert_eq!(stderr, "");
-    for (key, want) in [("seed", 7), ("threads", 4), ("devices", 4)] {
-        assert_eq!(report[key], want, "{key}");
-    }
-    assert_eq!(report["gru"]["self_tests"], 8);
-    for key in [
+    let of_gru = [
         "misses_user",
         "misses_interrupt",
         "misses_polled",
@@ -70,21 +81,8 @@ fn a_clean_run_passes_and_reports_everything() {
         "messages_sent",
         "queue_flips",
         "completions",
-    ] {
-        let count = report["gru"]["counters"][key].as_u64();
-        assert!(count > Some(0), "{key}: {report:#}");
-    }
-    for key in ["data_mismatches", "stale_accesses", "quarantined"] {
-        assert_eq!(report[key], 0, "{key}");
-    }
-    for key in ["frames", "registrations", "contexts", "asids"] {
-        assert_eq!(report["leaked"][key], 0, "{key}");
-    }
-    assert!(report["seconds"].as_f64() >= Some(3.0));
-    // Exit unloads the contexts first, and then has nothing to flush.
-    assert!(report["fault_retries"].is_u64() && report["full_flushes"].is_u64());
-    assert_eq!(report["releases"], report["releases_expected"]);
-    let happens = [
+    ];
+    let of_all = [
         "/device_ops",
         "/bytes_verified",
         "/shootdowns",
@@ -100,37 +98,50 @@ fn a_clean_run_passes_and_reports_everything() {
         "/accelerators/page_requests",
         "/accelerators/pasid_flushes",
     ];
-    let latencies = ["shootdown", "unregister", "fault"].into_iter();
-    let latencies = latencies.flat_map(|kind| {
-        ["p50", "p99", "p999", "max"].map(|value| format!("/latency_ns/{kind}/{value}"))
-    });
-    for path in happens.map(str::to_owned).into_iter().chain(latencies) {
-        let value = report.pointer(&path).and_then(Value::as_u64);
-        assert!(value > Some(0), "{path}: {value:?}");
+    let mut happen: Vec<_> = of_all.map(str::to_owned).into();
+    happen.extend(of_gru.map(|counter| format!("/gru/counters/{counter}")));
+    for kind in ["shootdown", "unregister", "fault"] {
+        let of_kind = ["p50", "p99", "p999", "max"];
+        happen.extend(of_kind.map(|value| format!("/latency_ns/{kind}/{value}")));
     }
+    let (code, report, stderr) = run_until("--seed 7", &happen);
+    assert_eq!(code, Some(0), "{report:#}");
+    assert_eq!(stderr, "");
+    for (key, want) in [("seed", 7), ("threads", 4), ("devices", 4)] {
+        assert_eq!(report[key], want, "{key}");
+    }
+    assert_eq!(report["gru"]["self_tests"], 8);
+    for key in ["data_mismatches", "stale_accesses", "quarantined"] {
+        assert_eq!(report[key], 0, "{key}");
+    }
+    for key in ["frames", "registrations", "contexts", "asids"] {
+        assert_eq!(report["leaked"][key], 0, "{key}");
+    }
+    assert!(report["seconds"].as_f64() >= Some(3.0));
+    // Exit unloads the contexts first, and then has nothing to flush.
+    assert!(report["fault_retries"].is_u64() && report["full_flushes"].is_u64());
+    assert_eq!(report["releases"], report["releases_expected"]);
     assert_eq!(report["findings"], Value::Array(Vec::new()));
     assert_eq!(report["verdict"], "pass");
 }
 
 #[test]
 fn a_run_with_every_fault_passes_and_accounts_for_each() {
-    let (code, stdout, stderr) = run("run --faults all --seconds 5 --json");
-    let report = object(&stdout);
+    let kinds = [
+        "reordered",
+        "duplicated",
+        "purge_in_miss",
+        "delayed",
+        "nack",
+    ];
+    let happen = kinds.map(|kind| format!("/faults/by_kind/{kind}"));
+    let (code, report, stderr) = run_until("run --faults all", &happen);
     assert_eq!(code, Some(0), "{report:#}");
     assert_eq!(stderr, "");
     let faults = &report["faults"];
     assert_eq!(faults["given"].as_array().map(Vec::len), Some(10));
     assert!(faults["injected"].as_u64() > Some(0));
     assert_eq!(faults["injected"], faults["accounted"]);
-    for kind in [
-        "reordered",
-        "duplicated",
-        "purge_in_miss",
-        "delayed",
-        "nack",
-    ] {
-        assert!(faults["by_kind"][kind].as_u64() > Some(0), "{kind}");
-    }
     assert_eq!(
         faults["by_kind"]["survives_reset"],
         faults["by_outcome"]["quarantined"]

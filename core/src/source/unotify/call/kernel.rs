@@ -3,6 +3,7 @@
 
 use std::io;
 
+use super::super::perform::Arenas;
 use super::*;
 
 /// Pages that calls are made on, with as many on each side that are not there to be changed.
@@ -145,12 +146,7 @@ impl Ground {
                 wrong.push(format!("page {nth} has changed, but unchanged was told"));
             }
         }
-        if let (libc::SYS_mremap, Ok(moved)) = (nr, result)
-            && !(self.at..self.at + ALL * PAGE).contains(&moved)
-        {
-            // SAFETY: the kernel has put it there just now.
-            unsafe { libc::munmap(moved as *mut _, args[2]) };
-        }
+        self.forget_moved(nr, args, result);
         if wrong.is_empty() {
             return Ok(());
         }
@@ -159,6 +155,87 @@ impl Ground {
         Err(format!("{nr}({args}) = {result:x?} on {at:#x}: {wrong:?}"))
     }
 }
+
+impl Ground {
+    /// Takes away what was moved elsewhere.
+    fn forget_moved(&self, nr: libc::c_long, args: [usize; 6], result: Result<usize, i32>) {
+        if let (libc::SYS_mremap, Ok(moved)) = (nr, result)
+            && !(self.at..self.at + ALL * PAGE).contains(&moved)
+        {
+            // SAFETY: the kernel has put it there just now.
+            unsafe { libc::munmap(moved as *mut _, args[2]) };
+        }
+    }
+
+    /// Makes the call as it is, and once more as it is made where the pages are those of an arena: what it answers and what has changed
+    /// is to be the same.
+    fn try_in_arena(&self, maps: &Maps, nr: libc::c_long, args: [usize; 6]) -> Result<(), String> {
+        let data = libc::seccomp_data {
+            nr: nr as i32,
+            arch: 0,
+            instruction_pointer: 0,
+            args: args.map(|arg| arg as u64),
+        };
+        let mut call = Call::new(&data);
+        let changes = call.changes(&StandIn::AsItIs, maps);
+        let len = (ALL * PAGE) as u64;
+        let arena = Range::new(self.at as u64, len).map_err(|error| error.to_string())?;
+        let [bare, kept] = [Arenas::new(), Arenas::from_iter([arena])].map(|arenas| {
+            self.make();
+            let result = call.perform(&changes, &arenas);
+            let unchanged: [bool; PAGES] = std::array::from_fn(|nth| self.is_unchanged(nth));
+            self.forget_moved(nr, args, result);
+            let here = self.at..self.at + ALL * PAGE;
+            // Elsewhere is where the kernel likes.
+            (result.map(|at| here.contains(&at).then_some(at)), unchanged)
+        });
+        if bare == kept {
+            return Ok(());
+        }
+        let args = args.map(|arg| format!("{arg:#x}")).join(", ");
+        let at = self.page(0);
+        Err(format!(
+            "{nr}({args}) on {at:#x}: {bare:x?}, but in an arena {kept:x?}"
+        ))
+    }
+}
+
+fn try_in_arena(kind: Kind) -> Result<usize, String> {
+    let ground = Ground::reserve(kind);
+    let maps = Maps::open().map_err(|error| error.to_string())?;
+    let mut made = 0;
+    let mut call = |nr, args| {
+        made += 1;
+        ground.try_in_arena(&maps, nr, args)
+    };
+    for at in [ground.page(2), ground.page(2) + 8, ground.page(PAGES - 1)] {
+        for len in LENS {
+            call(libc::SYS_munmap, [at, len, 0, 0, 0, 0])?;
+            for new in LENS {
+                for flags in 0..8 {
+                    for to in [7 * PAGE, 3 * PAGE, 7 * PAGE + 8] {
+                        let to = ground.page(0) + to;
+                        call(libc::SYS_mremap, [at, len, new, flags, to, 0])?;
+                    }
+                }
+            }
+        }
+    }
+    Ok(made)
+}
+
+/// Lengths that are rounded, and some that are not.
+const LENS: [usize; 9] = [
+    0,
+    1,
+    6,
+    40,
+    PAGE - 1,
+    PAGE,
+    PAGE + 1,
+    2 * PAGE,
+    3 * PAGE - 7,
+];
 
 fn try_calls(kind: Kind) -> Result<usize, String> {
     let ground = Ground::reserve(kind);
@@ -170,19 +247,8 @@ fn try_calls(kind: Kind) -> Result<usize, String> {
         made += 1;
         ground.try_call(&maps, nr, args)
     };
-    let lens = [
-        0,
-        1,
-        6,
-        40,
-        PAGE - 1,
-        PAGE,
-        PAGE + 1,
-        2 * PAGE,
-        3 * PAGE - 7,
-    ];
     for at in [ground.page(2), ground.page(2) + 8, ground.page(PAGES - 1)] {
-        for len in lens {
+        for len in LENS {
             call(libc::SYS_munmap, [at, len, 0, 0, 0, 0])?;
             // In the file, which is mapped from its start on.
             let place = at - ground.page(0);
@@ -214,7 +280,7 @@ fn try_calls(kind: Kind) -> Result<usize, String> {
             for page in 0..4 {
                 call(libc::SYS_remap_file_pages, [at, len, 0, page, 0, 0])?;
             }
-            for new in lens {
+            for new in LENS {
                 for flags in 0..8 {
                     // Apart, over its own end, within a page, beyond what is mapped.
                     for to in [7 * PAGE, 3 * PAGE, 7 * PAGE + 8, (PAGES - 1) * PAGE] {
@@ -259,22 +325,18 @@ fn try_sealed(kind: Kind) -> Result<usize, String> {
     Ok(made)
 }
 
-#[test]
-fn whatever_this_kernel_changes_is_told() {
+/// Runs `tries` on pages of each kind, each in a process of its own: there no other thread maps anything where room was made.
+fn on_each_kind(least: usize, tries: impl Fn(Kind) -> Result<usize, String>) {
     let both = [libc::MAP_PRIVATE, libc::MAP_SHARED];
-    let kinds = both
-        .map(Kind::Anonymous)
-        .into_iter()
-        .chain(both.map(Kind::File));
-    for kind in kinds {
+    let anonymous = both.map(Kind::Anonymous).into_iter();
+    for kind in anonymous.chain(both.map(Kind::File)) {
         let mut ends = [0; 2];
         // SAFETY: room for two descriptors.
         assert_eq!(unsafe { libc::pipe(ends.as_mut_ptr()) }, 0);
-        // In a process of its own: no other thread maps anything where this has made room. It says by the pipe what it has found.
-        // SAFETY: the child allocates, as C libraries allow, and takes no lock of this process's.
+        // SAFETY: the child allocates, as C libraries allow, and takes no lock of this process's. It says by the pipe what it has found.
         let child = unsafe { libc::fork() };
         if child == 0 {
-            let said = match try_sealed(kind).and_then(|_| try_calls(kind)) {
+            let said = match tries(kind) {
                 Ok(made) => format!("made {made}"),
                 Err(wrong) => wrong,
             };
@@ -294,12 +356,18 @@ fn whatever_this_kernel_changes_is_told() {
             len
         };
         let said = String::from_utf8_lossy(&said[..usize::try_from(len).unwrap()]);
-        let made = said
-            .strip_prefix("made ")
-            .and_then(|made| made.parse().ok());
-        assert!(
-            made.is_some_and(|made: usize| made > 5_000),
-            "{kind:?}: {said}"
-        );
+        let made = said.strip_prefix("made ");
+        let made: Option<usize> = made.and_then(|made| made.parse().ok());
+        assert!(made.is_some_and(|made| made > least), "{kind:?}: {said}");
     }
+}
+
+#[test]
+fn whatever_this_kernel_changes_is_told() {
+    on_each_kind(5_000, |kind| try_sealed(kind).and_then(|_| try_calls(kind)));
+}
+
+#[test]
+fn a_call_on_an_arena_answers_and_changes_what_it_does_elsewhere() {
+    on_each_kind(3_000, try_in_arena);
 }

@@ -3,6 +3,7 @@
 
 use std::io;
 
+use super::super::filter::tests::Filter;
 use super::super::perform::Arenas;
 use super::*;
 
@@ -23,6 +24,8 @@ struct Ground {
     /// How pages are mapped: shared or not, and what is no file.
     flags: i32,
     file: i32,
+    /// Filters that watch pages of it, and which.
+    filters: Vec<(std::ops::Range<usize>, Filter)>,
 }
 
 /// Where the words of a page are, from the first page on.
@@ -42,11 +45,21 @@ impl Ground {
             Kind::Anonymous(flags) => flags | libc::MAP_ANONYMOUS,
             Kind::File(flags) => flags,
         };
-        Self {
+        let mut ground = Self {
             at: at as usize,
             flags,
             file,
-        }
+            filters: Vec::new(),
+        };
+        let watched = [0..PAGES, 0..1, 2..3, 3..5, PAGES - 1..PAGES];
+        ground.filters = watched
+            .map(|pages| {
+                let start = ground.page(pages.start) as u64;
+                let range = Range::new(start, (pages.len() * PAGE) as u64);
+                (pages, Filter::watching(&[range.expect("pages")]))
+            })
+            .into();
+        ground
     }
 
     fn page(&self, nth: usize) -> usize {
@@ -144,6 +157,11 @@ impl Ground {
                 wrong.push(format!("page {nth} has changed, which was not told"));
             } else if outcome == Outcome::Unchanged {
                 wrong.push(format!("page {nth} has changed, but unchanged was told"));
+            }
+            for (pages, filter) in &self.filters {
+                if pages.contains(&nth) && filter.lets_through(nr, args) {
+                    wrong.push(format!("page {nth} of {pages:?} was let through"));
+                }
             }
         }
         self.forget_moved(nr, args, result);

@@ -34,6 +34,9 @@ const LEAST: usize = if cfg!(loom) { 4 } else { 64 };
 /// which no processor foresees.
 const LEAST_LARGE: usize = if cfg!(loom) { 4 } else { 512 };
 
+/// Cells of a table that is not likely to be in a cache nearby, of which a core has its own.
+const FAR: usize = 1 << 14;
+
 /// Level and place of a word; never 0. Words that lie side by side have keys that do, see [`spread`].
 fn key(level: u32, word: u64) -> u64 {
     u64::from(level + 1) << 56 | word
@@ -198,9 +201,16 @@ impl Tier {
     /// A walk is going to look for `key`, when it has begun.
     #[inline]
     fn expect(&self, key: u64) {
-        // Relaxed: if these are of two tables, another line comes for nothing.
-        let at = place(key, self.len.load(Ordering::Relaxed));
-        prefetch(self.cells.load(Ordering::Relaxed).wrapping_add(at));
+        let len = self.len.load(Ordering::Relaxed);
+        // What is smaller is near.
+        if len >= FAR {
+            // Relaxed: if these are of two tables, another line comes for nothing.
+            prefetch(
+                self.cells
+                    .load(Ordering::Relaxed)
+                    .wrapping_add(place(key, len)),
+            );
+        }
     }
 
     #[inline]

@@ -278,11 +278,11 @@ fn try_calls(kind: Kind) -> Result<usize, String> {
                 }
             }
             let vector = [at, len];
-            for advice in 0..26 {
+            for advice in (0..26).chain([102, 103]) {
                 let vectors = vector.as_ptr() as usize;
                 call(libc::SYS_process_madvise, [own, vectors, 1, advice, 0, 0])?;
             }
-            for advice in 0..26 {
+            for advice in (0..26).chain([102, 103]) {
                 call(libc::SYS_madvise, [at, len, advice, 0, 0, 0])?;
             }
             for rights in 0..8 {

@@ -441,6 +441,7 @@ impl Used {
     }
 
     /// How its mappings have gone; `None` where it has panicked.
+    #[inline]
     fn was_cut_off(&mut self, result: Option<Result<(), CutOffFailed>>, trouble: &mut Trouble) {
         match result {
             Some(Ok(())) => {}

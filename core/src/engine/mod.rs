@@ -431,7 +431,8 @@ impl<'s> Invalidation<'s> {
     }
 
     /// The last phase; what is left where somebody was hit.
-    #[inline]
+    // Always: of a function with many callers a compiler would make one more that hands two words on.
+    #[inline(always)]
     pub(crate) fn end(&mut self, outcome: Outcome) -> Option<Ended<'s>> {
         // Before it is taken from here, where the drop ends what an observer's panic has left.
         self.desk.as_mut()?.pages_changed();

@@ -37,7 +37,7 @@ use crate::addr::Range;
 use crate::context::OpenInvalidation;
 use crate::lock::Leave;
 use crate::memory::MemoryError;
-use crate::notifier::{Cause, OpCore, Outcome};
+use crate::notifier::{Cause, Outcome};
 use crate::plan::Pieces;
 use crate::pool::Chain;
 use crate::primitive::{Arc, Backoff, contain};
@@ -85,11 +85,6 @@ impl Hit {
             _ => None,
         }
     }
-}
-
-/// The part of it that is invalidated.
-fn part(inner: &Inner, core: &OpCore) -> Range {
-    inner.range.intersect(core.range).expect("it was hit")
 }
 
 /// What stands between the pages and their change.
@@ -436,7 +431,8 @@ impl<'s> Invalidation<'s> {
     }
 
     /// The last phase; what is left where somebody was hit.
-    #[inline]
+    // Always: of a function with many callers a compiler would make one more that hands two words on.
+    #[inline(always)]
     pub(crate) fn end(&mut self, outcome: Outcome) -> Option<Ended<'s>> {
         // Before it is taken from here, where the drop ends what an observer's panic has left.
         self.desk.as_mut()?.pages_changed();

@@ -395,6 +395,7 @@ impl PutOff {
 }
 
 /// Whether this thread has put something off.
+#[inline]
 pub(crate) fn has_put_off() -> bool {
     CONTEXT.with(Context::has_put_off)
 }

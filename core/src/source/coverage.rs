@@ -71,7 +71,7 @@ struct OwnRange {
     thread: u32,
 }
 
-/// Those of a space. Most of the time there is none: who looks for one looks at as many as there are.
+/// Those of a space.
 struct OwnRanges {
     /// The first so many.
     used: usize,
@@ -118,6 +118,8 @@ pub(crate) struct Sources {
     count: AtomicUsize,
     /// What the space's own operations are about to change: a source is told of it too, and has nothing to tell.
     own: Mutex<OwnRanges>,
+    /// How many those are, most of the time none. Written under the lock.
+    owned: AtomicUsize,
     observer: OnceLock<Arc<dyn Observer>>,
     /// Others change pages of the space, or have: large ones may be cut without the table's knowing. It stays so when they are no
     /// longer watched.
@@ -133,6 +135,7 @@ impl Sources {
                 used: 0,
                 list: [None; SLOTS],
             }),
+            owned: AtomicUsize::new(0),
             observer: OnceLock::new(),
             others: AtomicBool::new(false),
         }
@@ -296,6 +299,7 @@ impl Sources {
         for range in ranges.into_iter().flatten() {
             own.add(OwnRange { range, thread });
         }
+        self.owned.store(own.used, Ordering::Relaxed);
         drop(own);
         Own {
             sources: self,
@@ -305,7 +309,14 @@ impl Sources {
     }
 
     /// Whether exactly this is being changed, on this thread, by an operation of the space itself, which has shot it down.
+    #[inline]
     pub(crate) fn is_own(&self, range: Range, thread: u32) -> bool {
+        // Relaxed: who asks was told of a call of that thread, which has written it before.
+        self.owned.load(Ordering::Relaxed) != 0 && self.is_one_of_own(range, thread)
+    }
+
+    #[cold]
+    fn is_one_of_own(&self, range: Range, thread: u32) -> bool {
         let asked = OwnRange { range, thread };
         lock(&self.own).iter().any(|one| one == asked)
     }
@@ -358,5 +369,6 @@ impl Drop for Own<'_> {
         for range in self.ranges.into_iter().flatten() {
             own.remove(range);
         }
+        self.sources.owned.store(own.used, Ordering::Relaxed);
     }
 }

@@ -55,10 +55,15 @@ pub(super) fn start() -> Result<Service, SourceError> {
 }
 
 /// Takes over what this thread has put off. Neither allocates nor frees.
+#[inline]
 pub(super) fn hand_over(_: Service) {
-    if !context::has_put_off() {
-        return;
+    if context::has_put_off() {
+        take_over();
     }
+}
+
+#[cold]
+fn take_over() {
     let mut queue = queue();
     context::hand_over(&mut queue.put_off);
     drop(queue);

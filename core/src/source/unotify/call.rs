@@ -34,10 +34,6 @@ impl Changes {
         self.everything |= added.is_err();
     }
 
-    pub(super) fn len(&self) -> usize {
-        self.list.len()
-    }
-
     pub(super) fn iter(&self) -> impl Iterator<Item = (Range, Cause)> {
         self.list.iter().copied()
     }
@@ -140,21 +136,28 @@ impl Call {
         )
     }
 
-    /// What it is going to change. From here on it is as the stand-in makes it.
-    pub(super) fn changes(&mut self, stand_in: &StandIn, maps: &Maps) -> Changes {
-        let mut changes = Changes::default();
+    /// Adds what it is going to change. From here on it is as the stand-in makes it.
+    #[inline]
+    pub(super) fn changes(&mut self, stand_in: &StandIn, maps: &Maps, changes: &mut Changes) {
+        match self.nr {
+            libc::SYS_munmap => changes.add(pages(self.args[0], self.args[1]), Cause::Unmap),
+            _ => self.other_changes(stand_in, maps, changes),
+        }
+    }
+
+    #[inline(never)]
+    fn other_changes(&mut self, stand_in: &StandIn, maps: &Maps, changes: &mut Changes) {
         match (stand_in, self.place_of_descriptor()) {
             (StandIn::With(fd), Some(place)) => self.args[place] = fd.as_raw_fd() as usize,
             (StandIn::Not, _) => {
                 // What it means is not known here.
                 changes.everything = true;
-                return changes;
+                return;
             }
             _ => {}
         }
         let [a, b, c, d, e, _] = self.args;
         match self.nr {
-            libc::SYS_munmap => changes.add(pages(a, b), Cause::Unmap),
             libc::SYS_mmap => {
                 // The kernel rounds these up to their size; 2 MiB where none is said.
                 let anonymous = d & libc::MAP_ANONYMOUS as usize != 0;
@@ -202,7 +205,7 @@ impl Call {
                     changes.add(behind(0, a, current_break()), Cause::Unmap);
                 }
             }
-            libc::SYS_shmdt => segment(a, maps, &mut changes),
+            libc::SYS_shmdt => segment(a, maps, changes),
             libc::SYS_shmat => {
                 let at = if c & SHM_RND != 0 { down(b) } else { b };
                 // Without a length the kernel will say why. Nothing tells whether its pages are huge.
@@ -246,21 +249,20 @@ impl Call {
                 };
                 if b & FALLOCATE as usize != 0 {
                     let inode = maps::inode_of_descriptor(a);
-                    file((inode, c as u64, last), maps, &mut changes);
+                    file((inode, c as u64, last), maps, changes);
                 }
             }
             libc::SYS_ftruncate => {
                 let inode = maps::inode_of_descriptor(a);
-                file((inode, b as u64, u64::MAX), maps, &mut changes);
+                file((inode, b as u64, u64::MAX), maps, changes);
             }
             libc::SYS_truncate => {
                 let inode = maps::inode_of_path(a);
-                file((inode, b as u64, u64::MAX), maps, &mut changes);
+                file((inode, b as u64, u64::MAX), maps, changes);
             }
-            libc::SYS_process_madvise => self.vectors(&mut changes),
+            libc::SYS_process_madvise => self.vectors(changes),
             _ => changes.everything = true,
         }
-        changes
     }
 
     /// Looks at the ranges of `process_madvise`.
@@ -302,13 +304,18 @@ impl Call {
     }
 
     /// What the handlers are told. "Unchanged" where that is certain: some calls fail half-way.
+    #[inline]
     pub(super) fn outcome(&self, result: Result<usize, i32>, maps: &Maps) -> Outcome {
+        match result {
+            Ok(now) if self.nr == libc::SYS_brk && now != self.args[0] => Outcome::Unchanged,
+            Ok(_) => Outcome::Changed,
+            Err(errno) => self.failed(errno, maps),
+        }
+    }
+
+    #[cold]
+    fn failed(&self, errno: i32, maps: &Maps) -> Outcome {
         let [at, len, advice, flags, ..] = self.args;
-        let errno = match result {
-            Ok(now) if self.nr == libc::SYS_brk && now != at => return Outcome::Unchanged,
-            Ok(_) => return Outcome::Changed,
-            Err(errno) => errno,
-        };
         if self.half.get() {
             return Outcome::Changed;
         }

@@ -7,12 +7,17 @@
 use std::cell::Cell;
 use std::io::Write;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, Ordering};
 
+use super::SUPERVISORS;
 use super::call::Call;
+use crate::source::gate;
 
 /// Who makes a call.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Caller {
+    /// A supervisor: its handler waits for this very call.
+    Supervisor,
     /// A thread of this process that is known to have been one before it made this call. While it waits it does not end by itself, and is
     /// killed, by a signal or an exec, with its process only, and the supervisors with that.
     Own,
@@ -21,7 +26,20 @@ pub(super) enum Caller {
     Other,
 }
 
-/// Threads of this process that a supervisor has seen make calls, by their numbers.
+/// The supervisors' numbers: there before anything is received.
+static THREADS: [AtomicU32; SUPERVISORS] = [const { AtomicU32::new(0) }; SUPERVISORS];
+
+/// This thread is a supervisor.
+pub(super) fn supervises(nth: usize) {
+    THREADS[nth].store(own_thread(), Ordering::Relaxed);
+}
+
+fn is_supervisor(thread: u32) -> bool {
+    let mut all = THREADS.iter().map(|one| one.load(Ordering::Relaxed));
+    all.any(|one| one == thread)
+}
+
+/// Threads of this process that a supervisor has seen make calls, by their numbers; no supervisors.
 #[derive(Default)]
 pub(super) struct Known([Cell<u32>; 16]);
 
@@ -34,9 +52,13 @@ impl Known {
     pub(super) fn caller(&self, thread: u32) -> Caller {
         let known = &self.0[thread as usize % self.0.len()];
         if is_of_this_process(thread) {
-            match known.replace(thread) == thread {
-                true => Caller::Own,
-                false => Caller::InThisMemory,
+            if known.get() == thread {
+                Caller::Own
+            } else if is_supervisor(thread) {
+                Caller::Supervisor
+            } else {
+                known.set(thread);
+                Caller::InThisMemory
             }
         } else {
             known.take();
@@ -71,8 +93,9 @@ fn is_of_this_process(thread: u32) -> bool {
     const OF_A_THREAD: i32 = 4;
     const PROCESSOR_TIME: i32 = 2;
     let clock = !(thread as i32) << 3 | OF_A_THREAD | PROCESSOR_TIME;
+    let args = [clock as usize, 0, 0, 0, 0, 0];
     // SAFETY: numbers only; nothing is written to where nothing is.
-    unsafe { libc::syscall(libc::SYS_clock_getres, clock, 0) == 0 }
+    unsafe { gate::own_call(libc::SYS_clock_getres, args) }.is_ok()
 }
 
 /// How a supervisor can make a call in the place of its caller.
@@ -86,7 +109,17 @@ pub(super) enum StandIn {
 }
 
 impl StandIn {
+    #[inline]
     pub(super) fn find(call: &Call, thread: u32) -> Self {
+        match call.nr {
+            // Addresses only.
+            libc::SYS_munmap => Self::AsItIs,
+            _ => Self::find_for(call, thread),
+        }
+    }
+
+    #[inline(never)]
+    fn find_for(call: &Call, thread: u32) -> Self {
         if call.takes_path() && !shares(thread, KCMP_FS)
             || call.asks_for_rights() && !has_rights_of_this(thread)
         {
@@ -103,6 +136,7 @@ impl StandIn {
 }
 
 /// A thread's descriptor.
+#[cold]
 fn borrow(thread: u32, fd: usize) -> Option<OwnedFd> {
     const PIDFD_THREAD: i32 = libc::O_EXCL;
     // Other threads than a process's first can be named since Linux 6.9.
@@ -150,7 +184,9 @@ impl Status {
     }
 }
 
-/// Whether a thread may do what this one may.
+/// Whether a thread may do what this one may. Apart: it has a large frame.
+#[cold]
+#[inline(never)]
 fn has_rights_of_this(thread: u32) -> bool {
     let (Some(one), Some(other)) = (Status::read(own_thread()), Status::read(thread)) else {
         return false;

@@ -152,7 +152,8 @@ pub fn seccomp_call(bytes: &[u8]) {
     let mut call = Call::new(&data);
     static MAPS: OnceLock<Maps> = OnceLock::new();
     let maps = MAPS.get_or_init(|| Maps::open().expect("this process has mappings"));
-    let changes = call.changes(&StandIn::AsItIs, maps);
+    let mut changes = Changes::default();
+    call.changes(&StandIn::AsItIs, maps, &mut changes);
     for (from, to) in affected(nr, args) {
         let middle = from + (to - from) / 2 / PAGE as u128 * PAGE as u128;
         for at in [from, middle, to - 1] {

@@ -1,35 +1,37 @@
 //! The listener: calls that the kernel hands over, and their answers.
 
-use std::io;
+use super::super::gate;
 
 /// A call that waits for its answer.
 pub(super) type Notification = libc::seccomp_notif;
 
+/// A request to the listener.
+///
+/// # Safety
+/// The kernel reads or fills what the request says at `what`.
+unsafe fn request(listener: i32, request: libc::Ioctl, what: usize) -> Result<usize, i32> {
+    let args = [listener as usize, request as usize, what, 0, 0, 0];
+    // SAFETY: the caller's promise.
+    unsafe { gate::own_call(libc::SYS_ioctl, args) }
+}
+
 /// The next call; waits for one.
 ///
 /// # Errors
-/// Interrupted, or whoever made it is gone; anything else means that there is no listener any more.
-pub(super) fn receive(listener: i32) -> io::Result<Notification> {
+/// The errno. Interrupted, or whoever made it is gone; anything else means that there is no listener any more.
+pub(super) fn receive(listener: i32, into: &mut Notification) -> Result<(), i32> {
     // SAFETY: integers only; the kernel wants it zeroed.
-    let mut notification: Notification = unsafe { std::mem::zeroed() };
+    *into = unsafe { std::mem::zeroed() };
+    let at = &raw mut *into as usize;
     // SAFETY: the kernel fills the structure.
-    let said = unsafe {
-        libc::ioctl(
-            listener,
-            libc::SECCOMP_IOCTL_NOTIF_RECV,
-            &raw mut notification,
-        )
-    };
-    match said {
-        0 => Ok(notification),
-        _ => Err(io::Error::last_os_error()),
-    }
+    unsafe { request(listener, libc::SECCOMP_IOCTL_NOTIF_RECV, at) }.map(|_| ())
 }
 
 /// Whether somebody still waits for the answer: a caller may have been killed.
 pub(super) fn is_waited_for(listener: i32, id: u64) -> bool {
+    let at = &raw const id as usize;
     // SAFETY: the kernel reads the number.
-    unsafe { libc::ioctl(listener, libc::SECCOMP_IOCTL_NOTIF_ID_VALID, &raw const id) == 0 }
+    unsafe { request(listener, libc::SECCOMP_IOCTL_NOTIF_ID_VALID, at) }.is_ok()
 }
 
 pub(super) fn answer(listener: i32, id: u64, result: Result<usize, i32>) {
@@ -63,13 +65,8 @@ pub(super) fn let_go_on(listener: i32, id: u64) {
 }
 
 fn send(listener: i32, response: libc::seccomp_notif_resp) {
+    let at = &raw const response as usize;
     // ENOENT: the caller was killed meanwhile, and wants no answer.
     // SAFETY: the kernel reads the structure.
-    unsafe {
-        libc::ioctl(
-            listener,
-            libc::SECCOMP_IOCTL_NOTIF_SEND,
-            &raw const response,
-        )
-    };
+    let _ = unsafe { request(listener, libc::SECCOMP_IOCTL_NOTIF_SEND, at) };
 }

@@ -1,24 +1,21 @@
 //! Making a call in its caller's place: as it is, unless it would leave a hole in an arena.
 
-use arrayvec::ArrayVec;
-
 use super::super::arena;
 use super::super::gate;
 use super::call::{Call, Changes, pages};
-use super::filter::RANGES;
 use crate::addr::Range;
 
 /// Arenas of the spaces that are watched.
-pub(super) type Arenas = ArrayVec<Range, RANGES>;
+pub(super) trait Arenas: Iterator<Item = Range> + Clone {}
+impl<I: Iterator<Item = Range> + Clone> Arenas for I {}
 
 impl Call {
     /// Makes the call.
-    pub(super) fn perform(&self, changes: &Changes, arenas: &Arenas) -> Result<usize, i32> {
-        let inside = |range: Range| arenas.iter().any(|arena| arena.overlaps(range));
+    pub(super) fn perform(&self, changes: &Changes, arenas: impl Arenas) -> Result<usize, i32> {
+        let inside = |range: Range| arenas.clone().any(|arena| arena.overlaps(range));
         if !changes.iter().any(|(range, _)| inside(range)) {
             return self.as_it_is(self.args);
         }
-        let each = || arenas.iter().copied();
         match self.nr {
             libc::SYS_munmap => match pages(self.args[0], self.args[1]) {
                 Some(range) => self.unmap(range, arenas),
@@ -28,7 +25,7 @@ impl Call {
             libc::SYS_shmdt => {
                 let result = self.as_it_is(self.args)?;
                 for (range, _) in changes.iter() {
-                    arena::reserve_hole(range, each());
+                    arena::reserve_hole(range, arenas.clone());
                 }
                 Ok(result)
             }
@@ -36,18 +33,17 @@ impl Call {
         }
     }
 
-    fn unmap(&self, range: Range, arenas: &Arenas) -> Result<usize, i32> {
-        let each = arenas.iter().copied();
+    fn unmap(&self, range: Range, arenas: impl Arenas) -> Result<usize, i32> {
         // SAFETY: what a thread of this process asked for.
-        let result = unsafe { arena::unmap(range, each) };
+        let result = unsafe { arena::unmap(range, arenas) };
         result.map_err(|failed| {
             self.half.set(failed.half);
             failed.errno
         })
     }
 
-    fn move_away(&self, changes: &Changes, arenas: &Arenas) -> Result<usize, i32> {
-        let each = || arenas.iter().copied();
+    #[cold]
+    fn move_away(&self, changes: &Changes, arenas: impl Arenas) -> Result<usize, i32> {
         let [at, old, new, flags, to, _] = self.args;
         let has = |flag: i32| flags & flag as usize != 0;
         let (fixed, keeps) = (has(libc::MREMAP_FIXED), has(libc::MREMAP_DONTUNMAP));
@@ -80,7 +76,7 @@ impl Call {
         let result = self.as_it_is(self.args)?;
         if result != at {
             for (range, _) in changes.iter() {
-                arena::reserve_hole(range, each());
+                arena::reserve_hole(range, arenas.clone());
             }
         }
         Ok(result)

@@ -5,18 +5,16 @@
 //! receives waits for a supervisor.
 
 use std::collections::VecDeque;
-use std::io;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::atomic::{AtomicIsize, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use arrayvec::ArrayVec;
 
 use super::call::{CHANGES, Call, Changes};
-use super::caller::{Caller, Known, StandIn, own_thread};
+use super::caller::{self, Caller, Known, StandIn};
 use super::filter::RANGES;
 use super::listener::{self, Notification};
 use super::maps::Maps;
-use super::perform::Arenas;
 use super::{LISTENER, NONE_COMES, SUPERVISOR, SUPERVISORS, lock};
 use crate::addr::Range;
 use crate::context::OpenInvalidation;
@@ -26,45 +24,29 @@ use crate::source::relay::Relay;
 use crate::source::service::{self, Service};
 use crate::source::{ExternalChange, Sink, SourceError};
 
-static THREADS: [AtomicU32; SUPERVISORS] = [const { AtomicU32::new(0) }; SUPERVISORS];
-
 /// Calls that can have been received and wait for a supervisor; one more fails with EAGAIN.
 const WAITING: usize = 1024;
 
-/// A sink in the list, and how many calls are being served for it.
-#[derive(Debug)]
-struct Route {
-    sink: Arc<Sink>,
-    uses: usize,
-    stopping: bool,
-}
+/// A place for a sink. Whoever serves a call holds it for reading meanwhile, and passes by where somebody waits to write.
+type Route = RwLock<Option<Arc<Sink>>>;
 
-/// A sink that is in use, and where it is in the list.
-struct InUse {
-    place: usize,
-    sink: Arc<Sink>,
-}
-
-type Sinks = ArrayVec<InUse, RANGES>;
+/// A place, in use.
+type InUse<'s> = RwLockReadGuard<'s, Option<Arc<Sink>>>;
 
 /// What a call has begun.
 type Open<'s> = ArrayVec<ExternalChange<'s>, CHANGES>;
 
-/// What is being served, and what waits to be.
-#[derive(Debug)]
-struct Calls {
-    serving: usize,
-    /// Never grows: it has room for [`WAITING`].
-    waiting: VecDeque<(Notification, Caller)>,
-}
-
 /// The list of all supervisors.
 #[derive(Debug)]
 pub(super) struct Supervisor {
-    routes: Mutex<[Option<Route>; RANGES]>,
-    left: Condvar,
     relay: Relay,
-    calls: Mutex<Calls>,
+    /// Supervisors that were relieved and serve still. Lowered with `waiting` locked.
+    relieved: AtomicIsize,
+    /// The routes in use, a bit each.
+    used: AtomicUsize,
+    routes: [Route; RANGES],
+    /// What is to be served by those. Never grows: it has room for [`WAITING`].
+    waiting: Mutex<VecDeque<(Notification, Caller)>>,
     service: Service,
 }
 
@@ -77,7 +59,7 @@ pub(super) fn supervise(nth: usize, maps: &Maps) {
         libc::sigfillset(&mut all);
         libc::pthread_sigmask(libc::SIG_BLOCK, &all, std::ptr::null_mut());
     }
-    THREADS[nth].store(own_thread(), Ordering::Relaxed);
+    caller::supervises(nth);
     let listener = {
         let mut listener = lock(&LISTENER.0);
         listener.ready += 1;
@@ -104,19 +86,22 @@ pub(super) fn supervise(nth: usize, maps: &Maps) {
     };
     let relay = &supervisor.relay;
     // The first receives.
-    if nth > 0 && !relay.stand_by() {
+    if nth > 0 && !supervisor.stand_by() {
         return;
     }
+    // SAFETY: integers only.
+    let mut notification: Notification = unsafe { std::mem::zeroed() };
     loop {
-        match listener::receive(listener) {
-            Ok(notification) => {
+        match listener::receive(listener, &mut notification) {
+            Ok(()) => {
                 let turn = relay.busy();
-                supervisor.take(&seat, notification);
-                if !relay.done(turn) && !relay.stand_by() {
+                supervisor.take(&seat, &notification);
+                if !relay.done(turn) && !supervisor.relieved(&seat) {
                     return;
                 }
             }
-            Err(error) if is_passing(&error) => {}
+            // A signal, or a caller that was gone by then.
+            Err(libc::EINTR | libc::ENOENT) => {}
             // Somebody has closed it: what the filter stops fails from here on.
             Err(_) => return relay.close(),
         }
@@ -130,239 +115,225 @@ struct Seat<'m> {
     known: Known,
 }
 
-/// A signal, or a caller that was gone by then.
-fn is_passing(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EINTR | libc::ENOENT))
-}
-
-/// One range of one route, to be invalidated.
-struct Part<'s> {
-    sink: &'s Sink,
-    range: Range,
-    cause: Cause,
+fn write(route: &Route) -> RwLockWriteGuard<'_, Option<Arc<Sink>>> {
+    route.write().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Supervisor {
     pub(super) fn new(service: Service) -> Self {
         Self {
-            routes: Mutex::new([const { None }; RANGES]),
-            left: Condvar::new(),
             relay: Relay::default(),
-            calls: Mutex::new(Calls {
-                serving: 0,
-                waiting: VecDeque::with_capacity(WAITING),
-            }),
+            relieved: AtomicIsize::new(0),
+            used: AtomicUsize::new(0),
+            routes: [const { RwLock::new(None) }; RANGES],
+            waiting: Mutex::new(VecDeque::with_capacity(WAITING)),
             service,
         }
     }
 
-    /// Serves calls for these as well.
+    /// Serves calls for these as well. One thread at a time.
     pub(super) fn add(&self, sinks: &[Arc<Sink>]) -> Result<(), SourceError> {
-        let mut routes = lock(&self.routes);
-        if routes.iter().filter(|one| one.is_none()).count() < sinks.len() {
+        let used = self.used.load(Ordering::Relaxed);
+        let free = (0..RANGES).filter(|place| used & 1 << place == 0);
+        if free.clone().count() < sinks.len() {
             return Err(SourceError::NoRoom { limit: RANGES });
         }
-        for sink in sinks {
-            let free = routes.iter_mut().find(|one| one.is_none());
-            *free.expect("counted") = Some(Route {
-                sink: sink.clone(),
-                uses: 0,
-                stopping: false,
-            });
+        for (place, sink) in free.zip(sinks) {
+            *write(&self.routes[place]) = Some(sink.clone());
+            // Relaxed: whoever makes a call that is to be told orders it behind this himself.
+            self.used.fetch_or(1 << place, Ordering::Relaxed);
         }
         Ok(())
     }
 
     /// No longer; waits for the calls that are being served for it.
     pub(super) fn remove(&self, sink: &Arc<Sink>) {
-        let mut routes = lock(&self.routes);
+        let is_own = |one: InUse<'_>| one.as_ref().is_some_and(|one| Arc::ptr_eq(one, sink));
+        let mut routes = self.routes.iter();
+        // What somebody else writes is his.
+        let own = routes.position(|route| route.try_read().is_ok_and(is_own));
+        let Some(place) = own else { return };
+        let sink = write(&self.routes[place]).take();
+        self.used.fetch_and(!(1 << place), Ordering::Relaxed);
+        // Freed with the lock given back: a supervisor may want it.
+        drop(sink);
+    }
+
+    /// Waits until this thread receives. False: nobody does any more.
+    fn stand_by(&self) -> bool {
+        let receives = self.relay.stand_by();
+        // Relaxed: who receives is this thread. The other may have served by now, and lowered it before.
+        self.relieved.fetch_add(receives.into(), Ordering::Relaxed);
+        receives
+    }
+
+    /// Another receives by now: serves what that left, then stands by.
+    #[cold]
+    fn relieved(&self, seat: &Seat<'_>) -> bool {
         loop {
-            let own = routes.iter_mut().find(|one| {
-                one.as_ref()
-                    .is_some_and(|route| Arc::ptr_eq(&route.sink, sink))
-            });
-            let Some(own) = own else { return };
-            match own {
-                Some(route) if route.uses > 0 => route.stopping = true,
-                _ => {
-                    let route = own.take();
-                    drop(routes);
-                    // Freed with the lock given back: a supervisor may want it.
-                    drop(route);
-                    return;
-                }
+            let mut waiting = lock(&self.waiting);
+            let Some((notification, caller)) = waiting.pop_front() else {
+                self.relieved.fetch_sub(1, Ordering::Relaxed);
+                break;
+            };
+            drop(waiting);
+            self.serve(seat, &notification, caller);
+        }
+        self.stand_by()
+    }
+
+    /// Serves a call that was received, unless all but this one are at it.
+    fn take(&self, seat: &Seat<'_>, notification: &Notification) {
+        let caller = seat.known.caller(notification.pid);
+        match caller {
+            // Its handler waits for this very call.
+            Caller::Supervisor => {
+                return listener::answer(seat.listener, notification.id, Err(libc::EDEADLK));
             }
-            routes = self
-                .left
-                .wait(routes)
-                .unwrap_or_else(PoisonError::into_inner);
+            Caller::Other => return listener::let_go_on(seat.listener, notification.id),
+            Caller::Own | Caller::InThisMemory => {}
+        }
+        // Relaxed: only this thread raises it, or did so to receive.
+        let last = self.relieved.load(Ordering::Relaxed) == SUPERVISORS as isize - 1;
+        if !last || !self.leave_to_others(seat, notification, caller) {
+            self.serve(seat, notification, caller);
         }
     }
 
-    /// Serves a call that was received, then those that wait, unless all but this one are at it.
-    fn take(&self, seat: &Seat<'_>, notification: Notification) {
-        let listener = seat.listener;
-        let mut is_supervisor = THREADS.iter().map(|one| one.load(Ordering::Relaxed));
-        if is_supervisor.any(|one| one == notification.pid) {
-            // Its handler waits for this very call.
-            return listener::answer(listener, notification.id, Err(libc::EDEADLK));
+    /// Those that were relieved serve it, unless one is done by now: false.
+    #[cold]
+    fn leave_to_others(
+        &self,
+        seat: &Seat<'_>,
+        notification: &Notification,
+        caller: Caller,
+    ) -> bool {
+        let mut waiting = lock(&self.waiting);
+        if self.relieved.load(Ordering::Relaxed) < SUPERVISORS as isize - 1 {
+            return false;
         }
-        let caller = seat.known.caller(notification.pid);
-        if caller == Caller::Other {
-            return listener::let_go_on(listener, notification.id);
+        if waiting.len() < WAITING {
+            waiting.push_back((*notification, caller));
+        } else {
+            listener::answer(seat.listener, notification.id, Err(libc::EAGAIN));
         }
-        {
-            let mut calls = lock(&self.calls);
-            if calls.serving == SUPERVISORS - 1 {
-                if calls.waiting.len() < WAITING {
-                    calls.waiting.push_back((notification, caller));
-                } else {
-                    listener::answer(listener, notification.id, Err(libc::EAGAIN));
-                }
-                return;
-            }
-            calls.serving += 1;
-        }
-        let mut next = Some((notification, caller));
-        while let Some((notification, caller)) = next {
-            self.serve(seat, &notification, caller);
-            let mut calls = lock(&self.calls);
-            next = calls.waiting.pop_front();
-            calls.serving -= usize::from(next.is_none());
-        }
+        true
     }
 
     /// Serves one call. From its receipt to its answer nothing is allocated or freed.
     fn serve(&self, seat: &Seat<'_>, notification: &Notification, caller: Caller) {
-        let (id, listener, maps) = (notification.id, seat.listener, seat.maps);
+        let (id, thread, listener) = (notification.id, notification.pid, seat.listener);
         {
             // As if inside a callback: what the handlers put off stays put off until the caller has its answer.
             let _open = OpenInvalidation::enter();
             let mut call = Call::new(&notification.data);
-            let stand_in = StandIn::find(&call, notification.pid);
-            let changes = call.changes(&stand_in, maps);
-            let perform = |arenas: &Arenas| {
+            let stand_in = StandIn::find(&call, thread);
+            let mut changes = Changes::default();
+            call.changes(&stand_in, seat.maps, &mut changes);
+            // Filled where it lies, as what follows.
+            let mut routes = ArrayVec::<InUse<'_>, RANGES>::new();
+            let mut used = self.used.load(Ordering::Relaxed);
+            while used != 0 {
+                let place = used.trailing_zeros() as usize;
+                used &= used - 1;
+                if let Ok(route) = self.routes[place % RANGES].try_read() {
+                    routes.push(route);
+                }
+            }
+            let sinks = routes.iter().filter_map(|one| one.as_deref());
+            let make = || {
                 // A caller that was killed is gone, and what it wanted to unmap may be somebody else's by the time that this is made.
                 // Whoever waits still is also who was looked at above: his number was not given to another.
                 if caller != Caller::Own && !listener::is_waited_for(listener, id) {
                     return (Some(Err(libc::EINTR)), Outcome::Unchanged);
                 }
+                // The caller shall make it.
                 if matches!(stand_in, StandIn::Not) {
                     return (None, Outcome::Changed);
                 }
-                let result = call.perform(&changes, arenas);
-                (Some(result), call.outcome(result, maps))
+                let result = call.perform(&changes, sinks.clone().filter_map(Sink::arena));
+                (Some(result), call.outcome(result, seat.maps))
             };
-            match self.shoot_down(&changes, notification.pid, perform) {
+            let mut open = Open::new();
+            let result = match begin(sinks.clone(), &changes, thread, &mut open) {
+                Err(errno) => Some(Err(errno)),
+                Ok(()) => {
+                    let (result, outcome) = make();
+                    end(&mut open, outcome);
+                    result
+                }
+            };
+            match result {
                 Some(result) => listener::answer(listener, id, result),
                 None => listener::let_go_on(listener, id),
             }
         }
         service::hand_over(self.service);
     }
-
-    /// Invalidates, performs, ends. `None`: the caller shall make the call.
-    fn shoot_down(
-        &self,
-        changes: &Changes,
-        thread: u32,
-        perform: impl FnOnce(&Arenas) -> (Option<Result<usize, i32>>, Outcome),
-    ) -> Option<Result<usize, i32>> {
-        let sinks = self.enter();
-        let result = {
-            let mut open = ArrayVec::new();
-            match begin(&sinks, changes, thread, &mut open) {
-                Err(errno) => Some(Err(errno)),
-                Ok(()) => {
-                    let arenas = sinks.iter().filter_map(|one| one.sink.arena()).collect();
-                    let (result, outcome) = perform(&arenas);
-                    for change in open {
-                        // A handler's panic is known to the space; the pages have changed.
-                        let _ = change.end(outcome);
-                    }
-                    result
-                }
-            }
-        };
-        self.leave(sinks);
-        result
-    }
-
-    /// The sinks there are, in use.
-    fn enter(&self) -> Sinks {
-        let mut routes = lock(&self.routes);
-        let mut sinks = ArrayVec::new();
-        for (place, route) in routes.iter_mut().enumerate() {
-            if let Some(route) = route.as_mut().filter(|route| !route.stopping) {
-                route.uses += 1;
-                let sink = route.sink.clone();
-                sinks.push(InUse { place, sink });
-            }
-        }
-        sinks
-    }
-
-    fn leave(&self, sinks: Sinks) {
-        let mut routes = lock(&self.routes);
-        let mut waited_for = false;
-        for InUse { place, sink } in sinks {
-            if let Some(route) = &mut routes[place] {
-                // Not the last: the route has one.
-                drop(sink);
-                route.uses -= 1;
-                waited_for |= route.stopping;
-            }
-        }
-        drop(routes);
-        // A system call, also where nobody waits.
-        if waited_for {
-            self.left.notify_all();
-        }
-    }
 }
 
 /// Begins all of it; on an error what was begun has ended, and nothing has changed.
 fn begin<'s>(
-    sinks: &'s Sinks,
+    sinks: impl Iterator<Item = &'s Sink> + Clone,
     changes: &Changes,
     thread: u32,
     open: &mut Open<'s>,
 ) -> Result<(), i32> {
-    let sinks = || sinks.iter().map(|one| &*one.sink);
-    let parts = || {
-        changes.iter().flat_map(move |(range, cause)| {
-            let touched = sinks().filter(move |sink| sink.range().overlaps(range));
-            // The space's own operation has shot it down, and comes here only if its memory does not use the gate.
-            let foreign = touched.filter(move |sink| !sink.is_own(range, thread));
-            foreign.map(move |sink| Part { sink, range, cause })
-        })
-    };
-    let at_most = changes.len() * sinks().len();
-    if changes.everything || at_most > CHANGES && parts().count() > CHANGES {
-        let all = sinks().map(|sink| Part {
-            sink,
-            range: sink.range(),
-            cause: Cause::External,
-        });
-        begin_each(all, open)
-    } else {
-        begin_each(parts(), open)
+    if changes.everything {
+        return begin_everything(sinks, open);
     }
-}
-
-fn begin_each<'s>(parts: impl Iterator<Item = Part<'s>>, open: &mut Open<'s>) -> Result<(), i32> {
-    for part in parts {
-        match part.sink.begin(part.range, part.cause) {
-            Ok(change) => open.extend(change),
-            Err(error) => {
-                for change in open.drain(..) {
-                    let _ = change.end(Outcome::Unchanged);
-                }
-                return Err(errno(&error));
+    for (range, cause) in changes.iter() {
+        for sink in sinks.clone() {
+            // The space's own operation has shot it down, and comes here only if its memory does not use the gate.
+            if !sink.range().overlaps(range) || sink.is_own(range, thread) {
+                continue;
             }
+            if open.is_full() {
+                return begin_everything(sinks, open);
+            }
+            begin_one(sink, range, cause, open)?;
         }
     }
     Ok(())
+}
+
+/// Instead of what was begun.
+#[cold]
+fn begin_everything<'s>(
+    mut sinks: impl Iterator<Item = &'s Sink>,
+    open: &mut Open<'s>,
+) -> Result<(), i32> {
+    end(open, Outcome::Unchanged);
+    sinks.try_for_each(|sink| begin_one(sink, sink.range(), Cause::External, open))
+}
+
+fn begin_one<'s>(
+    sink: &'s Sink,
+    range: Range,
+    cause: Cause,
+    open: &mut Open<'s>,
+) -> Result<(), i32> {
+    let change = sink.begin(range, cause);
+    let change = change.map_err(|error| failed(error, open))?;
+    if let Some(change) = change {
+        open.push(change);
+    }
+    Ok(())
+}
+
+#[cold]
+fn failed(error: SinkError, open: &mut Open<'_>) -> i32 {
+    end(open, Outcome::Unchanged);
+    errno(&error)
+}
+
+/// Ends what has begun, the last first.
+#[inline]
+fn end(open: &mut Open<'_>, outcome: Outcome) {
+    while let Some(change) = open.pop() {
+        // A handler's panic is known to the space; the pages have changed, or not.
+        let _ = change.end(outcome);
+    }
 }
 
 /// What the caller is told: the pages stay as they are.

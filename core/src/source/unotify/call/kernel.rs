@@ -141,7 +141,8 @@ impl Ground {
             instruction_pointer: 0,
             args: args.map(|arg| arg as u64),
         });
-        let changes = call.changes(&StandIn::AsItIs, maps);
+        let mut changes = Changes::default();
+        call.changes(&StandIn::AsItIs, maps, &mut changes);
         // SAFETY: on pages of the ground; what is moved elsewhere is unmapped below.
         let result = unsafe { gate::own_call(nr, args) };
         let outcome = call.outcome(result, maps);

@@ -48,7 +48,7 @@ proptest! {
         let maps = Maps::open().unwrap();
         for nr in CALLS {
             let mut call = call(*nr, args);
-            let _ = call.changes(&StandIn::AsItIs, &maps);
+            call.changes(&StandIn::AsItIs, &maps, &mut Changes::default());
             let _ = call.outcome(Err(libc::EINVAL), &maps);
         }
     }
@@ -56,7 +56,8 @@ proptest! {
 
 fn changes(nr: libc::c_long, args: [u64; 6]) -> Vec<(u64, u64)> {
     let maps = Maps::open().unwrap();
-    let changes = call(nr, args).changes(&StandIn::AsItIs, &maps);
+    let mut changes = Changes::default();
+    call(nr, args).changes(&StandIn::AsItIs, &maps, &mut changes);
     assert!(!changes.everything);
     let both = |(range, _): (Range, Cause)| (range.start().get(), range.last().get() + 1);
     changes.iter().map(both).collect()

@@ -4,7 +4,6 @@
 use std::io;
 
 use super::super::filter::tests::Filter;
-use super::super::perform::Arenas;
 use super::*;
 
 /// Pages that calls are made on, with as many on each side that are not there to be changed.
@@ -196,12 +195,13 @@ impl Ground {
             args: args.map(|arg| arg as u64),
         };
         let mut call = Call::new(&data);
-        let changes = call.changes(&StandIn::AsItIs, maps);
+        let mut changes = Changes::default();
+        call.changes(&StandIn::AsItIs, maps, &mut changes);
         let len = (ALL * PAGE) as u64;
         let arena = Range::new(self.at as u64, len).map_err(|error| error.to_string())?;
-        let [bare, kept] = [Arenas::new(), Arenas::from_iter([arena])].map(|arenas| {
+        let [bare, kept] = [None, Some(arena)].map(|arena| {
             self.make();
-            let result = call.perform(&changes, &arenas);
+            let result = call.perform(&changes, arena.into_iter());
             let unchanged: [bool; PAGES] = std::array::from_fn(|nth| self.is_unchanged(nth));
             self.forget_moved(nr, args, result);
             let here = self.at..self.at + ALL * PAGE;

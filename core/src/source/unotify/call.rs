@@ -357,8 +357,11 @@ impl Call {
                 | libc::SYS_pkey_mprotect
                 | libc::SYS_mremap
         );
-        let refused = matches!(errno, libc::EBADF | libc::ENOSYS)
-            || errno == libc::EPERM && !by_mappings
+        // Whose file it is may not want it: it is asked when the old mapping is gone.
+        let by_file = matches!(self.nr, libc::SYS_mmap | libc::SYS_remap_file_pages);
+        let refused = errno == libc::EBADF
+            || errno == libc::ENOSYS && !by_file
+            || errno == libc::EPERM && !by_mappings && !by_file
             || errno == libc::EINVAL && no_pages;
         // One mapping is changed as a whole or not at all by these.
         let whole = match self.nr {

@@ -344,6 +344,28 @@ fn try_sealed(kind: Kind) -> Result<usize, String> {
     Ok(made)
 }
 
+/// A mapping that whose file it is does not want, in the place of another: a writable one of a map of BPF's that was frozen.
+fn try_unwanted(kind: Kind) -> Result<usize, String> {
+    const MAP_CREATE: usize = 0;
+    const MAP_FREEZE: usize = 22;
+    const ARRAY: u32 = 2;
+    const MMAPABLE: u32 = 1 << 10;
+    let bpf = |what: usize, about: &[u32]| {
+        // SAFETY: the kernel reads as many bytes as it is told.
+        unsafe { libc::syscall(libc::SYS_bpf, what, about.as_ptr(), size_of_val(about)) }
+    };
+    let map = bpf(MAP_CREATE, &[ARRAY, 4, PAGE as u32, 1, MMAPABLE]);
+    if map < 0 || bpf(MAP_FREEZE, &[map as u32]) < 0 {
+        // Not everybody may have one.
+        return Ok(0);
+    }
+    let ground = Ground::reserve(kind);
+    let maps = Maps::open().map_err(|error| error.to_string())?;
+    let (at, fixed) = (ground.page(2), libc::MAP_FIXED | libc::MAP_SHARED);
+    let args = [at, PAGE, 3, fixed as usize, map as usize, 0];
+    ground.try_call(&maps, libc::SYS_mmap, args).map(|()| 1)
+}
+
 /// Runs `tries` on pages of each kind, each in a process of its own: there no other thread maps anything where room was made.
 fn on_each_kind(least: usize, tries: impl Fn(Kind) -> Result<usize, String>) {
     let both = [libc::MAP_PRIVATE, libc::MAP_SHARED];
@@ -383,7 +405,11 @@ fn on_each_kind(least: usize, tries: impl Fn(Kind) -> Result<usize, String>) {
 
 #[test]
 fn whatever_this_kernel_changes_is_told() {
-    on_each_kind(5_000, |kind| try_sealed(kind).and_then(|_| try_calls(kind)));
+    on_each_kind(5_000, |kind| {
+        try_sealed(kind)?;
+        try_unwanted(kind)?;
+        try_calls(kind)
+    });
 }
 
 #[test]

@@ -106,4 +106,10 @@ fn a_failure_that_may_have_come_half_way_is_not_called_unchanged() {
     assert_eq!(truncated(libc::EINVAL), Outcome::Unchanged);
     let protected = outcome(libc::SYS_mprotect, [at, 8 * len, 0, 0, 0, 0], libc::ENOMEM);
     assert_eq!(protected, Outcome::Changed, "of two mappings the first");
+    let fixed = (libc::MAP_FIXED | libc::MAP_SHARED) as u64;
+    let mapped = |errno| outcome(libc::SYS_mmap, [at, len, 3, fixed, 3, 0], errno);
+    // A driver's word, when the old mapping is gone.
+    assert_eq!(mapped(libc::EPERM), Outcome::Changed);
+    assert_eq!(mapped(libc::ENOSYS), Outcome::Changed);
+    assert_eq!(mapped(libc::EBADF), Outcome::Unchanged);
 }

@@ -346,3 +346,6 @@ fn errno(error: &SinkError) -> i32 {
         _ => libc::EAGAIN,
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests;

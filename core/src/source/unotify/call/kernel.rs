@@ -313,35 +313,66 @@ fn try_calls(kind: Kind) -> Result<usize, String> {
     Ok(made)
 }
 
+/// Seals a page, which stays so for good. False where the kernel cannot: before Linux 6.10.
+fn seal(at: usize) -> Result<bool, String> {
+    const MSEAL: libc::c_long = 462;
+    // SAFETY: a page of the ground.
+    let refused = unsafe {
+        libc::mprotect(at as *mut _, PAGE, libc::PROT_READ) != 0
+            || libc::syscall(MSEAL, at, PAGE, 0) != 0
+    };
+    match io::Error::last_os_error().raw_os_error() {
+        _ if !refused => Ok(true),
+        Some(libc::ENOSYS) => Ok(false),
+        errno => Err(format!("mseal: {errno:?}")),
+    }
+}
+
 /// What changes the pages in front of one that is sealed, and is refused then.
 fn try_sealed(kind: Kind) -> Result<usize, String> {
-    const MSEAL: libc::c_long = 462;
     let mut made = 0;
     for (nr, third) in [
         (libc::SYS_madvise, libc::MADV_DONTNEED),
         (libc::SYS_mprotect, libc::PROT_NONE),
         (libc::SYS_munmap, 0),
     ] {
-        // What is sealed stays for good.
         let ground = Ground::reserve(kind);
         ground.make();
-        let (at, sealed) = (ground.page(2), ground.page(4));
-        // SAFETY: a page of the ground.
-        let refused = unsafe {
-            libc::mprotect(sealed as *mut _, PAGE, libc::PROT_READ) != 0
-                || libc::syscall(MSEAL, sealed, PAGE, 0) != 0
-        };
-        let errno = io::Error::last_os_error().raw_os_error();
-        if refused {
-            // Before Linux 6.10 there is none.
-            let is_old = errno == Some(libc::ENOSYS);
-            return is_old.then_some(made).ok_or(format!("mseal: {errno:?}"));
+        let at = ground.page(2);
+        if !seal(ground.page(4))? {
+            return Ok(made);
         }
         let maps = Maps::open().map_err(|error| error.to_string())?;
         ground.try_on(&maps, nr, [at, 4 * PAGE, third as usize, 0, 0, 0], 4)?;
         made += 1;
     }
     Ok(made)
+}
+
+/// An unmap that is made in two parts, as an arena ends between them, and the second is refused.
+fn try_half(kind: Kind) -> Result<usize, String> {
+    let ground = Ground::reserve(kind);
+    ground.make();
+    if !seal(ground.page(4))? {
+        return Ok(0);
+    }
+    let maps = Maps::open().map_err(|error| error.to_string())?;
+    let mut call = Call::new(&libc::seccomp_data {
+        nr: libc::SYS_munmap as i32,
+        arch: 0,
+        instruction_pointer: 0,
+        args: [ground.page(2) as u64, 4 * PAGE as u64, 0, 0, 0, 0],
+    });
+    let mut changes = Changes::default();
+    call.changes(&StandIn::AsItIs, &maps, &mut changes);
+    let arena = pages(ground.page(2), PAGE);
+    let result = call.perform(&changes, arena.into_iter());
+    let outcome = call.outcome(result, &maps);
+    let half = !ground.is_unchanged(2) && ground.is_unchanged(3);
+    match (result, half, outcome) {
+        (Err(_), true, Outcome::Changed) => Ok(1),
+        wrong => Err(format!("in two parts: {wrong:?}")),
+    }
 }
 
 /// A mapping that whose file it is does not want, in the place of another: a writable one of a map of BPF's that was frozen.
@@ -407,6 +438,7 @@ fn on_each_kind(least: usize, tries: impl Fn(Kind) -> Result<usize, String>) {
 fn whatever_this_kernel_changes_is_told() {
     on_each_kind(5_000, |kind| {
         try_sealed(kind)?;
+        try_half(kind)?;
         try_unwanted(kind)?;
         try_calls(kind)
     });

@@ -112,3 +112,25 @@ fn where_one_space_refuses_the_others_are_told_that_nothing_changed() {
     }
     assert_eq!(*lock(&logs[0].ended), [Outcome::Unchanged; 2]);
 }
+
+#[test]
+fn what_waits_is_bounded_and_waits_only_for_somebody_who_will_look() {
+    let supervisor = Supervisor::new(service::start().unwrap());
+    let seat = Seat {
+        // None: answers go nowhere.
+        listener: -1,
+        maps: &Maps::open().unwrap(),
+        known: Known::default(),
+    };
+    // SAFETY: integers only.
+    let notification: Notification = unsafe { std::mem::zeroed() };
+    let leave = || supervisor.leave_to_others(&seat, &notification, Caller::Own);
+    let others = SUPERVISORS as isize - 1;
+    supervisor.relieved.store(others - 1, Ordering::Relaxed);
+    assert!(!leave(), "one has looked, and found nothing");
+    supervisor.relieved.store(others, Ordering::Relaxed);
+    let room = lock(&supervisor.waiting).capacity();
+    assert!((0..=WAITING).all(|_| leave()));
+    let waiting = lock(&supervisor.waiting);
+    assert_eq!((waiting.len(), waiting.capacity()), (WAITING, room));
+}

@@ -26,6 +26,8 @@ mod escalate;
 mod external;
 mod phases;
 
+use std::mem::{ManuallyDrop, needs_drop};
+
 use self::desk::Desk;
 pub(crate) use self::desk::Desks;
 use self::device_op::Deadline;
@@ -58,14 +60,15 @@ pub(crate) enum Mode {
 /// One registration in one invalidation. As small as can be: there is room set aside for as many as there are registrations.
 pub(crate) enum Hit {
     Used(Used),
-    /// After the end: it has failed in a way that no device in quarantine answers for.
-    Kept(Arc<Inner>),
+    /// After the end: it has failed in a way that no device in quarantine answers for. The count is given back by [`Ended`]: if each hit
+    /// had to be looked at where it is dropped, those of a list would be gone over once more.
+    Kept(ManuallyDrop<Arc<Inner>>),
     /// After the end.
     Over,
 }
 
 #[cfg(not(loom))]
-const _: () = assert!(size_of::<Hit>() == 2 * size_of::<usize>());
+const _: () = assert!(size_of::<Hit>() == 2 * size_of::<usize>() && !needs_drop::<Hit>());
 
 /// One that is in use.
 pub(crate) struct Used {
@@ -180,7 +183,13 @@ impl<'s> Ended<'s> {
 impl Drop for Ended<'_> {
     fn drop(&mut self) {
         std::mem::take(&mut self.devices).give(&self.space.device_ops);
-        std::mem::take(&mut self.hits).give(&self.space.hits);
+        let mut hits = std::mem::take(&mut self.hits);
+        hits.for_each(|hit| {
+            if let Hit::Kept(inner) = std::mem::replace(hit, Hit::Over) {
+                drop(ManuallyDrop::into_inner(inner));
+            }
+        });
+        hits.give(&self.space.hits);
     }
 }
 
@@ -200,7 +209,7 @@ impl Failed<'_> {
     /// Registrations whose handler failed in a way that no device answers for.
     pub(crate) fn registrations(&self) -> impl Iterator<Item = &Arc<Inner>> {
         self.ended.hits.iter().filter_map(|hit| match hit {
-            Hit::Kept(inner) => Some(inner),
+            Hit::Kept(inner) => Some(&**inner),
             _ => None,
         })
     }

@@ -190,17 +190,16 @@ impl<T: Entry> Node<T> {
             if node.leaf {
                 return node.show(hits, range, visit);
             }
-            let Some(newest) = hits.checked_ilog2() else {
+            if hits == 0 {
                 return ControlFlow::Continue(());
-            };
+            }
             // Mostly there is but one.
-            hits &= !(1 << newest);
-            while hits != 0 {
+            while hits & (hits - 1) != 0 {
                 node.child(hits.trailing_zeros() as usize)
                     .walk(range, visit)?;
                 hits &= hits - 1;
             }
-            node = node.child(newest as usize);
+            node = node.child(hits.trailing_zeros() as usize);
         }
     }
 

@@ -324,7 +324,8 @@ impl<'s> Invalidation<'s> {
         true
     }
 
-    #[inline]
+    // Always, this and what it calls: they have one hot caller each. Whether a compiler sees that goes by what else lies in the crate.
+    #[inline(always)]
     fn of_those_hit(
         mut self,
         space: &'s Arc<Space>,
@@ -342,7 +343,7 @@ impl<'s> Invalidation<'s> {
     }
 
     /// Phases 1 to 4 but for the claim.
-    #[inline]
+    #[inline(always)]
     fn phases(
         &mut self,
         space: &'s Arc<Space>,
@@ -403,7 +404,7 @@ impl<'s> Invalidation<'s> {
     }
 
     /// With everybody in use whom it hits.
-    #[inline]
+    #[inline(always)]
     fn go_on(
         &mut self,
         space: &'s Arc<Space>,

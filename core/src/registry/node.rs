@@ -170,10 +170,9 @@ impl<T: Entry> Node<T> {
         at
     }
 
-    /// What may overlap these pages, a bit each.
+    /// What may overlap these granules, a bit each.
     #[inline]
-    fn overlapping(&self, (first, last): Pages) -> u32 {
-        let (first, last) = (self.scale.granule(first), self.scale.granule_of_last(last));
+    fn overlapping(&self, (first, last): (i32, i32)) -> u32 {
         above(&self.last, first - 1) & !above(&self.first, last)
     }
 
@@ -185,8 +184,9 @@ impl<T: Entry> Node<T> {
     ) -> ControlFlow<()> {
         let pages = pages(range);
         let mut node = self;
+        let mut granules = node.scale.granules(pages);
         loop {
-            let mut hits = node.overlapping(pages);
+            let mut hits = node.overlapping(granules);
             if node.leaf {
                 return node.show(hits, range, visit);
             }
@@ -199,7 +199,12 @@ impl<T: Entry> Node<T> {
                     .walk(range, visit)?;
                 hits &= hits - 1;
             }
-            node = node.child(hits.trailing_zeros() as usize);
+            let next = node.child(hits.trailing_zeros() as usize);
+            // Mostly it counts as its parent does.
+            if next.scale != node.scale {
+                granules = next.scale.granules(pages);
+            }
+            node = next;
         }
     }
 

@@ -281,10 +281,10 @@ impl<'s> Invalidation<'s> {
         mode: Mode,
     ) -> Result<Self, Failed<'s>> {
         let mut this = Self::claim(space, range);
-        if what.segments.is_empty() && this.hits_nothing(range) {
-            return Ok(this);
+        if !(what.segments.is_empty() && this.hits_nothing(range)) {
+            this.of_those_hit(space, range, what, mode)?;
         }
-        this.of_those_hit(space, range, what, mode)
+        Ok(this)
     }
 
     /// The same for whoever may be waited for by somebody that holds the allocator's lock: not even an error frees anything, and what
@@ -327,19 +327,17 @@ impl<'s> Invalidation<'s> {
     // Always, this and what it calls: they have one hot caller each. Whether a compiler sees that goes by what else lies in the crate.
     #[inline(always)]
     fn of_those_hit(
-        mut self,
+        &mut self,
         space: &'s Arc<Space>,
         range: Range,
         what: What<'_>,
         mode: Mode,
-    ) -> Result<Self, Failed<'s>> {
-        match self.phases(space, range, what, mode, true) {
-            Ok(()) => Ok(self),
-            Err((error, mut ended)) => {
-                let error = error.with(ended.first.take());
-                Err(Failed { error, ended })
-            }
-        }
+    ) -> Result<(), Failed<'s>> {
+        let begun = self.phases(space, range, what, mode, true);
+        begun.map_err(|(error, mut ended)| {
+            let error = error.with(ended.first.take());
+            Failed { error, ended }
+        })
     }
 
     /// Phases 1 to 4 but for the claim.

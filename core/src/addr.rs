@@ -247,10 +247,17 @@ impl Range {
     /// What both share.
     #[inline]
     pub fn intersect(self, other: Self) -> Option<Self> {
-        self.overlaps(other).then(|| Self {
+        self.overlaps(other).then(|| self.clip(other))
+    }
+
+    /// The same of two that overlap.
+    #[inline]
+    pub(crate) fn clip(self, other: Self) -> Self {
+        debug_assert!(self.overlaps(other), "{self:?} and {other:?} share nothing");
+        Self {
             start: self.start.max(other.start),
             last: self.last.min(other.last),
-        })
+        }
     }
 
     /// The smallest range that holds both.

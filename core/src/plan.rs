@@ -54,75 +54,31 @@ struct Open {
     last: u64,
 }
 
-/// The commands of one range for one device, or for all that are alike.
-#[derive(Debug)]
-pub(crate) struct FlushPlan {
-    /// None before the first.
-    range: Option<Range>,
+/// What of a device its plans depend on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Abilities {
     entry_sizes: PageSizes,
     splits_pages: bool,
     per_command: u64,
     /// More commands than this are dearer than a full flush, or more than a batch holds.
     most: usize,
-    open: [Option<Open>; PageSize::ALL.len()],
-    scopes: ArrayVec<Scope, BATCH>,
-    full: bool,
 }
 
-/// Commands of one range that are no dearer than a full flush, and fit into a batch.
-fn most(limits: &Limits) -> usize {
-    let most = limits.commands_per_batch.clamp(1, BATCH);
-    most.min(usize::try_from(limits.full_flush_cost.max(1)).unwrap_or(usize::MAX))
-}
-
-impl FlushPlan {
-    /// For nothing yet. It is large, and stays where it is.
-    pub(crate) fn new() -> Self {
+impl Abilities {
+    pub(crate) fn new(limits: &Limits, splits_pages: bool) -> Self {
+        let dear = usize::try_from(limits.full_flush_cost.max(1)).unwrap_or(usize::MAX);
         Self {
-            range: None,
-            entry_sizes: PageSizes::empty(),
-            splits_pages: false,
-            per_command: 1,
-            most: 0,
-            open: [None; PageSize::ALL.len()],
-            scopes: ArrayVec::new_const(),
-            full: false,
+            entry_sizes: limits.entry_sizes,
+            splits_pages,
+            per_command: limits.pages_per_command,
+            most: limits.commands_per_batch.clamp(1, BATCH).min(dear),
         }
     }
 
-    /// Becomes the plan for `range` on `device`, unless it is. Where others change pages too large ones may have been `cut`.
-    pub(crate) fn make(&mut self, range: Range, pieces: Pieces<'_>, device: &Device, cut: bool) {
-        if self.fits(range, device, cut) {
-            return;
-        }
-        let limits = device.limits();
-        self.range = Some(range);
-        self.entry_sizes = limits.entry_sizes;
-        self.splits_pages = device.splits_pages() || cut;
-        self.per_command = limits.pages_per_command.max(1);
-        self.most = most(limits);
-        self.scopes.clear();
-        self.full = false;
-        pieces.each(range, &mut |piece, sizes| {
-            if let Some(part) = piece.intersect(range) {
-                self.add(part, sizes);
-            }
-        });
-        for (nth, size) in PageSize::ALL.into_iter().enumerate() {
-            if let Some(open) = self.open[nth].take() {
-                self.close(open, size);
-            }
-        }
-    }
-
-    /// Whether it does for this device as well, with the same in the range.
-    fn fits(&self, range: Range, device: &Device, cut: bool) -> bool {
-        let limits = device.limits();
-        self.range == Some(range)
-            && self.entry_sizes == limits.entry_sizes
-            && self.splits_pages == (device.splits_pages() || cut)
-            && self.per_command == limits.pages_per_command.max(1)
-            && self.most == most(limits)
+    /// Where large pages may have been `cut` it is as if the device did that.
+    fn with(mut self, cut: bool) -> Self {
+        self.splits_pages |= cut;
+        self
     }
 
     /// The sizes that entries of pages of `sizes` can have.
@@ -136,9 +92,62 @@ impl FlushPlan {
             possible => possible,
         }
     }
+}
 
-    fn add(&mut self, piece: Range, sizes: PageSizes) {
-        let sizes = self.entries(sizes);
+/// The commands of one range for one device, or for all that are alike.
+#[derive(Debug)]
+pub(crate) struct FlushPlan {
+    /// Of what; none before the first.
+    of: Option<(Range, Abilities)>,
+    open: [Option<Open>; PageSize::ALL.len()],
+    scopes: ArrayVec<Scope, BATCH>,
+    full: bool,
+}
+
+impl FlushPlan {
+    /// For nothing yet. It is large, and stays where it is.
+    pub(crate) fn new() -> Self {
+        Self {
+            of: None,
+            open: [None; PageSize::ALL.len()],
+            scopes: ArrayVec::new_const(),
+            full: false,
+        }
+    }
+
+    /// Becomes the plan for `range` on `device`, unless it is. Where others change pages too large ones may have been `cut`.
+    #[inline]
+    pub(crate) fn make(&mut self, range: Range, pieces: Pieces<'_>, device: &Device, cut: bool) {
+        if !self.fits(range, device, cut) {
+            self.make_anew(range, pieces, device.abilities().with(cut));
+        }
+    }
+
+    /// Whether it does for this device as well, with the same in the range.
+    #[inline]
+    fn fits(&self, range: Range, device: &Device, cut: bool) -> bool {
+        self.of == Some((range, device.abilities().with(cut)))
+    }
+
+    #[inline(never)]
+    fn make_anew(&mut self, range: Range, pieces: Pieces<'_>, abilities: Abilities) {
+        self.of = Some((range, abilities));
+        self.scopes.clear();
+        self.full = false;
+        pieces.each(range, &mut |piece, sizes| {
+            if let Some(part) = piece.intersect(range) {
+                self.add(part, sizes, &abilities);
+            }
+        });
+        for (nth, size) in PageSize::ALL.into_iter().enumerate() {
+            if let Some(open) = self.open[nth].take() {
+                self.close(open, size, abilities.most);
+            }
+        }
+    }
+
+    fn add(&mut self, piece: Range, sizes: PageSizes, abilities: &Abilities) {
+        let sizes = abilities.entries(sizes);
         for (nth, size) in PageSize::ALL.into_iter().enumerate() {
             if !sizes.contains(size.into()) {
                 continue;
@@ -147,27 +156,22 @@ impl FlushPlan {
             let (mut first, last) = (page(piece.start()), page(piece.last()));
             while !self.full {
                 let open = *self.open[nth].get_or_insert(Open { first, last: first });
-                let reach = open.first.saturating_add(self.per_command - 1);
+                let reach = open.first.saturating_add(abilities.per_command - 1);
                 if last <= reach {
                     self.open[nth] = Some(Open { last, ..open });
                     break;
                 }
                 let covered = if first <= reach { reach } else { open.last };
                 self.open[nth] = None;
-                self.close(
-                    Open {
-                        last: covered,
-                        ..open
-                    },
-                    size,
-                );
+                let last = covered;
+                self.close(Open { last, ..open }, size, abilities.most);
                 first = first.max(covered + 1);
             }
         }
     }
 
-    fn close(&mut self, open: Open, size: PageSize) {
-        if self.scopes.len() == self.most {
+    fn close(&mut self, open: Open, size: PageSize, most: usize) {
+        if self.scopes.len() == most {
             self.full = true;
         }
         if self.full {

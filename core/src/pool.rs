@@ -67,15 +67,13 @@ unsafe impl<T: Send> Send for Pool<T> {}
 unsafe impl<T: Send> Sync for Pool<T> {}
 
 impl<T> Pool<T> {
-    /// With chunks of so many entries, and one for each invalidation that can be in progress.
+    /// With chunks of so many entries, of which it has none yet.
     pub(crate) fn new(chunk: usize) -> Self {
-        let pool = Self {
+        Self {
             chunk,
             free: Mutex::new(None),
             made: AtomicUsize::new(0),
-        };
-        pool.reserve(0);
-        pool
+        }
     }
 
     /// Makes sure that `entries` fit in one chain, beside a chunk for each of the others. Allocates: not in the shootdown path, and not
@@ -85,8 +83,7 @@ impl<T> Pool<T> {
         // Counted when it is there, with Release, so that nobody relies on what another thread has yet to make. Several that make
         // some at once may make a few too many.
         while self.made.load(Ordering::Acquire) * self.chunk < wanted {
-            let chunk = Owned::new(self.chunk);
-            self.give(chunk);
+            self.give(Owned::new(self.chunk));
             self.made.fetch_add(1, Ordering::AcqRel);
         }
     }
@@ -101,11 +98,14 @@ impl<T> Pool<T> {
         Some(chunk)
     }
 
-    /// It has no entries, and no next.
-    fn give(&self, mut chunk: Owned<T>) {
+    /// With all that follow it. They have no entries.
+    fn give(&self, chunk: Owned<T>) {
         let mut free = self.free.lock();
-        chunk.get_mut().next = free.take();
-        *free = Some(chunk);
+        let mut next = Some(chunk);
+        while let Some(mut chunk) = next {
+            next = std::mem::replace(&mut chunk.get_mut().next, free.take());
+            *free = Some(chunk);
+        }
     }
 }
 
@@ -262,10 +262,15 @@ impl<T> Chain<T> {
         (self.len, self.near, self.last) = (0, None, Some(first.0));
         let first = first.get_mut();
         first.entries.clear();
-        while let Some(mut chunk) = first.next.take() {
-            first.next = chunk.get_mut().next.take();
-            chunk.get_mut().entries.clear();
-            pool.give(chunk);
+        if let Some(mut more) = first.next.take() {
+            // Before the pool's lock is taken: what is dropped may be a driver's.
+            let mut next = Some(&mut more);
+            while let Some(chunk) = next {
+                let chunk = chunk.get_mut();
+                chunk.entries.clear();
+                next = chunk.next.as_mut();
+            }
+            pool.give(more);
         }
     }
 

@@ -9,6 +9,8 @@
 
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
+use std::ptr::NonNull;
+use std::sync::Arc as StdArc;
 
 pub(crate) use shootdown_primitive::time::{Duration, Instant};
 
@@ -205,6 +207,37 @@ impl<T> Drop for Contained<T> {
     fn drop(&mut self) {
         // SAFETY: dropped once, here, and not used any more.
         contain(|| unsafe { ManuallyDrop::drop(&mut self.0) });
+    }
+}
+
+/// A count of what is called often: where it lies is worked out once, for which an `Arc` of a trait asks the table of its type each time.
+pub(crate) struct Direct<T: ?Sized>(NonNull<T>);
+
+// SAFETY: it is an `Arc<T>`, as `into_raw` left it.
+unsafe impl<T: ?Sized> Send for Direct<T> where StdArc<T>: Send {}
+// SAFETY: as above.
+unsafe impl<T: ?Sized> Sync for Direct<T> where StdArc<T>: Sync {}
+
+impl<T: ?Sized> Direct<T> {
+    pub(crate) fn new(value: StdArc<T>) -> Self {
+        // SAFETY: where the value of an `Arc` lies is not null.
+        Self(unsafe { NonNull::new_unchecked(StdArc::into_raw(value).cast_mut()) })
+    }
+}
+
+impl<T: ?Sized> Deref for Direct<T> {
+    type Target = T;
+    #[inline]
+    fn deref(&self) -> &T {
+        // SAFETY: alive by the count that this holds; nobody has it exclusively.
+        unsafe { self.0.as_ref() }
+    }
+}
+
+impl<T: ?Sized> Drop for Direct<T> {
+    fn drop(&mut self) {
+        // SAFETY: from `into_raw`, whose count is given back once.
+        drop(unsafe { StdArc::from_raw(self.0.as_ptr()) });
     }
 }
 

@@ -137,7 +137,7 @@ struct Shard {
     next: AtomicU64,
     /// The first number that `publish` has not had.
     published: AtomicU64,
-    records: Box<[Words]>,
+    records: Box<[Words; RECORDS]>,
 }
 
 pub(crate) struct Recorder {
@@ -156,7 +156,7 @@ impl Recorder {
             published: AtomicU64::new(0),
             // Of most shards no page is ever touched.
             // SAFETY: atomics, for which 0 is a value like any other; the checker's are never made here.
-            records: unsafe { Box::new_zeroed_slice(RECORDS).assume_init() },
+            records: unsafe { Box::<[Words; RECORDS]>::new_zeroed().assume_init() },
         };
         Self {
             epoch: now(),

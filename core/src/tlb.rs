@@ -10,6 +10,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::addr::{PageSize, PageSizes, Range};
+use crate::plan::Abilities;
 use crate::primitive::atomic::{AtomicU64, Ordering};
 use crate::primitive::{Arc, Contained};
 use crate::watch::Name;
@@ -182,7 +183,7 @@ struct Inner {
     watched_as: Name,
     tlb: Contained<Box<dyn DeviceTlb>>,
     limits: Limits,
-    splits_pages: bool,
+    abilities: Abilities,
     /// The upper half counts the recoveries. The lower one is 0 while it is healthy; each quarantine makes another number, so that a
     /// recovery does not undo one that came meanwhile.
     health: AtomicU64,
@@ -230,7 +231,7 @@ impl Device {
                 watched_as: Name::new(&name),
                 name,
                 limits,
-                splits_pages: tlb.splits_pages(),
+                abilities: Abilities::new(&limits, tlb.splits_pages()),
                 tlb: Contained::new(Box::new(tlb)),
                 health: AtomicU64::new(0),
                 flush_ops: AtomicU64::new(0),
@@ -260,9 +261,10 @@ impl Device {
         &self.inner.limits
     }
 
-    /// Whether it has entries smaller than the page that a translation names.
-    pub(crate) fn splits_pages(&self) -> bool {
-        self.inner.splits_pages
+    /// What its flushes are planned by.
+    #[inline]
+    pub(crate) fn abilities(&self) -> &Abilities {
+        &self.inner.abilities
     }
 
     /// Whether it is in quarantine.

@@ -123,9 +123,10 @@ impl Who {
     }
 }
 
+/// Where one thread at a time says what it calls.
 #[repr(align(64))]
 #[derive(Debug)]
-struct Post {
+pub(crate) struct Post {
     /// 0 while nothing runs; else a number that never comes twice, and the stage.
     run: AtomicU64,
     /// A [`Who`].
@@ -180,6 +181,23 @@ impl Drop for Running<'_> {
     }
 }
 
+impl Post {
+    /// Notes that a callback of the thread that has it begins.
+    #[inline]
+    pub(crate) fn enter(&self, stage: Stage, who: Who) -> Running<'_> {
+        // Only this thread writes to the post.
+        let number = self.given.load(Ordering::Relaxed) + 1;
+        self.given.store(number, Ordering::Relaxed);
+        // As a sequence lock: `run` was taken away before, the words are written, `run` is set. The fence, with the one in `look`,
+        // keeps the words behind the first.
+        fence(Ordering::Release);
+        self.who.store(who.0, Ordering::Relaxed);
+        let running = Running { post: self, number };
+        running.is(stage);
+        running
+    }
+}
+
 impl Watch {
     pub(crate) fn new(space: u64, after: Duration) -> Arc<Self> {
         let post = |_| Post {
@@ -200,30 +218,20 @@ impl Watch {
         this
     }
 
-    /// The calling thread has the post from here on. Under the checker there are none, as they would only add states.
+    /// Under the checker there are none, as they would only add states.
+    #[inline]
+    pub(crate) fn post(&self, post: PostId) -> Option<&Post> {
+        self.posts.get(post.0)
+    }
+
+    /// The calling thread has the post from here on.
     #[inline]
     pub(crate) fn is_at(&self, post: PostId) {
-        if let Some(post) = self.posts.get(post.0) {
+        if let Some(post) = self.post(post) {
             // As in `enter`: behind the last run, which was taken away.
             fence(Ordering::Release);
             post.thread.store(kernel_thread(), Ordering::Relaxed);
         }
-    }
-
-    /// Notes that a callback of the thread that has the post begins.
-    #[inline]
-    pub(crate) fn enter(&self, post: PostId, stage: Stage, who: Who) -> Option<Running<'_>> {
-        let post = self.posts.get(post.0)?;
-        // Only this thread writes to the post.
-        let number = post.given.load(Ordering::Relaxed) + 1;
-        post.given.store(number, Ordering::Relaxed);
-        // As a sequence lock: `run` was taken away before, the words are written, `run` is set. The fence, with the one in `look`,
-        // keeps the words behind the first.
-        fence(Ordering::Release);
-        post.who.store(who.0, Ordering::Relaxed);
-        let running = Running { post, number };
-        running.is(stage);
-        Some(running)
     }
 
     /// Notes that a release begins, if there is a post for it.
@@ -236,9 +244,8 @@ impl Watch {
             post.run
                 .compare_exchange(0, u64::MAX, Ordering::Acquire, Ordering::Relaxed)
                 .ok()?;
-            let post = PostId(at);
-            self.is_at(post);
-            self.enter(post, Stage::Release, who)
+            self.is_at(PostId(at));
+            Some(post.enter(Stage::Release, who))
         })
     }
 

@@ -1,6 +1,6 @@
 //! What did not do as it was told: wider flush, reset, quarantine.
 
-use super::call::call_as;
+use super::call::Caller;
 use super::desk::{Desk, Work};
 use super::device_op::{Ack, Deadline, DeviceOp, sync};
 use crate::notifier::{Op, OpCore};
@@ -81,6 +81,7 @@ impl Desk<'_> {
     pub(super) fn unload(&mut self, segments: &[Arc<SegmentInner>]) {
         let space = self.space;
         let Work { core, trouble, .. } = &mut **self;
+        let caller = Caller::new(space, core);
         for segment in segments.iter().filter(|one| !one.is_over()) {
             let Some(part) = segment.range.intersect(core.range) else {
                 continue;
@@ -88,11 +89,8 @@ impl Desk<'_> {
             let (inner, op) = (&segment.registration().inner, Op::new(core, part));
             let device = &segment.device;
             let who = Who::new(inner.id(), segment.name);
-            let attempt = || {
-                call_as(space, inner, core, (Stage::Unload, who), |_| {
-                    segment.context.unload(&op)
-                })
-            };
+            let attempt =
+                || caller.call_as(inner, (Stage::Unload, who), |_| segment.context.unload(&op));
             let unloaded = match attempt() {
                 Some(Err(failed)) => {
                     space.recorder.record(Kind::Deadline, core.id, 4, 0);
@@ -152,6 +150,7 @@ pub(super) fn reset_all(space: &Space, core: &OpCore, inner: &Inner) -> bool {
 
 /// Resets a device, watched under the name of whose sake it is for.
 fn reset(space: &Space, core: &OpCore, who: Who, device: &Device) -> bool {
-    let _watched = space.watch.enter(core.post, Stage::Reset, who);
+    let post = space.watch.post(core.post);
+    let _watched = post.map(|post| post.enter(Stage::Reset, who));
     device.reset(space.deadlines.reset).is_ok()
 }

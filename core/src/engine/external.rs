@@ -85,6 +85,7 @@ impl crate::AddressSpace {
     /// # Errors
     /// The pages must not change then. [`Refused`](crate::Refused) inside a callback and with a `NotifierLock` held;
     /// [`InvalidateError::Exiting`] once exit has begun.
+    #[inline]
     pub fn begin_invalidation(
         &self,
         range: Range,
@@ -97,6 +98,7 @@ impl crate::AddressSpace {
     ///
     /// # Errors
     /// [`InvalidateError::WouldBlock`](crate::InvalidateError::WouldBlock) besides.
+    #[inline]
     pub fn try_begin_invalidation(
         &self,
         range: Range,
@@ -105,7 +107,6 @@ impl crate::AddressSpace {
         self.external(range, cause, Mode::Try)
     }
 
-    #[inline]
     fn external(
         &self,
         range: Range,

@@ -26,6 +26,8 @@ mod escalate;
 mod external;
 mod phases;
 
+use std::mem::{ManuallyDrop, needs_drop};
+
 use self::desk::Desk;
 pub(crate) use self::desk::Desks;
 use self::device_op::Deadline;
@@ -37,7 +39,7 @@ use crate::addr::Range;
 use crate::context::OpenInvalidation;
 use crate::lock::Leave;
 use crate::memory::MemoryError;
-use crate::notifier::{Cause, OpCore, Outcome};
+use crate::notifier::{Cause, Outcome};
 use crate::plan::Pieces;
 use crate::pool::Chain;
 use crate::primitive::{Arc, Backoff, contain};
@@ -58,14 +60,15 @@ pub(crate) enum Mode {
 /// One registration in one invalidation. As small as can be: there is room set aside for as many as there are registrations.
 pub(crate) enum Hit {
     Used(Used),
-    /// After the end: it has failed in a way that no device in quarantine answers for.
-    Kept(Arc<Inner>),
+    /// After the end: it has failed in a way that no device in quarantine answers for. The count is given back by [`Ended`]: if each hit
+    /// had to be looked at where it is dropped, those of a list would be gone over once more.
+    Kept(ManuallyDrop<Arc<Inner>>),
     /// After the end.
     Over,
 }
 
 #[cfg(not(loom))]
-const _: () = assert!(size_of::<Hit>() == 2 * size_of::<usize>());
+const _: () = assert!(size_of::<Hit>() == 2 * size_of::<usize>() && !needs_drop::<Hit>());
 
 /// One that is in use.
 pub(crate) struct Used {
@@ -85,11 +88,6 @@ impl Hit {
             _ => None,
         }
     }
-}
-
-/// The part of it that is invalidated.
-fn part(inner: &Inner, core: &OpCore) -> Range {
-    inner.range.intersect(core.range).expect("it was hit")
 }
 
 /// What stands between the pages and their change.
@@ -185,7 +183,13 @@ impl<'s> Ended<'s> {
 impl Drop for Ended<'_> {
     fn drop(&mut self) {
         std::mem::take(&mut self.devices).give(&self.space.device_ops);
-        std::mem::take(&mut self.hits).give(&self.space.hits);
+        let mut hits = std::mem::take(&mut self.hits);
+        hits.for_each(|hit| {
+            if let Hit::Kept(inner) = std::mem::replace(hit, Hit::Over) {
+                drop(ManuallyDrop::into_inner(inner));
+            }
+        });
+        hits.give(&self.space.hits);
     }
 }
 
@@ -205,7 +209,7 @@ impl Failed<'_> {
     /// Registrations whose handler failed in a way that no device answers for.
     pub(crate) fn registrations(&self) -> impl Iterator<Item = &Arc<Inner>> {
         self.ended.hits.iter().filter_map(|hit| match hit {
-            Hit::Kept(inner) => Some(inner),
+            Hit::Kept(inner) => Some(&**inner),
             _ => None,
         })
     }
@@ -320,7 +324,8 @@ impl<'s> Invalidation<'s> {
         true
     }
 
-    #[inline]
+    // Always, this and what it calls: they have one hot caller each. Whether a compiler sees that goes by what else lies in the crate.
+    #[inline(always)]
     fn of_those_hit(
         mut self,
         space: &'s Arc<Space>,
@@ -338,7 +343,7 @@ impl<'s> Invalidation<'s> {
     }
 
     /// Phases 1 to 4 but for the claim.
-    #[inline]
+    #[inline(always)]
     fn phases(
         &mut self,
         space: &'s Arc<Space>,
@@ -399,7 +404,7 @@ impl<'s> Invalidation<'s> {
     }
 
     /// With everybody in use whom it hits.
-    #[inline]
+    #[inline(always)]
     fn go_on(
         &mut self,
         space: &'s Arc<Space>,
@@ -436,7 +441,8 @@ impl<'s> Invalidation<'s> {
     }
 
     /// The last phase; what is left where somebody was hit.
-    #[inline]
+    // Always: of a function with many callers a compiler would make one more that hands two words on.
+    #[inline(always)]
     pub(crate) fn end(&mut self, outcome: Outcome) -> Option<Ended<'s>> {
         // Before it is taken from here, where the drop ends what an observer's panic has left.
         self.desk.as_mut()?.pages_changed();

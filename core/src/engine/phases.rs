@@ -1,12 +1,13 @@
 //! The phases from quiesce to end, each over all that was hit at once.
 
 use std::cell::Cell;
+use std::mem::ManuallyDrop;
 
-use super::call::call;
+use super::call::Caller;
 use super::desk::{Desk, Work};
 use super::device_op::{Ack, Deadline, DeviceOp, sync};
 use super::escalate::{dead, reset_all};
-use super::{Ended, Hit, SinkError, Trouble, Used, part};
+use super::{Ended, Hit, SinkError, Trouble, Used};
 use crate::addr::Range;
 use crate::context;
 use crate::notifier::{CutOffFailed, Gather, Op, OpCore, Outcome, WouldBlock};
@@ -19,6 +20,11 @@ use crate::stats::Counter;
 use crate::tlb::{FlushCommand, Health};
 use crate::watch::Stage;
 
+/// The phase that comes next, where somebody `polled` has work in flight or nobody.
+fn after_quiesce(polled: bool) -> Stage {
+    if polled { Stage::Drained } else { Stage::Flush }
+}
+
 impl<'s> Desk<'s> {
     /// Phases 2 to 4, but for the contexts of segments.
     #[inline]
@@ -26,14 +32,21 @@ impl<'s> Desk<'s> {
         let next = if self.hits.len() == 1 {
             self.alone(pieces)
         } else {
-            self.quiesce();
-            Stage::Drained
+            self.quiesce()
         };
         if self.trouble.would_block {
             return;
         }
-        if next == Stage::Drained {
-            self.drain();
+        if matches!(next, Stage::Drained | Stage::Flush) {
+            let waits = next == Stage::Drained;
+            if waits {
+                self.drain();
+            }
+            // Without any of it the phases between start and end are a few calls.
+            if waits || !self.devices.is_empty() {
+                let (recorder, id) = (&self.space.recorder, self.core.id);
+                recorder.record_quick(!waits, Kind::Quiesced, id, 0, 0);
+            }
             self.flush(pieces);
         }
         if next != Stage::End {
@@ -58,17 +71,16 @@ impl<'s> Desk<'s> {
         };
         hit.quiesced = true;
         let used = &hit.used;
-        let part = part(used, core);
-        let op = Op::new(core, part);
         let has_devices = !devices.is_empty();
         let called = Cell::new(Stage::Quiesce);
         let (mut asked, mut cut_off) = (None, Ok(()));
-        let result = call(space, used, core, Stage::Quiesce, |calling| {
+        let caller = Caller::new(space, core);
+        let result = caller.call(used, Stage::Quiesce, |op, calling| {
             let next = |stage| {
                 calling.next(stage);
                 called.set(stage);
             };
-            if used.notifier.quiesce(&op)?.is_polled() {
+            if used.notifier.quiesce(op)?.is_polled() {
                 return Ok(true);
             }
             if has_devices {
@@ -76,17 +88,17 @@ impl<'s> Desk<'s> {
                 recorder.record_quick(true, Kind::Quiesced, core.id, 0, 0);
             }
             next(Stage::Flush);
-            asked = used.notifier.flush(&op, Gather::new(part)).range();
+            asked = used.notifier.flush(op, Gather::new(op.range())).range();
             if !has_devices {
                 next(Stage::CutOff);
-                cut_off = used.notifier.cut_off(&op);
+                cut_off = used.notifier.cut_off(op);
             }
             Ok(false)
         });
         match called.get() {
             Stage::Quiesce => {
                 hit.quiesced(space, core, result, trouble);
-                return Stage::Drained;
+                return after_quiesce(hit.polled);
             }
             Stage::Flush if result.is_none() => hit.failed |= trouble.panicked(used),
             Stage::CutOff => {
@@ -105,7 +117,8 @@ impl<'s> Desk<'s> {
         Stage::CutOff
     }
 
-    fn quiesce(&mut self) {
+    /// Gives the phase that comes next.
+    fn quiesce(&mut self) -> Stage {
         let space = self.space;
         let Work {
             core,
@@ -113,6 +126,8 @@ impl<'s> Desk<'s> {
             trouble,
             ..
         } = &mut **self;
+        let caller = Caller::new(space, core);
+        let mut polled = false;
         hits.for_each(|hit| {
             let Some(hit) = hit.used() else { return };
             let used = &hit.used;
@@ -120,12 +135,13 @@ impl<'s> Desk<'s> {
                 return;
             }
             hit.quiesced = true;
-            let op = Op::new(core, part(used, core));
-            let result = call(space, used, core, Stage::Quiesce, |_| {
-                used.notifier.quiesce(&op).map(|drain| drain.is_polled())
+            let result = caller.call(used, Stage::Quiesce, |op, _| {
+                used.notifier.quiesce(op).map(|drain| drain.is_polled())
             });
             hit.quiesced(space, core, result, trouble);
+            polled |= hit.polled;
         });
+        after_quiesce(polled)
     }
 
     fn drain(&mut self) {
@@ -133,13 +149,12 @@ impl<'s> Desk<'s> {
         let Work {
             core,
             hits,
-            devices,
             trouble,
             ..
         } = &mut **self;
+        let caller = Caller::new(space, core);
         let mut deadline = Deadline::new(space.deadlines.drain);
         let mut backoff = Backoff::new();
-        let mut waited_for = false;
         loop {
             let mut waiting = false;
             let over = deadline.is_over(&backoff);
@@ -148,11 +163,7 @@ impl<'s> Desk<'s> {
                     return;
                 };
                 let used = &hit.used;
-                waited_for = true;
-                let op = Op::new(core, part(used, core));
-                match call(space, used, core, Stage::Drained, |_| {
-                    used.notifier.drained(&op)
-                }) {
+                match caller.call(used, Stage::Drained, |op, _| used.notifier.drained(op)) {
                     Some(true) => hit.polled = false,
                     // A dead device is not waited for again.
                     Some(false) if !over && dead(used).is_none() => waiting = true,
@@ -171,14 +182,9 @@ impl<'s> Desk<'s> {
                 }
             });
             if !waiting {
-                break;
+                return;
             }
             backoff.wait();
-        }
-        // Without any of it the phases between start and end are a few calls.
-        if waited_for || !devices.is_empty() {
-            let recorder = &space.recorder;
-            recorder.record_quick(!waited_for, Kind::Quiesced, core.id, 0, 0);
         }
     }
 
@@ -195,12 +201,12 @@ impl<'s> Desk<'s> {
         // What is mapped in the range is the same for all: who cuts a page from here on does it with everybody quiesced, who installs
         // nothing of it any more.
         let mut plan = FlushPlan::new();
+        let caller = Caller::new(space, core);
         hits.for_each(|hit| {
             let Some(hit) = hit.used() else { return };
             let used = &hit.used;
-            let op = Op::new(core, part(used, core));
-            let asked = call(space, used, core, Stage::Flush, |_| {
-                used.notifier.flush(&op, Gather::new(op.range())).range()
+            let asked = caller.call(used, Stage::Flush, |op, _| {
+                used.notifier.flush(op, Gather::new(op.range())).range()
             });
             let Some(asked) = asked else {
                 hit.failed |= trouble.panicked(used);
@@ -243,13 +249,11 @@ impl<'s> Desk<'s> {
             trouble,
             ..
         } = &mut **self;
+        let caller = Caller::new(space, core);
         hits.for_each(|hit| {
             let Some(hit) = hit.used() else { return };
             let used = &hit.used;
-            let op = Op::new(core, part(used, core));
-            let result = call(space, used, core, Stage::CutOff, |_| {
-                used.notifier.cut_off(&op)
-            });
+            let result = caller.call(used, Stage::CutOff, |op, _| used.notifier.cut_off(op));
             hit.was_cut_off(result, trouble);
         });
     }
@@ -293,23 +297,26 @@ impl<'s> Desk<'s> {
             ..
         } = &mut *self;
         *busy = false;
+        let caller = Caller::new(space, core);
         let hit_any = !hits.is_empty();
         hits.for_each(|hit| {
-            let Hit::Used(mut one) = std::mem::replace(hit, Hit::Over) else {
-                return;
-            };
-            let used = one.used;
+            let Some(one) = hit.used() else { return };
+            let used = &one.used;
             if one.quiesced && !(planted!("r13") && trouble.would_block) {
-                let op = Op::new(core, part(&used, core));
-                let end = || used.notifier.end(&op, outcome);
-                if call(space, &used, core, Stage::End, |_| end()).is_none() {
-                    one.failed |= trouble.panicked(&used);
+                let end = |op: &Op<'_>| used.notifier.end(op, outcome);
+                if caller.call(used, Stage::End, |op, _| end(op)).is_none() {
+                    one.failed |= trouble.panicked(used);
                 }
             }
-            if kept && one.failed {
-                *hit = Hit::Kept(used.count());
+            let left = if kept && one.failed {
+                Hit::Kept(ManuallyDrop::new(used.count()))
+            } else {
+                Hit::Over
+            };
+            // Not before: what was just written in pieces would be read as a whole.
+            if let Hit::Used(one) = std::mem::replace(hit, left) {
+                one.used.leave();
             }
-            used.leave();
         });
         let (id, started) = (core.id, *started);
         let noteworthy = trouble.any || *missed_deadline || outcome == Outcome::Quarantined;
@@ -438,6 +445,7 @@ impl Used {
     }
 
     /// How its mappings have gone; `None` where it has panicked.
+    #[inline]
     fn was_cut_off(&mut self, result: Option<Result<(), CutOffFailed>>, trouble: &mut Trouble) {
         match result {
             Some(Ok(())) => {}

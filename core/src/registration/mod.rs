@@ -16,7 +16,6 @@ pub(crate) mod state;
 use std::fmt;
 use std::ops::Deref;
 use std::ptr::NonNull;
-use std::sync::Arc as StdArc;
 
 use thiserror::Error;
 
@@ -28,7 +27,7 @@ use crate::addr::Range;
 use crate::context::{self, Refused};
 use crate::list::{Link, Linked, PutOff};
 use crate::notifier::Notifier;
-use crate::primitive::{Arc, Contained};
+use crate::primitive::{Arc, Contained, Direct};
 use crate::registry::{Entry, Found, Free};
 use crate::source::Shortfall;
 use crate::space::Space;
@@ -116,7 +115,7 @@ pub(crate) struct Inner {
     pub(crate) word: StateWord,
     /// Its number, and what the watchdog and errors call the handler.
     pub(crate) who: Who,
-    pub(crate) notifier: Contained<StdArc<dyn Notifier>>,
+    pub(crate) notifier: Contained<Direct<dyn Notifier>>,
     targets: Targets,
     pub(crate) space: Arc<Space>,
     /// The next on the space's completed list.

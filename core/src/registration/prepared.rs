@@ -7,7 +7,7 @@ use crate::addr::Range;
 use crate::context;
 use crate::list::Link;
 use crate::notifier::Notifier;
-use crate::primitive::{Arc, Contained};
+use crate::primitive::{Arc, Contained, Direct};
 use crate::registration::state::StateWord;
 use crate::registry::Free;
 use crate::source::{Needs, Operations};
@@ -42,7 +42,7 @@ impl Prepared {
                 who: Who::new(space.next_registration(), name),
                 range,
                 word,
-                notifier: Contained::new(notifier),
+                notifier: Contained::new(Direct::new(notifier)),
                 targets: Targets::new(targets),
                 space: space.clone(),
                 next: Link::new(),

@@ -19,9 +19,14 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
+mod table;
+#[cfg(all(test, not(loom)))]
+mod tests;
+
+pub(super) use self::table::Old;
+use self::table::{Tier, key, spread};
 use crate::addr::Range;
-use crate::primitive::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
-use crate::primitive::prefetch;
+use crate::primitive::atomic::{AtomicU64, Ordering};
 
 const PAGE_SHIFT: u32 = 12;
 const LEVEL_SHIFT: u32 = 6;
@@ -33,18 +38,6 @@ const LEAST: usize = if cfg!(loom) { 4 } else { 64 };
 /// Of what is larger. Mostly there are a few words of it, and what a walk asks for is not there: with room enough it meets no other one,
 /// which no processor foresees.
 const LEAST_LARGE: usize = if cfg!(loom) { 4 } else { 512 };
-
-/// Level and place of a word; never 0. Words that lie side by side have keys that do, see [`spread`].
-fn key(level: u32, word: u64) -> u64 {
-    u64::from(level + 1) << 56 | word
-}
-
-/// Where the search for a key begins.
-#[inline]
-fn place(key: u64, cells: usize) -> usize {
-    // Of 2^64 each cell has its part: so tables need not be powers of two.
-    ((u128::from(spread(key)) * cells as u128) >> 64) as usize
-}
 
 /// Bits of granules, in one word.
 fn mask(first: u64, last: u64) -> u64 {
@@ -78,170 +71,6 @@ fn cover(range: Range, mut show: impl FnMut(u32, u64, u64)) {
     unreachable!("the last level has one word");
 }
 
-#[derive(Debug)]
-#[repr(align(16))]
-struct Cell {
-    /// 0 while it is empty.
-    key: AtomicU64,
-    bits: AtomicU64,
-}
-
-#[derive(Debug)]
-struct Table {
-    cells: Box<[Cell]>,
-}
-
-impl Table {
-    fn new(cells: usize) -> Box<Self> {
-        let mut room = Vec::with_capacity(cells);
-        huge_pages(&room);
-        room.extend((0..cells).map(|_| Cell {
-            key: AtomicU64::new(0),
-            bits: AtomicU64::new(0),
-        }));
-        Box::new(Self {
-            cells: room.into_boxed_slice(),
-        })
-    }
-
-    /// The cell of `key`, or the empty one where it would be.
-    #[inline]
-    fn find(&self, key: u64) -> &Cell {
-        let cells = self.cells.len();
-        let mut at = place(key, cells);
-        loop {
-            let cell = &self.cells[at];
-            // Acquire, with the Release that sets it: the bits go with it.
-            let found = cell.key.load(Ordering::Acquire);
-            if found == key || found == 0 {
-                return cell;
-            }
-            at += 1;
-            if at == cells {
-                at = 0;
-            }
-        }
-    }
-
-    #[inline]
-    fn bits(&self, key: u64) -> u64 {
-        // Acquire: who finds bits taken away sees what its entry left behind. An empty cell has none.
-        self.find(key).bits.load(Ordering::Acquire)
-    }
-
-    /// Whether an entry may have marked granules of this level in `range`.
-    #[inline]
-    fn may_hit(&self, level: u32, range: Range) -> bool {
-        let shift = PAGE_SHIFT + level * LEVEL_SHIFT;
-        let (first, last) = (range.start().get() >> shift, range.last().get() >> shift);
-        if first / 64 == last / 64 {
-            return self.bits(key(level, first / 64)) & mask(first, last) != 0;
-        }
-        self.some_may_hit(level, first, last)
-    }
-
-    /// The same for granules in several words.
-    #[inline(never)]
-    fn some_may_hit(&self, level: u32, first: u64, last: u64) -> bool {
-        let (left, right) = (first / 64, last / 64);
-        right - left >= LOOKED_AT
-            || (left..=right).any(|word| {
-                let first = if word == left { first } else { 0 };
-                let last = if word == right { last } else { 63 };
-                self.bits(key(level, word)) & mask(first, last) != 0
-            })
-    }
-}
-
-/// Asks for large pages for what is about to be written to `room`, if it is large: most of what a walk of many registrations would pay for a
-/// word of it is the way there. Only advice.
-fn huge_pages(room: &Vec<Cell>) {
-    const HUGE: usize = 2 << 20;
-    const PAGE: usize = 1 << PAGE_SHIFT;
-    let start = room.as_ptr().addr().next_multiple_of(PAGE);
-    let end = room.as_ptr().addr() + room.capacity() * size_of::<Cell>();
-    if end.saturating_sub(start) >= HUGE {
-        // SAFETY: pages of the vector's own, whose contents stay as they are.
-        unsafe {
-            libc::madvise(
-                start as *mut _,
-                (end - start) & !(PAGE - 1),
-                libc::MADV_HUGEPAGE,
-            )
-        };
-    }
-}
-
-/// Words in a table that can be replaced.
-#[derive(Debug)]
-struct Tier {
-    /// From `Box::into_raw`; never null.
-    table: AtomicPtr<Table>,
-    /// Where its cells are, or were, and how many: for those who may not look at the table yet.
-    cells: AtomicPtr<Cell>,
-    len: AtomicUsize,
-    /// Cells that it has at least.
-    least: usize,
-}
-
-impl Tier {
-    fn new(least: usize) -> Self {
-        let table = Table::new(least);
-        Self {
-            cells: AtomicPtr::new(table.cells.as_ptr().cast_mut()),
-            len: AtomicUsize::new(table.cells.len()),
-            table: AtomicPtr::new(Box::into_raw(table)),
-            least,
-        }
-    }
-
-    /// A walk is going to look for `key`, when it has begun.
-    #[inline]
-    fn expect(&self, key: u64) {
-        // Relaxed: if these are of two tables, another line comes for nothing.
-        let at = place(key, self.len.load(Ordering::Relaxed));
-        prefetch(self.cells.load(Ordering::Relaxed).wrapping_add(at));
-    }
-
-    #[inline]
-    fn table(&self) -> &Table {
-        // Acquire, with the Release in `grow`: the cells are complete.
-        let table = self.table.load(Ordering::Acquire);
-        // SAFETY: from `Box::into_raw`. The caller is a walk that began before it was replaced, so that the parent has not freed it yet;
-        // or the writer, who alone replaces it.
-        unsafe { &*table }
-    }
-
-    /// Another table, with the words that have bits and room for a third more. Gives back the old one, and how many those are.
-    fn grow(&self) -> (Old, usize) {
-        let old = self.table();
-        let live = |cell: &&Cell| cell.bits.load(Ordering::Relaxed) != 0;
-        let words = old.cells.iter().filter(live).count();
-        let room = (words + words / 3 + 2) * 8 / 5;
-        let new = Table::new(room.max(self.least));
-        for cell in old.cells.iter().filter(live) {
-            let key = cell.key.load(Ordering::Relaxed);
-            let copy = new.find(key);
-            let bits = cell.bits.load(Ordering::Relaxed);
-            copy.bits.store(bits, Ordering::Relaxed);
-            copy.key.store(key, Ordering::Relaxed);
-        }
-        self.len.store(new.cells.len(), Ordering::Relaxed);
-        let cells = new.cells.as_ptr().cast_mut();
-        self.cells.store(cells, Ordering::Relaxed);
-        // Release, with the Acquire in `table`. Whoever still reads the old one began before the entry that made it grow is published.
-        let old = self.table.swap(Box::into_raw(new), Ordering::Release);
-        (Old(old), words)
-    }
-}
-
-impl Drop for Tier {
-    fn drop(&mut self) {
-        // SAFETY: from `Box::into_raw`, and `&mut self` means that no walk reads it.
-        drop(unsafe { Box::from_raw(self.table.load(Ordering::Relaxed)) });
-    }
-}
-
 /// What walks see.
 #[derive(Debug)]
 pub(super) struct Summary {
@@ -251,17 +80,6 @@ pub(super) struct Summary {
     large: Tier,
     /// Levels that have a word in `large`.
     levels: AtomicU64,
-}
-
-/// A table that was replaced, from `Box::into_raw`. Not a `Box`, which would claim it for itself while walks still read it.
-#[derive(Debug)]
-pub(crate) struct Old(*mut Table);
-
-impl Drop for Old {
-    fn drop(&mut self) {
-        // SAFETY: unlinked once, in `grow`; the parent drops it when no walk reads it any more.
-        drop(unsafe { Box::from_raw(self.0) });
-    }
 }
 
 /// The table's own hash: the keys are nobody's input.
@@ -283,12 +101,6 @@ impl Hasher for Spread {
         // What a map of the standard library looks at is at both ends.
         self.0 = spread(self.0 ^ key).rotate_left(32);
     }
-}
-
-/// Spreads keys over 2^64: the upper bits of the product depend on all of theirs, and come first. The factor is the golden section of 2^64:
-/// so many keys in a row as there are lie nearly evenly, and two of them seldom at one place. Words of an arena are such.
-fn spread(key: u64) -> u64 {
-    key.wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
 /// What the writer knows besides.
@@ -416,99 +228,5 @@ fn each(mut mask: u64, mut show: impl FnMut(usize)) {
     while mask != 0 {
         show(mask.trailing_zeros() as usize);
         mask &= mask - 1;
-    }
-}
-
-#[cfg(all(test, not(loom)))]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn range() -> impl Strategy<Value = Range> {
-        let len = (0u32..64, any::<u64>()).prop_map(|(shift, len)| len >> shift);
-        (any::<u64>(), len)
-            .prop_map(|(start, len)| Range::inclusive(start, start.saturating_add(len)).unwrap())
-    }
-
-    /// Hugging the borders of granules, where mistakes are.
-    fn near() -> impl Strategy<Value = Range> {
-        let edge = (0u32..9, 0u64..4, -2i64..3).prop_map(|(level, nth, off)| {
-            let shift = PAGE_SHIFT + level * LEVEL_SHIFT;
-            let at = nth.checked_shl(shift).unwrap_or(0);
-            at.wrapping_add_signed(off << PAGE_SHIFT)
-        });
-        (edge.clone(), edge).prop_map(|(a, b)| Range::inclusive(a.min(b), a.max(b)).unwrap())
-    }
-
-    fn pages(range: Range) -> (u64, u64) {
-        (range.start().get() >> 12, range.last().get() >> 12)
-    }
-
-    proptest! {
-        #[test]
-        fn the_granules_cover_the_pages_of_a_range_and_no_other(range in prop_oneof![range(), near()]) {
-            let mut runs = Vec::new();
-            let mut words = 0;
-            cover(range, |level, word, mask| {
-                words += 1;
-                let shift = level * LEVEL_SHIFT;
-                each(mask, |bit| {
-                    let first = (word * 64 + bit as u64) << shift;
-                    runs.push((first, first + ((1 << shift) - 1)));
-                });
-            });
-            prop_assert!(words <= 2 * LEVELS);
-            runs.sort_unstable();
-            let gapless = runs.windows(2).all(|two| two[0].1 + 1 == two[1].0);
-            prop_assert!(gapless);
-            prop_assert_eq!((runs[0].0, runs[runs.len() - 1].1), pages(range));
-        }
-
-        #[test]
-        fn it_agrees_with_a_naive_list_to_the_page(
-            steps in prop::collection::vec((any::<bool>(), prop_oneof![range(), near()], any::<usize>()), 1..120),
-            asked in prop::collection::vec(prop_oneof![range(), near()], 1..40),
-        ) {
-            let (summary, mut marks) = (Summary::new(), Marks::default());
-            let mut naive: Vec<Range> = Vec::new();
-            for (insert, range, nth) in steps {
-                if insert || naive.is_empty() {
-                    summary.mark(&mut marks, range);
-                    naive.push(range);
-                } else {
-                    let gone = naive.swap_remove(nth % naive.len());
-                    summary.unmark(&mut marks, gone);
-                }
-            }
-            for range in asked {
-                let (first, last) = pages(range);
-                let hit = naive.iter().any(|one| {
-                    let (from, to) = pages(*one);
-                    from <= last && to >= first
-                });
-                let told = summary.may_hit(range);
-                prop_assert!(told || !hit, "{range} is overlapped");
-                // Large ones are not looked for.
-                prop_assert!(!told || hit || last - first > 64, "{range} is not overlapped");
-            }
-            naive.into_iter().for_each(|range| summary.unmark(&mut marks, range));
-            prop_assert!(marks.counts.is_empty());
-            prop_assert_eq!(summary.levels.load(Ordering::Relaxed), 0);
-            prop_assert!(!summary.may_hit(Range::new(0u64, 1u64 << 12).unwrap()));
-        }
-    }
-
-    #[test]
-    fn words_that_come_and_go_do_not_make_it_grow_for_ever() {
-        let (summary, mut marks) = (Summary::new(), Marks::default());
-        for nth in 0..100_000u64 {
-            let range = Range::new(nth << 20, 1u64 << 16).unwrap();
-            summary.mark(&mut marks, range);
-            assert!(summary.may_hit(range));
-            summary.unmark(&mut marks, range);
-            assert!(!summary.may_hit(range));
-        }
-        assert_eq!(summary.pages.table().cells.len(), LEAST);
     }
 }

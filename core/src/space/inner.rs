@@ -79,7 +79,7 @@ impl PutOff for Space {
 
 /// Hits, and devices, that an invalidation has room for without asking anybody.
 const HITS: usize = 16;
-const DEVICES: usize = 2;
+const DEVICES: usize = 8;
 
 impl Space {
     pub(super) fn new(memory: Option<StdArc<dyn Memory>>, deadlines: Deadlines) -> Self {

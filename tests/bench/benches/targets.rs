@@ -106,22 +106,25 @@ fn index(table: &Table) {
     }
     // What stops it: an index and a protocol without a framework.
     for count in [1_000, 100_000, 1_000_000] {
-        let name = |hits: &str| format!("the least that {hits} of {count} takes");
-        let same = || case::iset_query(count.min(1_000), 0);
-        let subject = || floor::nothing(count);
-        table.ratio(
-            &name("no hit"),
-            Target::None,
-            subject,
-            ("iset's query at 1k", same),
-        );
-        if count == 1_000_000 {
-            let other = ("iset's query", || case::iset_query(count, 0));
-            table.ratio(&name("no hit"), Target::None, subject, other);
+        let name = |what: &str| format!("the least that {what}");
+        let no_hit = format!("no hit of {count} takes");
+        let in_turn = format!("{no_hit}, one after the other");
+        for (what, at_once) in [(&no_hit, true), (&in_turn, false)] {
+            let subject = || match at_once {
+                true => floor::nothing(count),
+                false => floor::nothing_in_turn(count),
+            };
+            let other = ("iset's query at 1k", thousand);
+            table.ratio(&name(what), Target::None, subject, other);
+            if count == 1_000_000 {
+                let other = ("iset's query", || case::iset_query(count, 0));
+                table.ratio(&name(what), Target::None, subject, other);
+            }
         }
         let other = ("iset's query", || case::iset_query(count, 1));
         let subject = || floor::one_hit(count);
-        table.ratio(&name("one hit"), Target::None, subject, other);
+        let one_hit = format!("one hit of {count} takes");
+        table.ratio(&name(&one_hit), Target::None, subject, other);
     }
     for (count, most) in [(1_000, 2.0), (100_000, 1.0)] {
         let other = ("iset's insert + remove", || case::iset_pair(count));

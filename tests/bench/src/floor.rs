@@ -89,13 +89,24 @@ fn short(ground: &Ground) -> Vec<Range> {
 
 /// An invalidation that hits nothing: a claim, one look at a summary of pages, an end.
 pub fn nothing(count: usize) -> Case {
+    nothing_by(count, "0 hits", |_| 0)
+}
+
+/// The same, each when the one before has seen its word: so short an operation is otherwise begun several times at once.
+pub fn nothing_in_turn(count: usize) -> Case {
+    nothing_by(count, "0 hits, in turn", usize::from)
+}
+
+/// With what was seen, which is nothing, made a number that the next one starts from.
+fn nothing_by(count: usize, name: &str, seen: impl Fn(bool) -> usize + 'static) -> Case {
     let ground = Ground::new(count);
     let (queries, pages) = (ground.queries(0), Pages::new(&short(&ground)));
     let slot = Slot::default();
-    Case::new(format!("least/0 hits/{count}"), move |nth| {
-        let range = queries[nth % queries.len()];
+    let mut behind = 0;
+    Case::new(format!("least/{name}/{count}"), move |nth| {
+        let range = queries[(nth + behind) % queries.len()];
         let turn = slot.claim(range);
-        black_box(pages.has(range));
+        behind += seen(black_box(pages.has(range)));
         slot.end(turn);
     })
 }

@@ -322,23 +322,44 @@ impl Call {
         let never_half = matches!(self.nr, libc::SYS_munmap | libc::SYS_shmdt)
             || self.nr == libc::SYS_mremap && flags & libc::MREMAP_FIXED as usize == 0;
         // What a file system says before it begins.
-        let of_file = matches!(self.nr, libc::SYS_ftruncate | libc::SYS_truncate)
-            && matches!(
-                errno,
-                libc::EINVAL
-                    | libc::EACCES
-                    | libc::EFAULT
-                    | libc::EFBIG
-                    | libc::EISDIR
-                    | libc::ELOOP
-                    | libc::ENAMETOOLONG
-                    | libc::ENOENT
-                    | libc::ENOTDIR
-                    | libc::EROFS
-                    | libc::ETXTBSY
-            );
-        let refused = matches!(errno, libc::EBADF | libc::ENOSYS | libc::EPERM)
-            || errno == libc::EINVAL && (!at.is_multiple_of(PAGE) || len == 0);
+        let of_file = matches!(
+            self.nr,
+            libc::SYS_ftruncate | libc::SYS_truncate | libc::SYS_fallocate
+        ) && matches!(
+            errno,
+            libc::EINVAL
+                | libc::EACCES
+                | libc::EFAULT
+                | libc::EFBIG
+                | libc::EISDIR
+                | libc::ELOOP
+                | libc::ENAMETOOLONG
+                | libc::ENOENT
+                | libc::ENOTDIR
+                | libc::EROFS
+                | libc::ETXTBSY
+        );
+        let by_pages = matches!(
+            self.nr,
+            libc::SYS_mmap
+                | libc::SYS_madvise
+                | libc::SYS_mprotect
+                | libc::SYS_pkey_mprotect
+                | libc::SYS_mbind
+        );
+        let no_pages = by_pages && (!at.is_multiple_of(PAGE) || len == 0);
+        // One of several mappings may be sealed.
+        let by_mappings = matches!(
+            self.nr,
+            libc::SYS_madvise
+                | libc::SYS_process_madvise
+                | libc::SYS_mprotect
+                | libc::SYS_pkey_mprotect
+                | libc::SYS_mremap
+        );
+        let refused = matches!(errno, libc::EBADF | libc::ENOSYS)
+            || errno == libc::EPERM && !by_mappings
+            || errno == libc::EINVAL && no_pages;
         // One mapping is changed as a whole or not at all by these.
         let whole = match self.nr {
             libc::SYS_mprotect | libc::SYS_pkey_mprotect => true,

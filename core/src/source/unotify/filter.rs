@@ -414,4 +414,4 @@ pub(super) const FALLOCATE: u32 = 0x02 | 0x08 | 0x10 | 0x20 | 0x80;
 pub(super) const ADVICE: &[i32] = &[4, 8, 9, 13, 21, 24, 25, 100, 101, 102];
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -73,6 +73,19 @@ fn call(nr: libc::c_long, args: [u64; 6]) -> Data {
     }
 }
 
+/// What a filter that watches some ranges says of calls.
+pub(in super::super) struct Filter(Vec<Insn>);
+
+impl Filter {
+    pub(in super::super) fn watching(ranges: &[Range]) -> Self {
+        Self(program(ranges))
+    }
+
+    pub(in super::super) fn lets_through(&self, nr: libc::c_long, args: [usize; 6]) -> bool {
+        run(&self.0, &call(nr, args.map(|arg| arg as u64))) == ALLOW
+    }
+}
+
 /// Addresses near the ends of what is watched, and near the edges of 32 and 64 bits.
 fn address() -> impl Strategy<Value = u64> {
     let edges = [

@@ -333,6 +333,60 @@ fn two_handlers_that_make_watched_calls_at_once_are_told_so() {
     assert!(is_mapped(other));
 }
 
+/// Were all supervisors inside handlers there would be none to tell them.
+#[test]
+fn one_supervisor_is_always_left_to_receive() {
+    if !in_child("one_supervisor_is_always_left_to_receive") {
+        return;
+    }
+    let rig = rig();
+    let (inside, told) = (AtomicU64::new(0), Arc::new(AtomicU64::new(0)));
+    let (count, other) = (told.clone(), page(rig.buffer, 12));
+    *rig.handler.inside.lock().unwrap() = Some(Arc::new(Box::new(move || {
+        inside.fetch_add(1, SeqCst);
+        while inside.load(SeqCst) < 2 {
+            thread::yield_now();
+        }
+        // Meanwhile the third is received.
+        thread::sleep(Duration::from_millis(30));
+        let refused = munmap(other) == Err(libc::EDEADLK);
+        count.fetch_add(u64::from(refused), SeqCst);
+    })));
+    thread::scope(|scope| {
+        for nth in 1..4 {
+            let part = page(rig.buffer, nth);
+            scope.spawn(move || assert_eq!(munmap(part), Ok(0)));
+        }
+    });
+    *rig.handler.inside.lock().unwrap() = None;
+    assert_eq!(told.load(SeqCst), 3);
+    assert!(is_mapped(other));
+}
+
+/// Of one call: every range of it for every space that is watched there.
+#[test]
+fn more_than_there_is_room_for_is_everything() {
+    if !in_child("more_than_there_is_room_for_is_everything") {
+        return;
+    }
+    let rig = rig();
+    let second = AddressSpace::without_memory(short());
+    let _watched = second.watch(Arc::new(Unotify::new()), rig.arena).unwrap();
+    let handler = Arc::new(Handler::default());
+    let _registration = second.register(rig.buffer, handler.clone(), &[]).unwrap();
+    let vectors: [[usize; 2]; 16] =
+        std::array::from_fn(|nth| [start(page(rig.buffer, nth as u64)), PAGE as usize]);
+    let process = std::process::id() as usize;
+    let own = raw(libc::SYS_pidfd_open, [process, 0, 0, 0, 0, 0]).unwrap();
+    let (at, pageout) = (vectors.as_ptr() as usize, libc::MADV_PAGEOUT as usize);
+    let args = [own, at, vectors.len(), pageout, 0, 0];
+    assert_eq!(raw(libc::SYS_process_madvise, args), Ok(16 * PAGE as usize));
+    for told in [rig.handler, handler] {
+        assert_eq!(told.starts(), 8 + 1, "what there is room for, then all");
+        assert_eq!(told.ends.load(SeqCst), 8 + 1);
+    }
+}
+
 #[test]
 fn while_two_handlers_run_a_third_waits_and_somebody_receives() {
     if !in_child("while_two_handlers_run_a_third_waits_and_somebody_receives") {

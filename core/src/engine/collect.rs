@@ -30,7 +30,7 @@ impl Desk<'_> {
     }
 
     /// Takes every overlapping registration in use; false when the pools have no room.
-    #[inline]
+    #[inline(always)]
     pub(super) fn collect(&mut self) -> bool {
         let (space, claim, range) = (self.space, self.claim, self.core.range);
         let (work, known) = self.work();

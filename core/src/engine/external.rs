@@ -1,6 +1,6 @@
 //! Invalidations that somebody outside drives.
 
-use super::{Ended, InvalidateError, Invalidation, Mode, What};
+use super::{Ended, Failed, InvalidateError, Invalidation, Mode, What};
 use crate::addr::Range;
 use crate::context;
 use crate::lock::Leave;
@@ -44,23 +44,26 @@ impl ExternalInvalidation<'_> {
 /// Goes on with one that has been claimed.
 #[inline(never)]
 fn of_those_hit<'s>(
-    claimed: Invalidation<'s>,
+    claimed: &mut Invalidation<'s>,
     space: &'s Arc<Space>,
     range: Range,
     cause: Cause,
     mode: Mode,
-) -> Result<Invalidation<'s>, InvalidateError> {
+) -> Result<(), Failed<'s>> {
     let what = What {
         pieces: Pieces::UNKNOWN,
         cause,
         segments: &[],
     };
-    claimed
-        .of_those_hit(space, range, what, mode)
-        .map_err(|failed| {
-            let _leave = Leave;
-            failed.error
-        })
+    claimed.of_those_hit(space, range, what, mode)
+}
+
+/// What was put off runs when it is no longer open.
+#[cold]
+fn failed(claimed: Invalidation<'_>, failed: Failed<'_>) -> InvalidateError {
+    drop(claimed);
+    let _leave = Leave;
+    failed.error
 }
 
 #[cold]
@@ -120,8 +123,10 @@ impl crate::AddressSpace {
         }
         self.space.sources.others_change();
         let mut invalidation = Invalidation::claim(&self.space, range);
-        if !invalidation.hits_nothing(range) {
-            invalidation = of_those_hit(invalidation, &self.space, range, cause, mode)?;
+        if !invalidation.hits_nothing(range)
+            && let Err(error) = of_those_hit(&mut invalidation, &self.space, range, cause, mode)
+        {
+            return Err(failed(invalidation, error));
         }
         let this = ExternalInvalidation {
             invalidation,

@@ -26,6 +26,8 @@ mod escalate;
 mod external;
 mod phases;
 
+use std::mem::{ManuallyDrop, needs_drop};
+
 use self::desk::Desk;
 pub(crate) use self::desk::Desks;
 use self::device_op::Deadline;
@@ -58,14 +60,15 @@ pub(crate) enum Mode {
 /// One registration in one invalidation. As small as can be: there is room set aside for as many as there are registrations.
 pub(crate) enum Hit {
     Used(Used),
-    /// After the end: it has failed in a way that no device in quarantine answers for.
-    Kept(Arc<Inner>),
+    /// After the end: it has failed in a way that no device in quarantine answers for. The count is given back by [`Ended`]: if each hit
+    /// had to be looked at where it is dropped, those of a list would be gone over once more.
+    Kept(ManuallyDrop<Arc<Inner>>),
     /// After the end.
     Over,
 }
 
 #[cfg(not(loom))]
-const _: () = assert!(size_of::<Hit>() == 2 * size_of::<usize>());
+const _: () = assert!(size_of::<Hit>() == 2 * size_of::<usize>() && !needs_drop::<Hit>());
 
 /// One that is in use.
 pub(crate) struct Used {
@@ -180,7 +183,13 @@ impl<'s> Ended<'s> {
 impl Drop for Ended<'_> {
     fn drop(&mut self) {
         std::mem::take(&mut self.devices).give(&self.space.device_ops);
-        std::mem::take(&mut self.hits).give(&self.space.hits);
+        let mut hits = std::mem::take(&mut self.hits);
+        hits.for_each(|hit| {
+            if let Hit::Kept(inner) = std::mem::replace(hit, Hit::Over) {
+                drop(ManuallyDrop::into_inner(inner));
+            }
+        });
+        hits.give(&self.space.hits);
     }
 }
 
@@ -200,7 +209,7 @@ impl Failed<'_> {
     /// Registrations whose handler failed in a way that no device answers for.
     pub(crate) fn registrations(&self) -> impl Iterator<Item = &Arc<Inner>> {
         self.ended.hits.iter().filter_map(|hit| match hit {
-            Hit::Kept(inner) => Some(inner),
+            Hit::Kept(inner) => Some(&**inner),
             _ => None,
         })
     }
@@ -272,10 +281,10 @@ impl<'s> Invalidation<'s> {
         mode: Mode,
     ) -> Result<Self, Failed<'s>> {
         let mut this = Self::claim(space, range);
-        if what.segments.is_empty() && this.hits_nothing(range) {
-            return Ok(this);
+        if !(what.segments.is_empty() && this.hits_nothing(range)) {
+            this.of_those_hit(space, range, what, mode)?;
         }
-        this.of_those_hit(space, range, what, mode)
+        Ok(this)
     }
 
     /// The same for whoever may be waited for by somebody that holds the allocator's lock: not even an error frees anything, and what
@@ -315,25 +324,24 @@ impl<'s> Invalidation<'s> {
         true
     }
 
-    #[inline]
+    // Always, this and what it calls: they have one hot caller each. Whether a compiler sees that goes by what else lies in the crate.
+    #[inline(always)]
     fn of_those_hit(
-        mut self,
+        &mut self,
         space: &'s Arc<Space>,
         range: Range,
         what: What<'_>,
         mode: Mode,
-    ) -> Result<Self, Failed<'s>> {
-        match self.phases(space, range, what, mode, true) {
-            Ok(()) => Ok(self),
-            Err((error, mut ended)) => {
-                let error = error.with(ended.first.take());
-                Err(Failed { error, ended })
-            }
-        }
+    ) -> Result<(), Failed<'s>> {
+        let begun = self.phases(space, range, what, mode, true);
+        begun.map_err(|(error, mut ended)| {
+            let error = error.with(ended.first.take());
+            Failed { error, ended }
+        })
     }
 
     /// Phases 1 to 4 but for the claim.
-    #[inline]
+    #[inline(always)]
     fn phases(
         &mut self,
         space: &'s Arc<Space>,
@@ -394,7 +402,7 @@ impl<'s> Invalidation<'s> {
     }
 
     /// With everybody in use whom it hits.
-    #[inline]
+    #[inline(always)]
     fn go_on(
         &mut self,
         space: &'s Arc<Space>,

@@ -1,6 +1,7 @@
 //! The phases from quiesce to end, each over all that was hit at once.
 
 use std::cell::Cell;
+use std::mem::ManuallyDrop;
 
 use super::call::Caller;
 use super::desk::{Desk, Work};
@@ -299,20 +300,23 @@ impl<'s> Desk<'s> {
         let caller = Caller::new(space, core);
         let hit_any = !hits.is_empty();
         hits.for_each(|hit| {
-            let Hit::Used(mut one) = std::mem::replace(hit, Hit::Over) else {
-                return;
-            };
-            let used = one.used;
+            let Some(one) = hit.used() else { return };
+            let used = &one.used;
             if one.quiesced && !(planted!("r13") && trouble.would_block) {
                 let end = |op: &Op<'_>| used.notifier.end(op, outcome);
-                if caller.call(&used, Stage::End, |op, _| end(op)).is_none() {
-                    one.failed |= trouble.panicked(&used);
+                if caller.call(used, Stage::End, |op, _| end(op)).is_none() {
+                    one.failed |= trouble.panicked(used);
                 }
             }
-            if kept && one.failed {
-                *hit = Hit::Kept(used.count());
+            let left = if kept && one.failed {
+                Hit::Kept(ManuallyDrop::new(used.count()))
+            } else {
+                Hit::Over
+            };
+            // Not before: what was just written in pieces would be read as a whole.
+            if let Hit::Used(one) = std::mem::replace(hit, left) {
+                one.used.leave();
             }
-            used.leave();
         });
         let (id, started) = (core.id, *started);
         let noteworthy = trouble.any || *missed_deadline || outcome == Outcome::Quarantined;

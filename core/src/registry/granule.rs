@@ -45,13 +45,14 @@ impl Scale {
         i32::try_from(granule).unwrap_or(i32::MAX)
     }
 
-    /// The same, but -1 for a page before all.
+    /// The first and the last of these pages; -1 for a last one before all.
     #[inline]
-    pub(super) fn granule_of_last(self, page: u64) -> i32 {
-        if page < self.base {
-            return -1;
-        }
-        self.granule(page)
+    pub(super) fn granules(self, (first, last): Pages) -> (i32, i32) {
+        let last = match last < self.base {
+            true => -1,
+            false => self.granule(last),
+        };
+        (self.granule(first), last)
     }
 
     /// The same, of a page that it holds.

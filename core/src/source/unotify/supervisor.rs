@@ -131,7 +131,7 @@ impl Supervisor {
         }
     }
 
-    /// Serves calls for these as well. One thread at a time.
+    /// Serves calls for these as well. One thread at a time: sources are started and tested one after the other.
     pub(super) fn add(&self, sinks: &[Arc<Sink>]) -> Result<(), SourceError> {
         let used = self.used.load(Ordering::Relaxed);
         let free = (0..RANGES).filter(|place| used & 1 << place == 0);

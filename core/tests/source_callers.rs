@@ -388,31 +388,6 @@ fn more_than_there_is_room_for_is_everything() {
 }
 
 #[test]
-fn while_two_handlers_run_a_third_waits_and_somebody_receives() {
-    if !in_child("while_two_handlers_run_a_third_waits_and_somebody_receives") {
-        return;
-    }
-    let rig = rig();
-    let (told, other) = (Arc::new(AtomicU64::new(0)), page(rig.buffer, 12));
-    let count = told.clone();
-    *rig.handler.inside.lock().unwrap() = Some(Arc::new(Box::new(move || {
-        // Long enough for the third call to be received.
-        thread::sleep(Duration::from_millis(100));
-        let refused = munmap(other) == Err(libc::EDEADLK);
-        count.fetch_add(u64::from(refused), SeqCst);
-    })));
-    thread::scope(|scope| {
-        for nth in 1..4 {
-            let part = page(rig.buffer, nth);
-            scope.spawn(move || assert_eq!(munmap(part), Ok(0)));
-        }
-    });
-    *rig.handler.inside.lock().unwrap() = None;
-    assert_eq!(told.load(SeqCst), 3);
-    assert!(is_mapped(other));
-}
-
-#[test]
 fn many_callers_at_once_are_all_served() {
     if !in_child("many_callers_at_once_are_all_served") {
         return;

@@ -159,16 +159,22 @@ impl Tier {
     /// A walk is going to look for `key`, when it has begun.
     #[inline]
     pub(super) fn expect(&self, key: u64) {
+        if let Some(cell) = self.hint(key) {
+            prefetch(cell);
+        }
+    }
+
+    /// Where the search for `key` is going to begin, most likely; `None` where the table is near.
+    #[inline]
+    pub(super) fn hint(&self, key: u64) -> Option<*const Cell> {
         let len = self.len.load(Ordering::Relaxed);
         // What is smaller is near.
-        if len >= FAR {
-            // Relaxed: if these are of two tables, another line comes for nothing.
-            prefetch(
-                self.cells
-                    .load(Ordering::Relaxed)
-                    .wrapping_add(place(key, len)),
-            );
+        if len < FAR {
+            return None;
         }
+        // Relaxed: if these are of two tables, another line comes for nothing.
+        let cells = self.cells.load(Ordering::Relaxed);
+        Some(cells.wrapping_add(place(key, len)))
     }
 
     #[inline]

@@ -112,6 +112,22 @@ fn words_at_even_distances_seldom_meet() {
 }
 
 #[test]
+fn what_a_walk_asks_for_is_where_it_looks() {
+    let (summary, mut marks) = (Summary::new(), Marks::default());
+    assert_eq!(summary.pages.hint(key(0, 0)), None, "it is near");
+    for word in 0..30_000u64 {
+        let start = word << (PAGE_SHIFT + LEVEL_SHIFT);
+        summary.mark(&mut marks, Range::new(start, 1u64 << PAGE_SHIFT).unwrap());
+    }
+    let found = |word: &u64| {
+        let key = key(0, *word);
+        summary.pages.hint(key) == Some(std::ptr::from_ref(summary.pages.table().find(key)))
+    };
+    let there = (0..30_000).filter(found).count();
+    assert!(there > 29_000, "{there} of 30 000");
+}
+
+#[test]
 fn words_that_come_and_go_do_not_make_it_grow_for_ever() {
     let (summary, mut marks) = (Summary::new(), Marks::default());
     for nth in 0..100_000u64 {

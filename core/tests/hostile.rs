@@ -511,6 +511,27 @@ fn pages_that_one_without_devices_may_still_reach_stay_when_it_is_gone() {
     }
 }
 
+/// A failed invalidation holds who may still reach the pages, and no longer than somebody can ask for it.
+#[test]
+fn a_handler_that_failed_is_dropped_with_its_registration() {
+    for panics in [false, true] {
+        let space = space();
+        let page = page(&space);
+        let alone = Arc::new(Alone {
+            at: "cut_off",
+            polled: false,
+            panics,
+            calls: Calls::default(),
+        });
+        let handler = Arc::downgrade(&alone);
+        let one = space.register(page, alone, &[]).unwrap();
+        assert!(space.begin_invalidation(page, Cause::External).is_err());
+        drop(one);
+        space.drain().unwrap();
+        assert_eq!(handler.strong_count(), 0, "{panics}");
+    }
+}
+
 /// A TLB whose driver panics, once, in the method with this number.
 struct PanickingTlb {
     at: u32,

@@ -211,7 +211,9 @@ mod tests {
             let twice = [(); 2].map(|()| known.caller(here));
             assert_eq!(twice, [Caller::InThisMemory, Caller::Own]);
             // A process that has nothing to do with this one; then the number is a thread's here anew.
+            known.0[1].set(1);
             assert_eq!(known.caller(1), Caller::Other);
+            assert_eq!(known.0[1].get(), 0);
             assert_eq!(same(here), [true, true]);
             // SAFETY: numbers only.
             let parted = unsafe { libc::unshare(libc::CLONE_FS | libc::CLONE_FILES) };

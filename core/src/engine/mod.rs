@@ -26,7 +26,7 @@ mod escalate;
 mod external;
 mod phases;
 
-use std::mem::{ManuallyDrop, needs_drop};
+use std::mem::ManuallyDrop;
 
 use self::desk::Desk;
 pub(crate) use self::desk::Desks;
@@ -68,7 +68,7 @@ pub(crate) enum Hit {
 }
 
 #[cfg(not(loom))]
-const _: () = assert!(size_of::<Hit>() == 2 * size_of::<usize>() && !needs_drop::<Hit>());
+const _: () = assert!(size_of::<Hit>() == 2 * size_of::<usize>() && !std::mem::needs_drop::<Hit>());
 
 /// One that is in use.
 pub(crate) struct Used {

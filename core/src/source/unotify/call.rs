@@ -336,7 +336,6 @@ impl Call {
                 | libc::ENAMETOOLONG
                 | libc::ENOENT
                 | libc::ENOTDIR
-                | libc::EROFS
                 | libc::ETXTBSY
         );
         let by_pages = matches!(

@@ -236,9 +236,8 @@ impl Supervisor {
             while used != 0 {
                 let place = used.trailing_zeros() as usize;
                 used &= used - 1;
-                if let Ok(route) = self.routes[place % RANGES].try_read() {
-                    routes.push(route);
-                }
+                let route = self.routes[place % RANGES].try_read();
+                routes.extend(route.ok().filter(|route| route.is_some()));
             }
             let sinks = routes.iter().filter_map(|one| one.as_deref());
             let make = || {

@@ -37,7 +37,7 @@ const LOOKED_AT: u64 = 4;
 const LEAST: usize = if cfg!(loom) { 4 } else { 64 };
 /// Of what is larger. Mostly there are a few words of it, and what a walk asks for is not there: with room enough it meets no other one,
 /// which no processor foresees.
-const LEAST_LARGE: usize = if cfg!(loom) { 4 } else { 512 };
+const LEAST_LARGE: usize = if cfg!(loom) { 4 } else { 256 };
 
 /// Bits of granules, in one word.
 fn mask(first: u64, last: u64) -> u64 {

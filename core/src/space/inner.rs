@@ -89,6 +89,9 @@ impl Space {
             || NEXT.fetch_add(1, StdOrdering::Relaxed),
             |memory| memory.id(),
         );
+        // A space is made to have registrations; that they name devices is not sure.
+        let hits = Pool::new(HITS);
+        hits.reserve(0);
         Self {
             id,
             table: Table::new(memory.as_ref().map(|memory| memory.arena())),
@@ -98,7 +101,7 @@ impl Space {
             registry: Registry::new(),
             events: Events::new(),
             desks: Desks::new(&deadlines),
-            hits: Pool::new(HITS),
+            hits,
             device_ops: Pool::new(DEVICES),
             stats: Counters::new(),
             recorder: Recorder::new(),

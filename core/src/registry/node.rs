@@ -6,7 +6,7 @@
 //! other way; whoever is shown an entry has been told by the entry itself. What is below is an entry's value in a leaf, else a node. Nodes are owned by the one version of the tree that they are linked in;
 //! [`Nodes`] is where a writer gets new ones, and where those go that it has replaced.
 //!
-//! The unsafe code of the index is here and in the parent module. It rests on two facts. A node or value that can be reached from a
+//! The unsafe code of the tree is here, in [`writer`] and in the parent module. It rests on two facts. A node or value that can be reached from a
 //! published root is alive for as long as a walk that began before it was unlinked: the parent retires it. And a node
 //! is written only while its stamp is that of the batch that is not published yet, by the one writer that made it.
 

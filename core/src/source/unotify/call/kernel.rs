@@ -4,6 +4,7 @@
 use std::io;
 
 use super::super::filter::tests::Filter;
+use super::tests::call;
 use super::*;
 
 /// Pages that calls are made on, with as many on each side that are not there to be changed.
@@ -134,12 +135,7 @@ impl Ground {
         args: [usize; 6],
         but: usize,
     ) -> Result<(), String> {
-        let mut call = Call::new(&libc::seccomp_data {
-            nr: nr as i32,
-            arch: 0,
-            instruction_pointer: 0,
-            args: args.map(|arg| arg as u64),
-        });
+        let mut call = call(nr, args.map(|arg| arg as u64));
         let mut changes = Changes::default();
         call.changes(&StandIn::AsItIs, maps, &mut changes);
         // SAFETY: on pages of the ground; what is moved elsewhere is unmapped below.
@@ -188,13 +184,7 @@ impl Ground {
     /// Makes the call as it is, and once more as it is made where the pages are those of an arena: what it answers and what has changed
     /// is to be the same.
     fn try_in_arena(&self, maps: &Maps, nr: libc::c_long, args: [usize; 6]) -> Result<(), String> {
-        let data = libc::seccomp_data {
-            nr: nr as i32,
-            arch: 0,
-            instruction_pointer: 0,
-            args: args.map(|arg| arg as u64),
-        };
-        let mut call = Call::new(&data);
+        let mut call = call(nr, args.map(|arg| arg as u64));
         let mut changes = Changes::default();
         call.changes(&StandIn::AsItIs, maps, &mut changes);
         let len = (ALL * PAGE) as u64;
@@ -357,12 +347,8 @@ fn try_half(kind: Kind) -> Result<usize, String> {
         return Ok(0);
     }
     let maps = Maps::open().map_err(|error| error.to_string())?;
-    let mut call = Call::new(&libc::seccomp_data {
-        nr: libc::SYS_munmap as i32,
-        arch: 0,
-        instruction_pointer: 0,
-        args: [ground.page(2) as u64, 4 * PAGE as u64, 0, 0, 0, 0],
-    });
+    let args = [ground.page(2) as u64, 4 * PAGE as u64, 0, 0, 0, 0];
+    let mut call = call(libc::SYS_munmap, args);
     let mut changes = Changes::default();
     call.changes(&StandIn::AsItIs, &maps, &mut changes);
     let arena = pages(ground.page(2), PAGE);

@@ -4,7 +4,8 @@ use proptest::prelude::*;
 
 use super::*;
 
-fn call(nr: libc::c_long, args: [u64; 6]) -> Call {
+/// A call, as the kernel hands it over.
+pub(super) fn call(nr: libc::c_long, args: [u64; 6]) -> Call {
     Call::new(&libc::seccomp_data {
         nr: nr as i32,
         arch: 0,

@@ -39,18 +39,34 @@ fn is_supervisor(thread: u32) -> bool {
     all.any(|one| one == thread)
 }
 
-/// Threads of this process that a supervisor has seen make calls, by their numbers; no supervisors.
-#[derive(Default)]
-pub(super) struct Known([Cell<u32>; 16]);
+/// Who is known to a supervisor.
+pub(super) struct Known {
+    /// The number of this process, and of its first thread; nobody else's while the process lives, and the supervisor in it, also when that
+    /// thread has ended.
+    process: u32,
+    /// Other threads of this process that it has seen make calls; no supervisors.
+    threads: [Cell<u32>; 16],
+}
 
 impl Known {
+    pub(super) fn new() -> Self {
+        Self {
+            process: std::process::id(),
+            threads: Default::default(),
+        }
+    }
+
     /// Who makes a call, by the number of the thread.
     ///
     /// The number may have been another process's when the call was received, and a thread's of this one by now, if the caller was killed
     /// meanwhile. Numbers are given out in turn. For that to happen to one that was a thread's here before, it would have to
     /// be given out twice, once to that process and once back, between two calls, and the second time since this was received.
     pub(super) fn caller(&self, thread: u32) -> Caller {
-        let known = &self.0[thread as usize % self.0.len()];
+        // Without a question, which is a system call.
+        if thread == self.process {
+            return Caller::Own;
+        }
+        let known = &self.threads[thread as usize % self.threads.len()];
         if is_of_this_process(thread) {
             if known.get() == thread {
                 Caller::Own
@@ -207,13 +223,15 @@ mod tests {
         let same = move |thread| [KCMP_FILES, KCMP_FS].map(|what| shares(thread, what));
         let parted = std::thread::spawn(move || {
             assert!(has_rights_of_this(here));
-            let known = Known::default();
-            let twice = [(); 2].map(|()| known.caller(here));
+            let known = Known::new();
+            // The first thread, whatever was seen of it; one that is not the first.
+            assert_eq!(known.caller(std::process::id()), Caller::Own);
+            let twice = [(); 2].map(|()| known.caller(own_thread()));
             assert_eq!(twice, [Caller::InThisMemory, Caller::Own]);
             // A process that has nothing to do with this one; then the number is a thread's here anew.
-            known.0[1].set(1);
+            known.threads[1].set(1);
             assert_eq!(known.caller(1), Caller::Other);
-            assert_eq!(known.0[1].get(), 0);
+            assert_eq!(known.threads[1].get(), 0);
             assert_eq!(same(here), [true, true]);
             // SAFETY: numbers only.
             let parted = unsafe { libc::unshare(libc::CLONE_FS | libc::CLONE_FILES) };

@@ -82,7 +82,7 @@ pub(super) fn supervise(nth: usize, maps: &Maps) {
     let seat = Seat {
         listener,
         maps,
-        known: Known::default(),
+        known: Known::new(),
     };
     let relay = &supervisor.relay;
     // The first receives.

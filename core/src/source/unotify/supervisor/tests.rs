@@ -120,7 +120,7 @@ fn what_waits_is_bounded_and_waits_only_for_somebody_who_will_look() {
         // None: answers go nowhere.
         listener: -1,
         maps: &Maps::open().unwrap(),
-        known: Known::default(),
+        known: Known::new(),
     };
     // SAFETY: integers only.
     let notification: Notification = unsafe { std::mem::zeroed() };

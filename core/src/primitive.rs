@@ -258,7 +258,7 @@ impl<T> Deref for Line<T> {
 /// Whether no two threads ever have the same [`home`].
 pub(crate) const HOMES_ARE_UNIQUE: bool = !cfg!(loom);
 
-/// Asks for the line at `at`, which need not be anything: where a wait for it would come behind a fence.
+/// Asks for the line at `at`, which need not be anything: where a wait for it would come later, and alone.
 #[inline]
 pub(crate) fn prefetch<T>(at: *const T) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]

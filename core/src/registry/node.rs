@@ -21,7 +21,7 @@ pub(super) use self::writer::Nodes;
 pub(super) use self::writer::check;
 use super::granule::{PAGE_SHIFT, Pages, Scale, above, pages};
 use crate::addr::Range;
-use crate::primitive::Arc;
+use crate::primitive::{Arc, prefetch};
 
 /// What is below a node at most.
 #[cfg(not(loom))]
@@ -112,6 +112,15 @@ impl<T: Entry> Node<T> {
         self.first = other.first;
         self.last = other.last;
         self.below = other.below;
+    }
+
+    /// A walk is going to begin at `root`, most likely, which need not be alive: all its lines are asked for at once. Where a writer is at
+    /// work it has written them just now, on another processor, and a walk would wait for where it goes on when it has seen where.
+    #[inline]
+    pub(super) fn expect(root: *const Self) {
+        for line in (0..size_of::<Self>()).step_by(64) {
+            prefetch(root.wrapping_byte_add(line));
+        }
     }
 
     fn len(&self) -> usize {

@@ -193,20 +193,20 @@ fn threads(table: &Table) {
     table.ratio(
         "two threads, disjoint, one space",
         Target::AtMost(1.0 / 0.95),
-        || case::two_threads(true),
-        ("two spaces", || case::two_threads(false)),
+        || case::disjoint(2, true),
+        ("two spaces", || case::disjoint(2, false)),
     );
     table.ratio(
         "two threads, disjoint, one space",
         Target::AtMost(2.0 / 1.8),
-        || case::two_threads(true),
-        ("one thread", case::one_thread),
+        || case::disjoint(2, true),
+        ("one thread", || case::disjoint(1, true)),
     );
     table.ratio(
         "two threads, two spaces",
         Target::None,
-        || case::two_threads(false),
-        ("one thread", case::one_thread),
+        || case::disjoint(2, false),
+        ("one thread", || case::disjoint(1, true)),
     );
     table.ratio(
         "two threads fault, disjoint",

@@ -26,9 +26,9 @@ fn all() -> Vec<Made> {
         ("SRCU section", case::section),
         ("begin, lock, retry", case::fault),
         ("lock", case::notifier_lock),
-        ("two threads, one space", || case::two_threads(true)),
-        ("two threads, two spaces", || case::two_threads(false)),
-        ("one thread", case::one_thread),
+        ("two threads, one space", || case::disjoint(2, true)),
+        ("two threads, two spaces", || case::disjoint(2, false)),
+        ("one thread", || case::disjoint(1, true)),
         ("one device", || case::devices(1, Duration::from_micros(10))),
         ("64 devices", || {
             case::devices(64, Duration::from_micros(10))

@@ -228,91 +228,112 @@ pub fn notifier_lock() -> Case {
     })
 }
 
-/// A second thread, which stays for as long as its case, as those of a process do.
+/// Other threads, which stay for as long as their case, as those of a process do.
 #[derive(Debug)]
-pub struct Second {
+pub struct Others(Vec<Other>);
+
+#[derive(Debug)]
+struct Other {
     /// How often, and when it is to start; then how long it took.
-    ask: std::sync::mpsc::Sender<(u64, Arc<AtomicU64>)>,
+    ask: std::sync::mpsc::Sender<(u64, Arc<Barrier>)>,
     took: std::sync::mpsc::Receiver<Duration>,
 }
 
-/// Waits until both are ready, and does it so many times.
-fn together(times: u64, ready: &AtomicU64, once: &mut dyn FnMut(u64)) -> Duration {
-    ready.fetch_add(1, Relaxed);
-    while ready.load(Relaxed) < 2 {
-        std::hint::spin_loop();
-    }
-    let begun = Instant::now();
-    (0..times).for_each(once);
-    begun.elapsed()
+/// Threads that start at the same time.
+#[derive(Debug)]
+struct Barrier {
+    ready: AtomicU64,
+    threads: u64,
 }
 
-impl Second {
-    /// One that does `once` when it is asked to; it is given the number of the time.
-    pub fn new(mut once: impl FnMut(u64) + Send + 'static) -> Self {
-        let (ask, asked) = std::sync::mpsc::channel::<(u64, Arc<AtomicU64>)>();
-        let (done, took) = std::sync::mpsc::channel();
-        std::thread::spawn(move || {
-            while let Ok((times, ready)) = asked.recv() {
-                let _ = done.send(together(times, &ready, &mut once));
-            }
-        });
-        Self { ask, took }
+impl Barrier {
+    /// Waits until all are ready, and does it so many times.
+    fn time(&self, times: u64, once: &mut dyn FnMut(u64)) -> Duration {
+        self.ready.fetch_add(1, Relaxed);
+        while self.ready.load(Relaxed) < self.threads {
+            std::hint::spin_loop();
+        }
+        let begun = Instant::now();
+        (0..times).for_each(once);
+        begun.elapsed()
+    }
+}
+
+impl Others {
+    /// One for each, which does that when it is asked to; it is given the number of the time.
+    pub fn new<F: FnMut(u64) + Send + 'static>(others: impl IntoIterator<Item = F>) -> Self {
+        let other = |mut once: F| {
+            let (ask, asked) = std::sync::mpsc::channel::<(u64, Arc<Barrier>)>();
+            let (done, took) = std::sync::mpsc::channel();
+            std::thread::spawn(move || {
+                while let Ok((times, barrier)) = asked.recv() {
+                    let _ = done.send(barrier.time(times, &mut once));
+                }
+            });
+            Other { ask, took }
+        };
+        Self(others.into_iter().map(other).collect())
     }
 
-    /// The time until both are done, with `once` on this thread.
+    /// The time until all are done, with `once` on this thread.
     pub fn beside(&self, times: u64, mut once: impl FnMut(u64)) -> Duration {
-        let ready = Arc::new(AtomicU64::new(0));
-        self.ask
-            .send((times, ready.clone()))
-            .expect("the other thread");
-        let mine = together(times, &ready, &mut once);
-        mine.max(self.took.recv().expect("the other thread"))
+        let barrier = Arc::new(Barrier {
+            ready: AtomicU64::new(0),
+            threads: self.0.len() as u64 + 1,
+        });
+        for other in &self.0 {
+            let asked = other.ask.send((times, barrier.clone()));
+            asked.expect("the other thread");
+        }
+        let mine = barrier.time(times, &mut once);
+        let others = self.0.iter();
+        others.fold(mine, |most, other| {
+            most.max(other.took.recv().expect("the other thread"))
+        })
     }
 }
 
-fn registered(at: u64) -> (AddressSpace, shootdown::Registration, Range) {
+/// A space with a registration of 1 MiB for each of so many threads.
+fn registered(threads: u64) -> (AddressSpace, Vec<(shootdown::Registration, Range)>) {
     let space = AddressSpace::without_memory(Deadlines::default());
-    let range = Range::new(at, 1 << 20).expect("a range");
-    let registration = space.register(range, Arc::new(Empty), &[]);
-    (space.clone(), registration.expect("a registration"), range)
-}
-
-/// Two threads, each with a registered range of its own; in one space, or in two. The time of one operation of each thread.
-pub fn two_threads(one_space: bool) -> Case {
-    let (first, kept, left) = registered(1 << 32);
-    let (other, also, right) = registered(1 << 33);
-    let second = if one_space {
-        first.clone()
-    } else {
-        other.clone()
+    let one = |nth: u64| {
+        let range = Range::new((nth + 1) << 32, 1 << 20).expect("a range");
+        let registration = space.register(range, Arc::new(Empty), &[]);
+        (registration.expect("a registration"), range)
     };
-    let more = first.register(right, Arc::new(Empty), &[]);
-    let name = if one_space { "one space" } else { "two spaces" };
-    let beside = Second::new(move |_| shoot(&second, right));
-    Case::timed(format!("two threads/{name}"), move |times| {
-        black_box((&kept, &also, &more, &other));
-        beside.beside(times, |_| shoot(&first, left))
+    let registrations = (0..threads).map(one).collect();
+    (space, registrations)
+}
+
+/// So many threads, each with a registered range of its own; all in one space, or each in its own. The time of one operation of each
+/// thread.
+pub fn disjoint(threads: usize, one_space: bool) -> Case {
+    // As many registrations in each space, so that only what they share differs.
+    let spaces: Vec<_> = (0..threads).map(|_| registered(threads as u64)).collect();
+    let shooter = |nth: usize| {
+        let space = spaces[if one_space { 0 } else { nth }].0.clone();
+        let range = spaces[0].1[nth].1;
+        move |_| shoot(&space, range)
+    };
+    let (mut mine, others) = (shooter(0), Others::new((1..threads).map(shooter)));
+    let name = if one_space { "one space" } else { "its own" };
+    Case::timed(format!("{threads} threads/{name}"), move |times| {
+        black_box(&spaces);
+        others.beside(times, &mut mine)
     })
 }
 
-/// One of those threads alone.
-pub fn one_thread() -> Case {
-    let (space, kept, range) = registered(1 << 32);
-    Case::new("two threads/one of them", move |_| {
-        shoot(&space, range);
-        black_box(&kept);
-    })
-}
-
-/// Faults of one thread, or of two in disjoint parts of one registration. Each has a lock of its own, as contexts have.
+/// Faults of so many threads, in disjoint parts of one registration. Each has a lock of its own, as contexts have.
 pub fn faults(threads: usize) -> Case {
-    let (space, registration, range) = registered(1 << 32);
+    let (space, mut registrations) = registered(1);
+    let (registration, range) = registrations.pop().expect("one");
     let registration = Arc::new(registration);
-    let faults = |thread: u64| {
+    let part = range.len() as u64 / threads as u64;
+    let faults = |thread: usize| {
         let (registration, lock) = (registration.clone(), NotifierLock::new(()));
+        let start = range.start().get() + thread as u64 * part;
         move |nth: u64| {
-            let at = range.start().get() + (thread << 19) + ((nth & 0x7f) << 12);
+            let at = start + (nth << 12) % part;
             let entry = Range::new(at, 4096).expect("a page");
             let fault = registration
                 .begin(entry, Duration::from_secs(1))
@@ -321,15 +342,10 @@ pub fn faults(threads: usize) -> Case {
             assert!(!fault.retry(&held));
         }
     };
-    let (mut mine, beside) = (faults(0), Second::new(faults(1)));
+    let (mut mine, others) = (faults(0), Others::new((1..threads).map(faults)));
     Case::timed(format!("faults/{threads} threads"), move |times| {
         black_box(&space);
-        if threads == 2 {
-            return beside.beside(times, &mut mine);
-        }
-        let begun = Instant::now();
-        (0..times).for_each(&mut mine);
-        begun.elapsed()
+        others.beside(times, &mut mine)
     })
 }
 

@@ -17,6 +17,10 @@ fn main() -> ExitCode {
     );
     let registrations = measure::registrations(&[10, 1_000, 100_000, 1_000_000]);
     let devices = measure::devices(&[1, 4, 16, 64, 256, 1_024]);
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let counts = std::iter::successors(Some(1), |count| Some(count * 2));
+    let counts: Vec<_> = counts.take_while(|count| *count <= cores).collect();
+    let threads = measure::threads(&counts);
     let panels = [
         (
             "an invalidation that hits nothing",
@@ -41,6 +45,18 @@ fn main() -> ExitCode {
             "µs",
             &devices,
             "devices",
+        ),
+        (
+            "invalidations of each of so many threads, disjoint",
+            "ns",
+            &threads.disjoint,
+            "threads",
+        ),
+        (
+            "faults of each of so many threads, disjoint",
+            "ns",
+            &threads.faults,
+            "threads",
         ),
     ];
     let panels = panels.map(|(title, unit, curves, over)| {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shootdown::{AddressSpace, Range};
-use shootdown_bench::case::{self, Second, shoot};
+use shootdown_bench::case::{self, Case, Others, shoot};
 use shootdown_bench::ground::{Empty, Ground, interval};
 use shootdown_bench::round::median;
 
@@ -121,7 +121,7 @@ pub(crate) fn registrations(counts: &[usize]) -> Registrations {
             };
             let (mut alone, mut mine) = (shooter(0), shooter(0));
             let mut other = shooter(queries.len() / 2);
-            let second = Second::new(move |_| other());
+            let second = Others::new([move |_| other()]);
             let mut pages = Pages::new(queries, 0);
             let mut bare = || {
                 let found = index.iter(interval(pages.next()));
@@ -170,6 +170,34 @@ pub(crate) fn devices(counts: &[usize]) -> Vec<Curve> {
             count,
             &values.map(|nanoseconds| nanoseconds / 1e3),
         );
+    }
+    all
+}
+
+/// What threads do at the same time, and what that is held against.
+pub(crate) struct Threads {
+    /// Nanoseconds.
+    pub(crate) disjoint: Vec<Curve>,
+    /// Nanoseconds.
+    pub(crate) faults: Vec<Curve>,
+}
+
+/// By number of threads.
+pub(crate) fn threads(counts: &[usize]) -> Threads {
+    let mut all = Threads {
+        disjoint: curves([
+            ("of one space", false),
+            ("each of a space of its own", true),
+        ]),
+        faults: curves([("of one registration", false)]),
+    };
+    fn run(mut case: Case) -> Run<'static> {
+        Box::new(move |times| case.run(times))
+    }
+    for count in counts.iter().copied() {
+        let spaces = [true, false].map(|one| run(case::disjoint(count, one)));
+        push(&mut all.disjoint, count, &in_turn(spaces));
+        push(&mut all.faults, count, &in_turn([run(case::faults(count))]));
     }
     all
 }

@@ -23,9 +23,10 @@
 //! [`srcu`]: crate::srcu
 
 use crate::addr::{Addr, Range};
+use crate::home::home;
 use crate::notes::{Note, Notes};
 use crate::primitive::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
-use crate::primitive::{Backoff, fence_after_rmw, home};
+use crate::primitive::{Backoff, fence_after_rmw};
 
 /// Invalidations in progress at most, in one address space.
 #[cfg(not(loom))]

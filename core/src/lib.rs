@@ -74,6 +74,7 @@ mod fault;
 #[cfg_attr(fuzzing, allow(missing_docs))]
 pub mod fuzz;
 mod ghosts;
+mod home;
 mod list;
 mod lock;
 mod managed;

@@ -255,9 +255,6 @@ impl<T> Deref for Line<T> {
     }
 }
 
-/// Whether no two threads ever have the same [`home`].
-pub(crate) const HOMES_ARE_UNIQUE: bool = !cfg!(loom);
-
 /// Asks for the line at `at`, which need not be anything: where a wait for it would come later, and alone.
 #[inline]
 pub(crate) fn prefetch<T>(at: *const T) {
@@ -269,31 +266,6 @@ pub(crate) fn prefetch<T>(at: *const T) {
     }
     #[cfg(not(all(target_arch = "x86_64", not(miri))))]
     let _ = at;
-}
-
-/// A number of this thread, from 0 in the order in which they ask: where to start looking for a free slot. Neither allocates nor
-/// registers a destructor, on first use either.
-#[cfg(not(loom))]
-#[inline]
-pub(crate) fn home() -> usize {
-    use std::cell::Cell;
-    static NEXT: atomic::AtomicUsize = atomic::AtomicUsize::new(0);
-    thread_local! {
-        static HOME: Cell<usize> = const { Cell::new(usize::MAX) };
-    }
-    HOME.with(|home| {
-        if home.get() == usize::MAX {
-            // Relaxed: the number orders nothing.
-            home.set(NEXT.fetch_add(1, atomic::Ordering::Relaxed));
-        }
-        home.get()
-    })
-}
-
-/// Under the checker all threads start at the same slot, which is where they meet, and an execution can be replayed.
-#[cfg(loom)]
-pub(crate) fn home() -> usize {
-    0
 }
 
 /// What to do while another thread, or a device, finishes something that is normally short: spin, each round twice as long

@@ -1,7 +1,7 @@
 //! The flight recorder: what happened last, for the author whose device has eaten a page.
 //!
-//! A ring of fixed-size records in memory set aside beforehand, one ring for each of a few shards, so that threads do not
-//! share a counter. Writing one takes no lock and allocates nothing. A reader may meet a record that is being
+//! A ring of fixed-size records in memory set aside beforehand, one ring for each thread that has a home of its own, and a few for the
+//! others, so that threads do not share a counter. Writing one takes no lock and allocates nothing. A reader may meet a record that is being
 //! overwritten; it sees that by the record's number and leaves it out. Records carry the processor's own counter, which costs
 //! half a clock, and become times when they are read. An invalidation that reaches no device is over in less time than reading the
 //! counter takes, and so is a phase that awaits nothing: of such records only every eighth does, and the others take over the time of
@@ -10,15 +10,20 @@
 //! [`AddressSpace::drain`](crate::AddressSpace::drain), the newest part by itself after something went wrong. Invalidations that
 //! hit nothing are not recorded.
 
+use std::alloc::{Layout, handle_alloc_error};
 use std::fmt;
 use std::time::Duration;
 
-use crate::primitive::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-use crate::primitive::{HOMES_ARE_UNIQUE, Instant, home, now, ticks};
+use memmap2::MmapMut;
 
-/// Shards of one thread each, where threads have numbers of their own; later threads share the rest.
-const OWN: usize = if HOMES_ARE_UNIQUE { 8 } else { 0 };
-const SHARDS: usize = OWN + 4;
+use crate::home::{HOMES, home};
+use crate::primitive::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use crate::primitive::{Instant, now, ticks};
+
+/// Shards of threads without a home of their own.
+const SHARED: usize = 4;
+/// Models have none: they would only add states.
+const SHARDS: usize = if cfg!(loom) { 0 } else { HOMES + SHARED };
 /// How many records without a time of their own there are at most between two that have one.
 const TIMED: u64 = 8;
 /// Records that a dump shows.
@@ -119,6 +124,9 @@ impl fmt::Display for Record {
 /// A record's words: number, ticks or 0, kind and subject, a, b.
 type Words = [AtomicU64; 5];
 
+/// A shard's.
+type Ring = [Words; RECORDS];
+
 /// A kind is above its subject: neither operations nor registrations have more than 56 bits.
 const KIND_SHIFT: u32 = 56;
 const SUBJECT: u64 = (1 << KIND_SHIFT) - 1;
@@ -137,14 +145,34 @@ struct Shard {
     next: AtomicU64,
     /// The first number that `publish` has not had.
     published: AtomicU64,
-    records: Box<[Words; RECORDS]>,
+}
+
+/// The rings of all shards, in pages of their own, which come when they are first written to: most shards are never used.
+struct Rings(MmapMut);
+
+impl Rings {
+    fn new() -> Self {
+        let layout = Layout::new::<[Ring; SHARDS]>();
+        // Models have no shards, and pages are of some length.
+        let pages = MmapMut::map_anon(layout.size().max(1));
+        Self(pages.unwrap_or_else(|_| handle_alloc_error(layout)))
+    }
+
+    #[inline]
+    fn of(&self, shard: usize) -> &Ring {
+        assert!(shard < SHARDS);
+        // SAFETY: inside of the pages, which live as long as this does and are written to by nothing else; atomics, for which the 0 that
+        // they begin with is a value like any other.
+        unsafe { &*self.0.as_ptr().cast::<Ring>().add(shard) }
+    }
 }
 
 pub(crate) struct Recorder {
     epoch: Instant,
     /// The processor's counter at that time.
     epoch_ticks: u64,
-    shards: Box<[Shard]>,
+    shards: [Shard; SHARDS],
+    rings: Rings,
     /// Something went wrong since the last dump.
     dump_wanted: AtomicBool,
 }
@@ -154,16 +182,12 @@ impl Recorder {
         let shard = |_| Shard {
             next: AtomicU64::new(0),
             published: AtomicU64::new(0),
-            // Of most shards no page is ever touched.
-            // SAFETY: atomics, for which 0 is a value like any other; the checker's are never made here.
-            records: unsafe { Box::<[Words; RECORDS]>::new_zeroed().assume_init() },
         };
         Self {
             epoch: now(),
             epoch_ticks: ticks(),
-            shards: (0..if cfg!(loom) { 0 } else { SHARDS })
-                .map(shard)
-                .collect(),
+            shards: std::array::from_fn(shard),
+            rings: Rings::new(),
             dump_wanted: AtomicBool::new(false),
         }
     }
@@ -191,7 +215,7 @@ impl Recorder {
     #[inline]
     pub(crate) fn passed(&self, started: Started) -> bool {
         let home = home();
-        let Some(shard) = self.shards.get(home).filter(|_| home < OWN) else {
+        let Some(shard) = self.shards.get(home).filter(|_| home < HOMES) else {
             return false;
         };
         // Relaxed: `next` is this thread's own, and who publishes just now may have met the start.
@@ -199,7 +223,7 @@ impl Recorder {
         if !is_last || shard.published.load(Ordering::Relaxed) > started.0 {
             return false;
         }
-        let [_, _, word, ..] = &shard.records[started.0 as usize % RECORDS];
+        let [_, _, word, ..] = &self.rings.of(home)[started.0 as usize % RECORDS];
         // Relaxed: written by this thread alone, and whoever reads it finds the one or the other.
         let subject = word.load(Ordering::Relaxed) & SUBJECT;
         let passed = (Kind::Passed as u64) << KIND_SHIFT;
@@ -207,16 +231,11 @@ impl Recorder {
         true
     }
 
-    /// Models have none: they would only add states.
     #[inline]
     fn write(&self, timed: bool, kind: Kind, [subject, a, b]: [u64; 3]) -> Started {
         let home = home();
-        let own = home < OWN;
-        let nth = if own {
-            home
-        } else {
-            OWN + home % (SHARDS - OWN)
-        };
+        let own = home < HOMES;
+        let nth = if own { home } else { HOMES + home % SHARED };
         let Some(shard) = self.shards.get(nth) else {
             return Started::NOTHING;
         };
@@ -230,7 +249,7 @@ impl Recorder {
         };
         let timed = timed || number.is_multiple_of(TIMED);
         let at = if timed { ticks() } else { 0 };
-        let words = &shard.records[number as usize % RECORDS];
+        let words = &self.rings.of(nth)[number as usize % RECORDS];
         let what = (kind as u64) << KIND_SHIFT | subject & SUBJECT;
         // As a sequence lock: the number is taken away, the words written, the number set. The fence, with the one in
         // `records`, keeps the words behind the first store; Release keeps them before the last.
@@ -306,7 +325,10 @@ impl Recorder {
         let tick = time.as_secs_f64() / passed.max(1) as f64;
         let mut records = Vec::new();
         for (nth, shard) in self.shards.iter().enumerate() {
-            let mut own: Vec<_> = shard.records.iter().filter_map(whole).collect();
+            // Relaxed: what is written meanwhile may be left out. Pages that were never written to are not looked at.
+            let used = RECORDS.min(shard.next.load(Ordering::Relaxed) as usize);
+            let ring = &self.rings.of(nth)[..used];
+            let mut own: Vec<_> = ring.iter().filter_map(whole).collect();
             own.sort_unstable_by_key(|(number, _)| *number);
             let time = |(_, words): &(u64, [u64; 4])| Some(words[0]).filter(|at| *at > 0);
             let mut last = own.iter().find_map(time).unwrap_or(self.epoch_ticks);
@@ -396,7 +418,7 @@ mod tests {
     #[test]
     fn a_start_becomes_what_has_passed_unless_something_lies_between() {
         let recorder = Recorder::new();
-        let own = home() < OWN;
+        let own = home() < HOMES;
         let kinds = || -> Vec<_> {
             let whole = |one: &Record| (one.kind, one.subject, one.a, one.b);
             recorder.records().iter().map(whole).collect()
@@ -427,7 +449,7 @@ mod tests {
         let begin_and_pass = || {
             all.wait();
             let started = recorder.record_quick(true, Kind::Start, 7, 1, 2);
-            assert_eq!(recorder.passed(started), home() < OWN);
+            assert_eq!(recorder.passed(started), home() < HOMES);
             all.wait();
         };
         std::thread::scope(|scope| {
@@ -452,11 +474,11 @@ mod tests {
     #[test]
     fn of_threads_that_share_a_shard_the_later_number_may_be_the_earlier_record() {
         let recorder = Recorder::new();
-        let shared = &recorder.shards[OWN];
+        recorder.shards[HOMES].next.store(2, Ordering::Relaxed);
         for (nth, after) in [(0, 2000), (1, 1000)] {
             let at = recorder.epoch_ticks + after;
             let words = [nth + 1, at, (Kind::Start as u64) << KIND_SHIFT | nth, 0, 0];
-            for (word, value) in shared.records[nth as usize].iter().zip(words) {
+            for (word, value) in recorder.rings.of(HOMES)[nth as usize].iter().zip(words) {
                 word.store(value, Ordering::Relaxed);
             }
         }

@@ -1,14 +1,13 @@
-//! Counters of an address space, each counted where the thing happens, on a shard that no other thread writes to, for the first
-//! threads of a process: those count by a load and a store. Later threads share a few more shards.
+//! Counters of an address space, each counted where the thing happens, on a shard that no other thread writes to, where the thread has a
+//! home of its own: it counts by a load and a store. Others share a few more shards.
 
 use crate::context::Place;
+use crate::home::{HOMES, home};
 use crate::primitive::atomic::{AtomicU64, Ordering};
-use crate::primitive::{HOMES_ARE_UNIQUE, home};
 
-/// Shards of one thread each, where threads have numbers of their own.
-const OWN: usize = if HOMES_ARE_UNIQUE { 32 } else { 0 };
+/// Shards of threads without a home of their own.
 const SHARED: usize = if cfg!(loom) { 1 } else { 8 };
-const SHARDS: usize = OWN + SHARED;
+const SHARDS: usize = HOMES + SHARED;
 const COUNTERS: usize = 15;
 
 #[derive(Clone, Copy)]
@@ -73,11 +72,11 @@ impl Counters {
     fn add_at(&self, index: usize, more: u64) {
         // Relaxed: counts order nothing.
         let home = home();
-        if home < OWN {
+        if home < HOMES {
             let counter = &self.0[home].0[index];
             counter.store(counter.load(Ordering::Relaxed) + more, Ordering::Relaxed);
         } else {
-            let counter = &self.0[OWN + home % SHARED].0[index];
+            let counter = &self.0[HOMES + home % SHARED].0[index];
             counter.fetch_add(more, Ordering::Relaxed);
         }
     }

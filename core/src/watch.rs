@@ -14,8 +14,9 @@ use std::sync::atomic::AtomicPtr;
 use std::sync::atomic::Ordering::{Acquire, Release};
 
 use crate::active::SLOTS;
+use crate::home::home;
 use crate::primitive::atomic::{AtomicU64, Ordering, fence};
-use crate::primitive::{home, kernel_thread};
+use crate::primitive::kernel_thread;
 
 /// Releases that are watched at once; more run unwatched.
 const RELEASES: usize = 16;

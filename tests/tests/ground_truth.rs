@@ -146,7 +146,8 @@ impl Device<'_> {
         self.pins.lock().unwrap().unpin();
     }
 
-    /// What the device reads now; after a fault if it has no entry. The thread's `spare` becomes the entry then.
+    /// What the device reads now; after a fault if it has no entry. The thread's `spare` becomes the entry then, and is read before anybody
+    /// else evicts it: else this goes on for as long as the other thread is the quicker one.
     fn read(&self, spare: &mut Pins) -> u64 {
         loop {
             let mut pins = self.pins.lock().unwrap();
@@ -165,11 +166,16 @@ impl Device<'_> {
                 thread::sleep(Duration::from_micros(20));
             }
             let lock = self.driver.0.lock();
-            if self.wrong == Wrong::NoRetry || !fault.retry(&lock) {
-                std::mem::swap(&mut *self.pins.lock().unwrap(), spare);
-            }
+            let installed = (self.wrong == Wrong::NoRetry || !fault.retry(&lock)).then(|| {
+                let mut pins = self.pins.lock().unwrap();
+                std::mem::swap(&mut *pins, spare);
+                pins.read()
+            });
             drop(lock);
             spare.unpin();
+            if let Some(word) = installed {
+                return word;
+            }
         }
     }
 }

@@ -44,22 +44,24 @@ static OWNERS: [AtomicU64; HOMES] = [const { AtomicU64::new(0) }; HOMES];
 #[cold]
 fn settle() -> usize {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
+    // Relaxed: the number orders nothing.
+    let fresh = NEXT.fetch_add(1, Ordering::Relaxed);
+    // The threads of a simulation are none of the kernel's, and their steps may not depend on its numbers.
+    if cfg!(sim) {
+        return fresh;
+    }
     // SAFETY: no arguments, no memory; always succeeds.
     let thread = unsafe { libc::syscall(libc::SYS_gettid) } as u32;
     let process = std::process::id();
     let this = u64::from(process) << 32 | u64::from(thread);
-    // Relaxed: the number orders nothing.
-    let fresh = NEXT.fetch_add(1, Ordering::Relaxed);
     if let Some(owner) = OWNERS.get(fresh) {
         owner.store(this, Ordering::Relaxed);
         return fresh;
     }
-    // The threads of a simulation are no threads of the kernel's.
     let free = OWNERS.iter().position(|owner| {
         // Relaxed: what a thread did is over when the kernel does not know it any more, and whoever asks it comes after that.
         let last = owner.load(Ordering::Relaxed);
-        !cfg!(sim)
-            && last >> 32 == u64::from(process)
+        last >> 32 == u64::from(process)
             && has_ended(process, last as u32)
             && (owner.compare_exchange(last, this, Ordering::Relaxed, Ordering::Relaxed)).is_ok()
     });

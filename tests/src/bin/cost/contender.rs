@@ -51,8 +51,19 @@ impl Notifier for Registered {
 /// What prepares the page for one more call: it was mapped anew.
 type Renew<'a> = &'a mut dyn FnMut() -> Result<(), Error>;
 
+/// Serves on the first thread, or on a later one.
+pub(crate) fn run(contender: Contender, later_thread: bool) -> Result<(), Error> {
+    if !later_thread {
+        return serve(contender);
+    }
+    let thread = std::thread::Builder::new().spawn(move || serve(contender))?;
+    thread
+        .join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
 /// Measures as often as standard input asks for it.
-pub(crate) fn serve(contender: Contender) -> Result<(), Error> {
+fn serve(contender: Contender) -> Result<(), Error> {
     let memory = Arc::new(ProcessMemory::reserve(64 << 20)?);
     let arena = memory.arena();
     // Without a memory of its own the space watches what is somebody else's as a whole; the page lies in the same place.

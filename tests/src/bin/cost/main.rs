@@ -36,6 +36,9 @@ struct Options {
     /// In the child: which contender it is.
     #[arg(long, hide = true)]
     child: Option<Contender>,
+    /// In the child: another thread than the first unmaps.
+    #[arg(long, hide = true)]
+    later_thread: bool,
 }
 
 /// Who unmaps.
@@ -93,6 +96,8 @@ enum Error {
 #[derive(Debug, Serialize)]
 struct Row {
     source: Contender,
+    /// Another thread than the first unmaps, whose calls unotify has to ask about.
+    later_thread: bool,
     /// The munmap of a touched page of 4 KiB, in nanoseconds: nothing watches, the bare mechanism, the same with what correctness
     /// needs, the framework.
     munmap_ns: [f64; 4],
@@ -111,7 +116,7 @@ struct Row {
 fn main() -> ExitCode {
     let options = Options::parse();
     let result = match options.child {
-        Some(contender) => contender::serve(contender)
+        Some(contender) => contender::run(contender, options.later_thread)
             .map(|()| true)
             .map_err(Error::from),
         None => compare(&options),
@@ -135,11 +140,12 @@ struct Process {
 }
 
 impl Process {
-    fn start(contender: Contender) -> Result<Self, Error> {
+    fn start(contender: Contender, later_thread: bool) -> Result<Self, Error> {
         let failed = |error| Error::Child(contender, error);
         let name = contender.to_possible_value().expect("none is hidden");
         let mut child = Command::new(std::env::current_exe().map_err(failed)?)
             .args(["--child", name.get_name()])
+            .args(later_thread.then_some("--later-thread"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -176,10 +182,13 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-fn row(options: &Options, [bare, needed, source]: [Contender; 3]) -> Result<Row, Error> {
+fn row(
+    options: &Options,
+    ([bare, needed, source], later_thread): ([Contender; 3], bool),
+) -> Result<Row, Error> {
     let mut contenders = [Contender::Nothing, bare, needed, source]
         .into_iter()
-        .map(Process::start)
+        .map(|contender| Process::start(contender, later_thread))
         .collect::<Result<Vec<_>, _>>()?;
     let mut turns: Vec<Vec<Sample>> = Vec::new();
     // The first warms up.
@@ -200,6 +209,7 @@ fn row(options: &Options, [bare, needed, source]: [Contender; 3]) -> Result<Row,
     };
     Ok(Row {
         source,
+        later_thread,
         munmap_ns: medians(|sample| sample.munmap),
         munmap_ratio: ratio(1, |sample| sample.munmap),
         munmap_by_needed: ratio(2, |sample| sample.munmap),
@@ -214,10 +224,11 @@ fn row(options: &Options, [bare, needed, source]: [Contender; 3]) -> Result<Row,
 fn compare(options: &Options) -> Result<bool, Error> {
     use Contender::*;
     let rows = [
-        [BareUnotify, DutifulUnotify, Unotify],
-        [BareUnotify, DutifulUnotifyInArena, UnotifyInArena],
-        [BareUffd, DutifulUffd, Uffd],
-        [BareUffd, DutifulUffdInArena, UffdInArena],
+        ([BareUnotify, DutifulUnotify, Unotify], false),
+        ([BareUnotify, DutifulUnotify, Unotify], true),
+        ([BareUnotify, DutifulUnotifyInArena, UnotifyInArena], false),
+        ([BareUffd, DutifulUffd, Uffd], false),
+        ([BareUffd, DutifulUffdInArena, UffdInArena], false),
     ];
     let rows = rows.map(|contenders| row(options, contenders));
     let rows = rows.into_iter().collect::<Result<Vec<_>, _>>()?;
@@ -244,7 +255,8 @@ fn print(options: &Options, rows: &[Row]) {
     );
     for row in rows {
         let name = row.source.to_possible_value().expect("none is hidden");
-        let name = name.get_name().replace('-', " ");
+        let later = if row.later_thread { ", later" } else { "" };
+        let name = name.get_name().replace('-', " ") + later;
         let needed = Some(row.munmap_by_needed);
         for (what, [nothing, bare, dutiful, framework], ratio, needed) in [
             ("munmap, watched", row.munmap_ns, row.munmap_ratio, needed),

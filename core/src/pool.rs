@@ -7,34 +7,37 @@
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 
+use arrayvec::ArrayVec;
+
 use crate::active::SLOTS;
 use crate::primitive::Mutex;
 use crate::primitive::atomic::{AtomicUsize, Ordering};
 
-struct Chunk<T> {
-    /// Never has more than its first capacity.
-    entries: Vec<T>,
-    next: Option<Owned<T>>,
+/// In lines of the cache of its own, entries and all: chunks are made side by side, for slots that different threads claim.
+#[repr(align(128))]
+struct Chunk<T, const N: usize> {
+    next: Option<Owned<T, N>>,
+    entries: ArrayVec<T, N>,
 }
 
 /// A chunk that this is the only way to, from `Box::leak`.
-struct Owned<T>(NonNull<Chunk<T>>);
+struct Owned<T, const N: usize>(NonNull<Chunk<T, N>>);
 
-impl<T> Owned<T> {
-    fn new(entries: usize) -> Self {
+impl<T, const N: usize> Owned<T, N> {
+    fn new() -> Self {
         Self(NonNull::from(Box::leak(Box::new(Chunk {
-            entries: Vec::with_capacity(entries),
             next: None,
+            entries: ArrayVec::new(),
         }))))
     }
 
-    fn get(&self) -> &Chunk<T> {
+    fn get(&self) -> &Chunk<T, N> {
         // SAFETY: alive, and borrowed as this is, which is the only way to it but for a chain's own short cuts; those are used with the chain
         // borrowed exclusively.
         unsafe { self.0.as_ref() }
     }
 
-    fn get_mut(&mut self) -> &mut Chunk<T> {
+    fn get_mut(&mut self) -> &mut Chunk<T, N> {
         // SAFETY: as above.
         unsafe { self.0.as_mut() }
     }
@@ -47,30 +50,27 @@ impl<T> Owned<T> {
 
 /// Frees one after the other: each would else free the next from within, and a space that had 100 000 registrations would overflow the
 /// stack.
-fn free_all<T>(mut next: Option<Owned<T>>) {
+fn free_all<T, const N: usize>(mut next: Option<Owned<T, N>>) {
     while let Some(chunk) = next {
         next = chunk.free();
     }
 }
 
-pub(crate) struct Pool<T> {
-    /// Entries of a chunk.
-    chunk: usize,
-    free: Mutex<Option<Owned<T>>>,
+pub(crate) struct Pool<T, const N: usize> {
+    free: Mutex<Option<Owned<T, N>>>,
     /// Chunks that were ever made, in use or not.
     made: AtomicUsize,
 }
 
 // SAFETY: a pool has chunks without entries, and is otherwise a mutex and a count.
-unsafe impl<T: Send> Send for Pool<T> {}
+unsafe impl<T: Send, const N: usize> Send for Pool<T, N> {}
 // SAFETY: as above; chunks are taken and given under the mutex.
-unsafe impl<T: Send> Sync for Pool<T> {}
+unsafe impl<T: Send, const N: usize> Sync for Pool<T, N> {}
 
-impl<T> Pool<T> {
-    /// With chunks of so many entries, of which it has none yet.
-    pub(crate) fn new(chunk: usize) -> Self {
+impl<T, const N: usize> Pool<T, N> {
+    /// With chunks of `N` entries, of which it has none yet.
+    pub(crate) fn new() -> Self {
         Self {
-            chunk,
             free: Mutex::new(None),
             made: AtomicUsize::new(0),
         }
@@ -79,18 +79,18 @@ impl<T> Pool<T> {
     /// Makes sure that `entries` fit in one chain, beside a chunk for each of the others. Allocates: not in the shootdown path, and not
     /// under the lock, which that path takes.
     pub(crate) fn reserve(&self, entries: usize) {
-        let wanted = entries + SLOTS * self.chunk;
+        let wanted = entries + SLOTS * N;
         // Counted when it is there, with Release, so that nobody relies on what another thread has yet to make. Several that make
         // some at once may make a few too many.
-        while self.made.load(Ordering::Acquire) * self.chunk < wanted {
-            self.give(Owned::new(self.chunk));
+        while self.made.load(Ordering::Acquire) * N < wanted {
+            self.give(Owned::new());
             self.made.fetch_add(1, Ordering::AcqRel);
         }
     }
 
-    fn take(&self) -> Option<Owned<T>> {
+    fn take(&self) -> Option<Owned<T, N>> {
         if planted!("r18") {
-            return Some(Owned::new(self.chunk));
+            return Some(Owned::new());
         }
         let mut free = self.free.lock();
         let mut chunk = free.take()?;
@@ -99,7 +99,7 @@ impl<T> Pool<T> {
     }
 
     /// With all that follow it. They have no entries.
-    fn give(&self, chunk: Owned<T>) {
+    fn give(&self, chunk: Owned<T, N>) {
         let mut free = self.free.lock();
         let mut next = Some(chunk);
         while let Some(mut chunk) = next {
@@ -109,54 +109,57 @@ impl<T> Pool<T> {
     }
 }
 
-impl<T> Drop for Pool<T> {
+impl<T, const N: usize> Drop for Pool<T, N> {
     fn drop(&mut self) {
         free_all(self.free.lock().take());
     }
 }
 
 /// A list of `T`, in the order of its making, over chunks of a pool, which is told each time.
-pub(crate) struct Chain<T> {
-    first: Option<Owned<T>>,
+pub(crate) struct Chain<T, const N: usize> {
+    first: Option<Owned<T, N>>,
     /// A short cut to where entries are added: the chunk, of those from `first` on.
-    last: Option<NonNull<Chunk<T>>>,
+    last: Option<NonNull<Chunk<T, N>>>,
     /// Another, to the chunk where an entry was last looked for, and how many entries there are before it.
-    near: Option<(NonNull<Chunk<T>>, usize)>,
+    near: Option<(NonNull<Chunk<T, N>>, usize)>,
     len: usize,
     entries: PhantomData<T>,
 }
 
 // SAFETY: a chain is its entries; nobody else has a way to its chunks.
-unsafe impl<T: Send> Send for Chain<T> {}
+unsafe impl<T: Send, const N: usize> Send for Chain<T, N> {}
 
-impl<T> Default for Chain<T> {
+impl<T, const N: usize> Default for Chain<T, N> {
     fn default() -> Self {
         Self::new()
     }
 }
 
 /// Room for one more entry.
-pub(crate) struct Room<'c, T> {
-    entries: &'c mut Vec<T>,
+pub(crate) struct Room<'c, T, const N: usize> {
+    /// Not full.
+    entries: &'c mut ArrayVec<T, N>,
     len: &'c mut usize,
 }
 
-impl<'c, T> Room<'c, T> {
+impl<'c, T, const N: usize> Room<'c, T, N> {
     /// Makes the entry where it stays: some are large.
     #[inline]
     pub(crate) fn fill_with(self, make: impl FnOnce() -> T) -> &'c mut T {
         let entries = self.entries;
         let at = entries.len();
-        let place = &mut entries.spare_capacity_mut()[0];
-        place.write(make());
-        // SAFETY: it was just written, behind the last one.
-        unsafe { entries.set_len(at + 1) };
+        debug_assert!(!entries.is_full());
+        // SAFETY: there is room behind the last one; and it is written before it counts.
+        unsafe {
+            entries.as_mut_ptr().add(at).write(make());
+            entries.set_len(at + 1);
+        }
         *self.len += 1;
         &mut entries[at]
     }
 }
 
-impl<T> Chain<T> {
+impl<T, const N: usize> Chain<T, N> {
     pub(crate) const fn new() -> Self {
         Self {
             first: None,
@@ -169,13 +172,10 @@ impl<T> Chain<T> {
 
     /// Room for an entry; `None` when the pool is exhausted.
     #[inline]
-    pub(crate) fn room(&mut self, pool: &Pool<T>) -> Option<Room<'_, T>> {
+    pub(crate) fn room(&mut self, pool: &Pool<T, N>) -> Option<Room<'_, T, N>> {
         // SAFETY: a chunk of this chain's, which is borrowed exclusively for as long as the reference is used.
         let mut chunk = self.last.map(|mut last| unsafe { last.as_mut() });
-        if chunk
-            .as_deref()
-            .is_none_or(|chunk| chunk.entries.len() == pool.chunk)
-        {
+        if chunk.as_deref().is_none_or(|chunk| chunk.entries.is_full()) {
             let more = pool.take()?;
             let at = more.0;
             match chunk {
@@ -197,7 +197,7 @@ impl<T> Chain<T> {
         self.len == 0
     }
 
-    fn chunks(&self) -> impl Iterator<Item = &Chunk<T>> {
+    fn chunks(&self) -> impl Iterator<Item = &Chunk<T, N>> {
         std::iter::successors(self.first.as_ref(), |chunk| chunk.get().next.as_ref())
             .map(Owned::get)
     }
@@ -254,7 +254,7 @@ impl<T> Chain<T> {
 
     /// Empties it. It keeps a chunk.
     #[inline]
-    pub(crate) fn clear(&mut self, pool: &Pool<T>) {
+    pub(crate) fn clear(&mut self, pool: &Pool<T, N>) {
         if self.len == 0 {
             return;
         }
@@ -275,7 +275,7 @@ impl<T> Chain<T> {
     }
 
     /// Empties it, and gives all of it back.
-    pub(crate) fn give(mut self, pool: &Pool<T>) {
+    pub(crate) fn give(mut self, pool: &Pool<T, N>) {
         self.clear(pool);
         if let Some(chunk) = self.first.take() {
             pool.give(chunk);
@@ -283,7 +283,7 @@ impl<T> Chain<T> {
     }
 }
 
-impl<T> Drop for Chain<T> {
+impl<T, const N: usize> Drop for Chain<T, N> {
     fn drop(&mut self) {
         free_all(self.first.take());
     }
@@ -295,13 +295,13 @@ mod tests {
 
     const CHUNK: usize = 8;
 
-    fn push(chain: &mut Chain<usize>, pool: &Pool<usize>, entry: usize) {
+    fn push(chain: &mut Chain<usize, CHUNK>, pool: &Pool<usize, CHUNK>, entry: usize) {
         chain.room(pool).expect("room").fill_with(|| entry);
     }
 
     #[test]
     fn a_chain_takes_what_was_reserved_and_gives_it_back() {
-        let pool = Pool::new(CHUNK);
+        let pool = Pool::<_, CHUNK>::new();
         pool.reserve(CHUNK + 1);
         for _ in 0..3 {
             let mut chain = Chain::new();
@@ -321,7 +321,7 @@ mod tests {
 
     #[test]
     fn a_chain_that_was_emptied_looks_at_no_chunk_of_another() {
-        let pool = Pool::new(CHUNK);
+        let pool = Pool::<_, CHUNK>::new();
         pool.reserve(4 * CHUNK);
         let [mut one, mut other] = [Chain::new(), Chain::new()];
         (0..2 * CHUNK).for_each(|n| push(&mut one, &pool, n));
@@ -335,7 +335,7 @@ mod tests {
 
     #[test]
     fn what_the_others_keep_leaves_room_for_everything() {
-        let pool = Pool::new(CHUNK);
+        let pool = Pool::<_, CHUNK>::new();
         pool.reserve(100);
         let mut all: Vec<_> = (0..SLOTS).map(|_| Chain::new()).collect();
         for chain in &mut all {

@@ -125,7 +125,7 @@ impl Who {
 }
 
 /// Where one thread at a time says what it calls.
-#[repr(align(64))]
+#[repr(align(128))]
 #[derive(Debug)]
 pub(crate) struct Post {
     /// 0 while nothing runs; else a number that never comes twice, and the stage.

@@ -6,7 +6,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync::OnceLock;
 
 use super::device_op::Known;
-use super::{DeviceOp, Hit, Trouble};
+use super::{DEVICES, DeviceOp, HITS, Hit, Trouble};
 use crate::active::{Claim, SLOTS};
 use crate::addr::Range;
 use crate::notifier::OpCore;
@@ -21,8 +21,8 @@ use crate::watch::PostId;
 pub(crate) struct Work {
     pub(super) claim: Claim,
     pub(super) core: OpCore,
-    pub(super) hits: Chain<Hit>,
-    pub(super) devices: Chain<DeviceOp>,
+    pub(super) hits: Chain<Hit, HITS>,
+    pub(super) devices: Chain<DeviceOp, DEVICES>,
     pub(super) trouble: Trouble,
     pub(super) missed_deadline: bool,
     /// Somebody was hit, or might have been.

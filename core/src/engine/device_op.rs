@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use arrayvec::ArrayVec;
 
+use super::DEVICES;
 use crate::pool::{Chain, Pool};
 use crate::primitive::{Backoff, Instant, now};
 use crate::registration::Target;
@@ -138,8 +139,8 @@ impl Known {
     #[inline(never)]
     pub(super) fn place_all(
         &mut self,
-        devices: &mut Chain<DeviceOp>,
-        pool: &Pool<DeviceOp>,
+        devices: &mut Chain<DeviceOp, DEVICES>,
+        pool: &Pool<DeviceOp, DEVICES>,
         targets: &[Target],
     ) -> Option<usize> {
         let mut first = None;
@@ -153,8 +154,8 @@ impl Known {
     /// Where `device` is; with room, it is added if it is not there. `None` if it is not, and there is none.
     fn place(
         &mut self,
-        devices: &mut Chain<DeviceOp>,
-        pool: &Pool<DeviceOp>,
+        devices: &mut Chain<DeviceOp, DEVICES>,
+        pool: &Pool<DeviceOp, DEVICES>,
         device: &Device,
     ) -> Option<usize> {
         const MOST: usize = KNOWN / 2;
@@ -187,7 +188,7 @@ impl Known {
     }
 
     /// Forgets all of them.
-    pub(super) fn forget(&mut self, devices: &mut Chain<DeviceOp>) {
+    pub(super) fn forget(&mut self, devices: &mut Chain<DeviceOp, DEVICES>) {
         devices.for_each(|one| {
             if let Some(place) = self.0.get_mut(usize::from(one.known)) {
                 *place = 0;
@@ -219,7 +220,7 @@ impl Deadline {
 /// Waits for all devices together, until each has acknowledged or the deadline is over. Of those that have everything that they are to do,
 /// only the first that is not done is looked at: when it is, most of the others are too, and nobody goes on before all are. False if
 /// all had acknowledged at once.
-pub(super) fn sync(devices: &mut Chain<DeviceOp>, deadline: &mut Deadline) -> bool {
+pub(super) fn sync(devices: &mut Chain<DeviceOp, DEVICES>, deadline: &mut Deadline) -> bool {
     if planted!("r21-sync") {
         devices.for_each(|one| one.state = Ack::Done);
         return false;

@@ -57,6 +57,11 @@ pub(crate) enum Mode {
     Try,
 }
 
+/// Hits, and devices, that an invalidation has room for without asking anybody. There is a chunk of so many hits for as many registrations:
+/// what is left of its lines is little.
+pub(crate) const HITS: usize = 31;
+pub(crate) const DEVICES: usize = 8;
+
 /// One registration in one invalidation. As small as can be: there is room set aside for as many as there are registrations.
 pub(crate) enum Hit {
     Used(Used),
@@ -153,8 +158,8 @@ pub(crate) struct Ended<'s> {
     panicked: Option<(&'static str, Range)>,
     /// The first device that may still reach the pages.
     first: Option<Device>,
-    devices: Chain<DeviceOp>,
-    hits: Chain<Hit>,
+    devices: Chain<DeviceOp, DEVICES>,
+    hits: Chain<Hit, HITS>,
 }
 
 impl<'s> Ended<'s> {

@@ -7,7 +7,7 @@ use super::call::Caller;
 use super::desk::{Desk, Work};
 use super::device_op::{Ack, Deadline, DeviceOp, sync};
 use super::escalate::{dead, reset_all};
-use super::{Ended, Hit, SinkError, Trouble, Used};
+use super::{DEVICES, Ended, Hit, SinkError, Trouble, Used};
 use crate::addr::Range;
 use crate::context;
 use crate::notifier::{CutOffFailed, Gather, Op, OpCore, Outcome, WouldBlock};
@@ -394,7 +394,7 @@ impl Used {
     /// Gives each of its devices the commands that flush `range`; `plan` is that of the last device, which mostly does for the next.
     fn ask(
         &self,
-        devices: &mut Chain<DeviceOp>,
+        devices: &mut Chain<DeviceOp, DEVICES>,
         range: Range,
         plan: &mut FlushPlan,
         pieces: Pieces<'_>,

@@ -8,7 +8,7 @@ use super::lifecycle::Lifecycle;
 use super::{Deadlines, ExitError, MapLock};
 use crate::addr::Range;
 use crate::context::{self, InCallback};
-use crate::engine::{self, Desks, DeviceOp, Hit, InvalidateError};
+use crate::engine::{self, DEVICES, Desks, DeviceOp, HITS, Hit, InvalidateError};
 use crate::events::Events;
 use crate::ghosts::Ghosts;
 use crate::list::{Link, List, PutOff};
@@ -37,8 +37,8 @@ pub(crate) struct Space {
     pub(crate) registry: Registry<Inner>,
     pub(crate) events: Events,
     pub(crate) desks: Desks,
-    pub(crate) hits: Pool<Hit>,
-    pub(crate) device_ops: Pool<DeviceOp>,
+    pub(crate) hits: Pool<Hit, HITS>,
+    pub(crate) device_ops: Pool<DeviceOp, DEVICES>,
     pub(crate) stats: Counters,
     pub(crate) recorder: Recorder,
     pub(crate) watch: StdArc<Watch>,
@@ -77,10 +77,6 @@ impl PutOff for Space {
     }
 }
 
-/// Hits, and devices, that an invalidation has room for without asking anybody.
-const HITS: usize = 16;
-const DEVICES: usize = 8;
-
 impl Space {
     pub(super) fn new(memory: Option<StdArc<dyn Memory>>, deadlines: Deadlines) -> Self {
         use std::sync::atomic::{AtomicU64 as StdAtomicU64, Ordering as StdOrdering};
@@ -90,7 +86,7 @@ impl Space {
             |memory| memory.id(),
         );
         // A space is made to have registrations; that they name devices is not sure.
-        let hits = Pool::new(HITS);
+        let hits = Pool::new();
         hits.reserve(0);
         Self {
             id,
@@ -102,7 +98,7 @@ impl Space {
             events: Events::new(),
             desks: Desks::new(&deadlines),
             hits,
-            device_ops: Pool::new(DEVICES),
+            device_ops: Pool::new(),
             stats: Counters::new(),
             recorder: Recorder::new(),
             watch: Watch::new(id, deadlines.callback),

@@ -13,8 +13,8 @@ mod foreign;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
@@ -79,7 +79,29 @@ impl Pins {
     }
 }
 
-struct Tlb(Arc<Mutex<Pins>>, Range);
+/// The device's entry. Whoever waits for it gets it before a thread that is about to take it once more: of many processors that one
+/// would else always be the first.
+struct Entry {
+    pins: Mutex<Pins>,
+    waiting: AtomicUsize,
+}
+
+impl Entry {
+    fn lock(&self) -> MutexGuard<'_, Pins> {
+        self.waiting.fetch_add(1, SeqCst);
+        let pins = self.pins.lock().unwrap();
+        self.waiting.fetch_sub(1, SeqCst);
+        pins
+    }
+
+    fn let_others_go_first(&self) {
+        while self.waiting.load(SeqCst) > 0 {
+            thread::yield_now();
+        }
+    }
+}
+
+struct Tlb(Arc<Entry>, Range);
 
 impl DeviceTlb for Tlb {
     fn limits(&self) -> Limits {
@@ -97,7 +119,7 @@ impl DeviceTlb for Tlb {
             _ => true,
         };
         if hit {
-            self.0.lock().unwrap().unpin();
+            self.0.lock().unpin();
         }
         Issue::Queued
     }
@@ -133,7 +155,7 @@ enum Wrong {
 }
 
 struct Device<'d> {
-    pins: Arc<Mutex<Pins>>,
+    entry: Arc<Entry>,
     driver: Arc<Driver>,
     registration: &'d Registration,
     page: Range,
@@ -143,14 +165,14 @@ struct Device<'d> {
 impl Device<'_> {
     /// The entry makes room for another.
     fn evict(&self) {
-        self.pins.lock().unwrap().unpin();
+        self.entry.lock().unpin();
     }
 
     /// What the device reads now; after a fault if it has no entry. The thread's `spare` becomes the entry then, and is read before anybody
     /// else evicts it: else this goes on for as long as the other thread is the quicker one.
     fn read(&self, spare: &mut Pins) -> u64 {
         loop {
-            let mut pins = self.pins.lock().unwrap();
+            let mut pins = self.entry.lock();
             if pins.pinned {
                 return pins.read();
             }
@@ -167,7 +189,7 @@ impl Device<'_> {
             }
             let lock = self.driver.0.lock();
             let installed = (self.wrong == Wrong::NoRetry || !fault.retry(&lock)).then(|| {
-                let mut pins = self.pins.lock().unwrap();
+                let mut pins = self.entry.lock();
                 std::mem::swap(&mut *pins, spare);
                 pins.read()
             });
@@ -196,13 +218,16 @@ fn compare(wrong: Wrong) -> Option<(u64, u64)> {
         }
         guest => guest.unwrap(),
     };
-    let pins = Arc::new(Mutex::new(Pins::new(page)));
+    let entry = Arc::new(Entry {
+        pins: Mutex::new(Pins::new(page)),
+        waiting: AtomicUsize::new(0),
+    });
     let driver = Arc::new(Driver::default());
-    let device = shootdown::Device::new("pins", Tlb(pins.clone(), page));
+    let device = shootdown::Device::new("pins", Tlb(entry.clone(), page));
     let target = Target { device, tag: 0 };
     let registration = space.register(page, driver.clone(), &[target]).unwrap();
     let device = Device {
-        pins,
+        entry,
         driver,
         registration: &registration,
         page,
@@ -219,8 +244,9 @@ fn compare(wrong: Wrong) -> Option<(u64, u64)> {
             let mut spare = Pins::new(page);
             while !stop.load(SeqCst) {
                 device.read(&mut spare);
-                thread::yield_now();
+                device.entry.let_others_go_first();
                 device.evict();
+                device.entry.let_others_go_first();
             }
         });
         let (mut differences, mut spare) = (0, Pins::new(page));

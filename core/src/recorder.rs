@@ -161,8 +161,8 @@ impl Rings {
     #[inline]
     fn of(&self, shard: usize) -> &Ring {
         assert!(shard < SHARDS);
-        // SAFETY: inside of the pages, which live as long as this does and are written to by nothing else; atomics, for which the 0 that
-        // they begin with is a value like any other.
+        // SAFETY: inside of the pages, as aligned as its words, as those begin at a page; they live as long as this does and are written to
+        // by nothing else; atomics, for which the 0 that they begin with is a value like any other.
         unsafe { &*self.0.as_ptr().cast::<Ring>().add(shard) }
     }
 }
@@ -446,17 +446,46 @@ mod tests {
     fn only_who_has_a_shard_of_its_own_changes_a_record() {
         let recorder = Recorder::new();
         let all = std::sync::Barrier::new(2 * SHARDS);
+        let turn = std::sync::Mutex::new(());
         let begin_and_pass = || {
+            // One after the other: each one's record is the last of its shard.
+            let passed = {
+                let _turn = turn.lock().unwrap();
+                recorder.passed(recorder.record_quick(true, Kind::Start, 7, 1, 2))
+            };
+            // All of them live until now. Whoever failed before would keep the others waiting.
             all.wait();
-            let started = recorder.record_quick(true, Kind::Start, 7, 1, 2);
-            assert_eq!(recorder.passed(started), home() < HOMES);
-            all.wait();
+            assert_eq!(passed, home() < HOMES);
         };
         std::thread::scope(|scope| {
             (0..2 * SHARDS).for_each(|_| {
                 scope.spawn(begin_and_pass);
             });
         });
+    }
+
+    #[test]
+    fn no_number_is_given_twice_where_threads_share() {
+        // For longer than a thread is left to run.
+        const TIMES: u64 = 100_000;
+        let recorder = Recorder::new();
+        let all = std::sync::Barrier::new(HOMES + 4 * SHARED);
+        let record = || {
+            let times = if home() < HOMES { 1 } else { TIMES };
+            all.wait();
+            (0..times).for_each(|nth| recorder.record(Kind::Insert, nth, 0, 0));
+            all.wait();
+            times
+        };
+        let given: u64 = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..HOMES + 4 * SHARED)
+                .map(|_| scope.spawn(record))
+                .collect();
+            let joined = threads.into_iter().map(|thread| thread.join().unwrap());
+            joined.sum()
+        });
+        let next = |shard: &Shard| shard.next.load(Ordering::Relaxed);
+        assert_eq!(recorder.shards.iter().map(next).sum::<u64>(), given);
     }
 
     #[test]

@@ -114,3 +114,37 @@ impl Counters {
         }
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_count_is_lost_whether_threads_are_alone_or_share() {
+        // Those that share go on for longer than a thread is left to run.
+        const TIMES: u64 = 500_000;
+        let counters = Counters::new();
+        let all = std::sync::Barrier::new(HOMES + 2 * SHARED);
+        let count = || {
+            let home = home();
+            all.wait();
+            let times = if home < HOMES { 1 } else { TIMES };
+            (0..times).for_each(|_| counters.add(Counter::Hits, 1));
+            all.wait();
+            (home, times)
+        };
+        let counted: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..HOMES + 2 * SHARED)
+                .map(|_| scope.spawn(count))
+                .collect();
+            let joined = threads.into_iter().map(|thread| thread.join().unwrap());
+            joined.collect()
+        });
+        for (home, times) in counted.iter().filter(|(home, _)| *home < HOMES) {
+            let own = &counters.0[*home].0[Counter::Hits as usize];
+            assert_eq!(own.load(Ordering::Relaxed), *times, "home {home}");
+        }
+        let all = counted.iter().map(|(_, times)| times).sum();
+        assert_eq!(counters.read().hits, all);
+    }
+}

@@ -8,7 +8,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Barrier};
 
 use child::in_child;
-use shootdown::{AddressSpace, Cause, Deadlines, Notifier, Outcome, Range, Registration};
+use shootdown::{AddressSpace, Cause, Deadlines, Kind, Notifier, Outcome, Range, Registration};
 
 /// Places that are one thread's at a time.
 const HOMES: usize = 64;
@@ -45,7 +45,8 @@ impl Ground {
         open.unwrap().end(Outcome::Changed).unwrap();
     }
 
-    /// So many invalidations, each by a thread of its own, all of which live at the same time, and not any more afterwards.
+    /// So many invalidations, each by a thread of its own, all of which live at the same time, and not any more afterwards. They ask for
+    /// their places at once.
     fn shoot_at_once(&self, threads: usize) {
         let all = Barrier::new(threads);
         let before = live();
@@ -53,6 +54,7 @@ impl Ground {
             for nth in 0..threads {
                 let all = &all;
                 scope.spawn(move || {
+                    all.wait();
                     self.shoot(nth);
                     all.wait();
                 });
@@ -70,7 +72,7 @@ impl Ground {
         let records = self.space.records();
         let hits = records
             .iter()
-            .filter(|one| matches!(one.kind, shootdown::Kind::Start | shootdown::Kind::Passed));
+            .filter(|one| matches!(one.kind, Kind::Start | Kind::Passed));
         hits.map(|one| (nth(one.a), one.shard)).collect()
     }
 }
@@ -88,7 +90,7 @@ fn a_thread_takes_over_the_place_of_one_that_has_ended() {
         return;
     }
     const THREADS: usize = 48;
-    for round in 0..2 * HOMES / THREADS + 3 {
+    for round in 0..2 * HOMES / THREADS + 10 {
         let ground = Ground::new(THREADS);
         ground.shoot_at_once(THREADS);
         let shards = ground.shards();
@@ -121,6 +123,9 @@ fn more_threads_than_places_share_the_rest() {
                 .values()
                 .all(|shard| *shard >= HOMES || alone(*shard))
         );
+        let records = ground.space.records();
+        let mut changed = records.iter().filter(|one| one.kind == Kind::Passed);
+        assert!(changed.all(|one| one.shard < HOMES));
         assert_eq!(ground.space.stats().hits, THREADS as u64);
     }
 }

@@ -27,10 +27,11 @@ fn reserve(at: usize, len: usize, how: i32) -> isize {
     0
 }
 
-/// Whether it is a thread of this process: the first has its number; of the others the clock of processor time is known to those only.
-fn is_of_this_process(thread: u32) -> bool {
+/// Whether it is a thread of the process that asks: the first has its number; of the others the clock of processor time is known to those
+/// only.
+fn is_of(process: u32, thread: u32) -> bool {
     // SAFETY: numbers only.
-    thread == std::process::id()
+    thread == process
         || unsafe { libc::syscall(libc::SYS_clock_getres, !(thread as i32) << 3 | 6, 0) == 0 }
 }
 
@@ -144,6 +145,8 @@ fn line(code: u32, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
 }
 
 fn serve(listener: i32, duties: Duties) {
+    // Once: it is a system call.
+    let process = std::process::id();
     loop {
         // SAFETY: integers only; the kernel fills it.
         let mut call: libc::seccomp_notif = unsafe { std::mem::zeroed() };
@@ -152,7 +155,7 @@ fn serve(listener: i32, duties: Duties) {
             continue;
         }
         let [at, len, ..] = call.data.args.map(|arg| arg as usize);
-        if duties.asks && !is_of_this_process(call.pid) {
+        if duties.asks && !is_of(process, call.pid) {
             continue;
         }
         let result = match duties.reserves {

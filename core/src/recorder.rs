@@ -12,6 +12,7 @@
 
 use std::alloc::{Layout, handle_alloc_error};
 use std::fmt;
+use std::mem::ManuallyDrop;
 use std::time::Duration;
 
 use memmap2::MmapMut;
@@ -19,6 +20,7 @@ use memmap2::MmapMut;
 use crate::home::{HOMES, home};
 use crate::primitive::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use crate::primitive::{Instant, now, ticks};
+use crate::source::own_call;
 
 /// Shards of threads without a home of their own.
 const SHARED: usize = 4;
@@ -148,14 +150,16 @@ struct Shard {
 }
 
 /// The rings of all shards, in pages of their own, which come when they are first written to: most shards are never used.
-struct Rings(MmapMut);
+struct Rings(ManuallyDrop<MmapMut>);
 
 impl Rings {
     fn new() -> Self {
         let layout = Layout::new::<[Ring; SHARDS]>();
         // Models have no shards, and pages are of some length.
         let pages = MmapMut::map_anon(layout.size().max(1));
-        Self(pages.unwrap_or_else(|_| handle_alloc_error(layout)))
+        Self(ManuallyDrop::new(
+            pages.unwrap_or_else(|_| handle_alloc_error(layout)),
+        ))
     }
 
     #[inline]
@@ -164,6 +168,15 @@ impl Rings {
         // SAFETY: inside of the pages, as aligned as its words, as those begin at a page; they live as long as this does and are written to
         // by nothing else; atomics, for which the 0 that they begin with is a value like any other.
         unsafe { &*self.0.as_ptr().cast::<Ring>().add(shard) }
+    }
+}
+
+impl Drop for Rings {
+    fn drop(&mut self) {
+        let args = [self.0.as_ptr().addr(), self.0.len(), 0, 0, 0, 0];
+        // By the gate: no source is to stop this, and a supervisor may be who drops the space.
+        // SAFETY: mapped by `new`, and not used any more. There is nothing that could be done about an error.
+        let _ = unsafe { own_call(libc::SYS_munmap, args) };
     }
 }
 

@@ -114,11 +114,11 @@ impl<T: Entry> Node<T> {
         self.below = other.below;
     }
 
-    /// A walk is going to begin at `root`, most likely, which need not be alive: all its lines are asked for at once. Where a writer is at
+    /// A walk is going to begin at `root`, most likely, which need not be alive: what is below it is asked for at once. Where a writer is at
     /// work it has written them just now, on another processor, and a walk would wait for where it goes on when it has seen where.
     #[inline]
     pub(super) fn expect(root: *const Self) {
-        for line in (0..size_of::<Self>()).step_by(64) {
+        for line in (std::mem::offset_of!(Self, below)..size_of::<Self>()).step_by(64) {
             prefetch(root.wrapping_byte_add(line));
         }
     }

@@ -116,7 +116,8 @@ fn a_batch_that_overflows_covers_every_tag() {
 /// R19: where the pools have no room for all that an invalidation hits it is refused as a whole; nobody is passed over.
 #[test]
 fn an_invalidation_without_room_is_refused_and_passes_nobody_over() {
-    const REGISTRATIONS: usize = 20;
+    // More than any slot has room for by itself.
+    const REGISTRATIONS: usize = 40;
     let space = AddressSpace::without_memory(short());
     let page = Range::new(0x1000u64, 0x1000).unwrap();
     let handlers: Vec<_> = (0..REGISTRATIONS)
